@@ -1,0 +1,24 @@
+// What every CPU op needs around its loops: the instruction set chosen at run time, and large pages for fresh outputs.
+#pragma once
+
+#include <cstdint>
+
+namespace layersync {
+
+enum class Isa { generic = 0, avx2 = 1, avx512 = 2 };
+
+// The best instruction set of this machine, or the lower one that LAYERSYNC_CPU_ISA names.
+Isa cpu_isa();
+const char* cpu_isa_name();
+
+// Asks the kernel to back a fresh output with large pages. Faulting a 38 MB gradient in by 4 KiB pages costs as much
+// as writing it; on memory that is already mapped the call does nothing.
+void advise_large_pages(void* data, int64_t bytes);
+
+// Outputs from this size on bypass the cache: they would push the inputs out of it and cost a read for ownership.
+constexpr int64_t kStreamBytes = int64_t(8) << 20;
+
+// Rows per task, so that a task moves at least a few tens of kilobytes.
+inline int64_t rows_per_task(int64_t width) { return width >= 16384 ? 1 : 16384 / (width > 0 ? width : 1); }
+
+}  // namespace layersync

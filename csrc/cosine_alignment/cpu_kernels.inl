@@ -1,0 +1,170 @@
+// The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
+
+struct Dots {
+  float ss, tt, st;
+};
+
+template <class S, class T>
+Dots dots(const S* s, const T* t, int64_t width) {
+  // Two chains per sum: enough to hide the latency of fma behind the loads.
+  Vec ss0 = broadcast(0), ss1 = broadcast(0), tt0 = broadcast(0), tt1 = broadcast(0), st0 = broadcast(0),
+      st1 = broadcast(0);
+  int64_t i = 0;
+  for (; i + 2 * Vec::size <= width; i += 2 * Vec::size) {
+    const Vec s0 = load(s + i), s1 = load(s + i + Vec::size);
+    const Vec t0 = load(t + i), t1 = load(t + i + Vec::size);
+    ss0 = fma(s0, s0, ss0);
+    ss1 = fma(s1, s1, ss1);
+    tt0 = fma(t0, t0, tt0);
+    tt1 = fma(t1, t1, tt1);
+    st0 = fma(s0, t0, st0);
+    st1 = fma(s1, t1, st1);
+  }
+  const Vec one = broadcast(1);
+  Dots r{sum(fma(ss0, one, ss1)), sum(fma(tt0, one, tt1)), sum(fma(st0, one, st1))};
+  for (; i < width; ++i) {
+    const float a = to_float(s[i]), b = to_float(t[i]);
+    r.ss += a * a;
+    r.tt += b * b;
+    r.st += a * b;
+  }
+  return r;
+}
+
+// Squares of a fp32 or bf16 row overflow from 1e19 on and vanish below 1e-19. Such rows are rare and in the cache by
+// now: they are read again, scaled by their largest element.
+inline bool representable(float sum_of_squares) { return sum_of_squares > 1e-30f && sum_of_squares < 1e37f; }
+
+template <class T>
+float largest(const T* x, int64_t width) {
+  float result = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const float a = std::fabs(to_float(x[i]));
+    if (!(a <= result)) result = a;  // takes a NaN
+    if (result != result) break;
+  }
+  return result;
+}
+
+inline double nonzero(float value) { return value == 0 ? 1 : value; }
+
+struct RowCosine {
+  float cosine, rnorm_student, rnorm_teacher;
+};
+
+template <class S, class T>
+RowCosine scaled_row_cosine(const S* s, const T* t, int64_t width, float eps) {
+  const double scale_s = nonzero(largest(s, width)), scale_t = nonzero(largest(t, width));
+  double ss = 0, tt = 0, st = 0;
+  for (int64_t i = 0; i < width; ++i) {
+    const double a = to_float(s[i]) / scale_s, b = to_float(t[i]) / scale_t;
+    ss += a * a;
+    tt += b * b;
+    st += a * b;
+  }
+  const double norm_s = std::sqrt(ss) * scale_s, norm_t = std::sqrt(tt) * scale_t;
+  if (norm_s < eps || norm_t < eps) {
+    const float cosine = float((norm_s - norm_s) + (norm_t - norm_t));  // 0, or the NaN of the other row
+    return {cosine, cosine, cosine};
+  }
+  return {float(st / std::sqrt(ss * tt)), float(1 / norm_s), float(1 / norm_t)};
+}
+
+template <class S, class T>
+void forward_rows(const CosineForwardArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    RowCosine r{0, 0, 0};
+    if (args.weight == nullptr || args.weight[row] != 0) {  // a masked row may hold anything and is not read
+      const S* s = static_cast<const S*>(args.student) + args.student_rows.offset(row);
+      const T* t = static_cast<const T*>(args.teacher) + args.teacher_rows.offset(row);
+      const Dots d = dots(s, t, args.width);
+      if (representable(d.ss) && representable(d.tt)) {
+        const float norm_s = std::sqrt(d.ss), norm_t = std::sqrt(d.tt);
+        if (!(norm_s < args.eps || norm_t < args.eps)) r = {d.st / norm_s / norm_t, 1 / norm_s, 1 / norm_t};
+      } else {
+        r = scaled_row_cosine(s, t, args.width, args.eps);
+      }
+    }
+    args.out.cosine[row] = r.cosine;
+    args.out.rnorm_student[row] = r.rnorm_student;
+    args.out.rnorm_teacher[row] = r.rnorm_teacher;
+  }
+}
+
+// factor * (b * rnorm_b - cosine * a * rnorm_a) * rnorm_a, the gradient of factor * cos(a, b) with respect to a.
+// The order of the products keeps rows near 1e30 in range, where rnorm_a * rnorm_b would vanish.
+struct RowGradient {
+  float toward, away, factor;
+};
+
+inline RowGradient row_gradient(float factor, float cosine, float rnorm, float rnorm_other) {
+  return {rnorm_other, cosine * rnorm, factor * rnorm};
+}
+
+template <bool streaming, class V, class T>
+inline void put(T* p, const V& v) {
+  if constexpr (streaming) {
+    stream(p, v);
+  } else {
+    store(p, v);
+  }
+}
+
+template <bool streaming, bool student, bool teacher, class S, class T>
+void backward_row(const S* s, const T* t, int64_t width, RowGradient gs, RowGradient gt, S* ds, T* dt) {
+  const Vec s_toward = broadcast(gs.toward), s_away = broadcast(gs.away), s_factor = broadcast(gs.factor);
+  const Vec t_toward = broadcast(gt.toward), t_away = broadcast(gt.away), t_factor = broadcast(gt.factor);
+  int64_t i = 0;
+  for (; i + Vec::size <= width; i += Vec::size) {
+    const Vec a = load(s + i), b = load(t + i);
+    if constexpr (student) put<streaming>(ds + i, mul(fms(b, s_toward, mul(a, s_away)), s_factor));
+    if constexpr (teacher) put<streaming>(dt + i, mul(fms(a, t_toward, mul(b, t_away)), t_factor));
+  }
+  for (; i < width; ++i) {
+    const float a = to_float(s[i]), b = to_float(t[i]);
+    if constexpr (student) from_float((b * gs.toward - a * gs.away) * gs.factor, ds + i);
+    if constexpr (teacher) from_float((a * gt.toward - b * gt.away) * gt.factor, dt + i);
+  }
+}
+
+template <bool streaming, bool student, bool teacher, class S, class T>
+void backward_range(const CosineBackwardArgs& args, int64_t begin, int64_t end) {
+  for (int64_t row = begin; row < end; ++row) {
+    const S* s = static_cast<const S*>(args.student) + args.student_rows.offset(row);
+    const T* t = static_cast<const T*>(args.teacher) + args.teacher_rows.offset(row);
+    S* ds = student ? static_cast<S*>(args.grad_student) + row * args.width : nullptr;
+    T* dt = teacher ? static_cast<T*>(args.grad_teacher) + row * args.width : nullptr;
+    const float weight = args.weight == nullptr ? 1.f : args.weight[row];
+    const float cosine = args.stats.cosine[row];
+    const float rs = args.stats.rnorm_student[row], rt = args.stats.rnorm_teacher[row];
+    if (weight == 0 || (rs == 0 && rt == 0)) {  // masked, or a row of zeros: its gradient is 0 whatever it holds
+      if constexpr (student) std::memset(static_cast<void*>(ds), 0, sizeof(S) * size_t(args.width));
+      if constexpr (teacher) std::memset(static_cast<void*>(dt), 0, sizeof(T) * size_t(args.width));
+      continue;
+    }
+    const float factor = -args.grad[row * args.grad_stride] * weight * args.scale;
+    backward_row<streaming, student, teacher>(s, t, args.width, row_gradient(factor, cosine, rs, rt),
+                                              row_gradient(factor, cosine, rt, rs), ds, dt);
+  }
+  if constexpr (streaming) stream_fence();
+}
+
+template <class S, class T>
+void backward_rows(const CosineBackwardArgs& args, int64_t begin, int64_t end) {
+  const bool student = args.grad_student != nullptr, teacher = args.grad_teacher != nullptr;
+  if (student && teacher) {
+    (args.streaming ? backward_range<true, true, true, S, T> : backward_range<false, true, true, S, T>)(args, begin, end);
+  } else if (student) {
+    (args.streaming ? backward_range<true, true, false, S, T> : backward_range<false, true, false, S, T>)(args, begin, end);
+  } else {
+    (args.streaming ? backward_range<true, false, true, S, T> : backward_range<false, false, true, S, T>)(args, begin, end);
+  }
+}
+
+constexpr CosineKernels kernels = {
+    {{forward_rows<float, float>, forward_rows<float, bf16>, forward_rows<float, fp16>},
+     {forward_rows<bf16, float>, forward_rows<bf16, bf16>, forward_rows<bf16, fp16>},
+     {forward_rows<fp16, float>, forward_rows<fp16, bf16>, forward_rows<fp16, fp16>}},
+    {{backward_rows<float, float>, backward_rows<float, bf16>, backward_rows<float, fp16>},
+     {backward_rows<bf16, float>, backward_rows<bf16, bf16>, backward_rows<bf16, fp16>},
+     {backward_rows<fp16, float>, backward_rows<fp16, bf16>, backward_rows<fp16, fp16>}}};

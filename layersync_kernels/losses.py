@@ -1,0 +1,183 @@
+"""Alignment losses as modules over captured hidden states."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .functional import layersync_loss
+
+__all__ = ["LayerSyncLoss", "default_pair"]
+
+_PUBLISHED_PAIRS = {28: (8, 16), 24: (8, 18), 30: (9, 17)}  # SiT-XL, SiT-L, Wan 2.1 1.3B
+_SCHEDULES = ("constant", "linear", "cosine")
+
+
+def default_pair(depth: int) -> tuple[int, int]:
+    """The (student, teacher) blocks to start from for a model of `depth` blocks, counted from 1.
+
+    Published pairs where there are any (depth 24, 28, 30), else the mean of their relative depths, 0.31 and 0.66: the
+    student is not among the very first blocks, the teacher not among the last fifth (from depth 4 on).
+
+    Raises:
+        ValueError: fewer than two blocks.
+    """
+    if depth < 2:
+        raise ValueError(f"LayerSync needs a model of at least 2 blocks, got depth {depth}")
+    if depth in _PUBLISHED_PAIRS:
+        return _PUBLISHED_PAIRS[depth]
+    student = max(1, round(0.31 * depth))
+    return student, max(student + 1, round(0.66 * depth))
+
+
+class LayerSyncLoss(nn.Module):
+    """Σ over pairs of weight · factor(step) · layersync_loss(student, teacher).
+
+    Args:
+        pairs: (student, teacher) block numbers, counted from 1, student before teacher. Every pair counts.
+        weights: λ, one for all pairs or one each. The paper uses 0.2 (SiT-XL, SiT-L), 0.3 (B), 0.002 (Wan LoRA).
+        schedule: "constant"; or "linear" or "cosine" from 1 at `start_step` to 0 at `stop_step`.
+        start_step: where the decay begins (not for "constant").
+        stop_step: from this step on the loss is off. "constant" runs forever without it; the others need it.
+        every: compute the loss in every n-th step only (those divisible by n), with unchanged weight.
+        teacher_grad, eps, backend: as in `functional.layersync_loss`.
+
+    Attributes:
+        layers: the block numbers to capture, ascending.
+        cosine: after a forward pass, the mean cosine of each pair as a detached 0-d tensor, keyed "student:teacher".
+            Reading it costs no host synchronisation until its value is asked for.
+
+    Raises:
+        ValueError: no pairs, a student at or behind its teacher (the loss would be constant, or pull the deep block
+            to the shallow one), a number of weights other than of pairs, an incomplete schedule.
+    """
+
+    layers: tuple[int, ...]
+    cosine: dict[str, Tensor]
+
+    def __init__(
+        self,
+        pairs: Sequence[tuple[int, int]],
+        weights: float | Sequence[float] = 0.2,
+        *,
+        schedule: str = "constant",
+        start_step: int = 0,
+        stop_step: int | None = None,
+        every: int = 1,
+        teacher_grad: bool = False,
+        eps: float = 1e-6,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        self.pairs = tuple((int(student), int(teacher)) for student, teacher in pairs)
+        self.weights = (
+            (float(weights),) * len(self.pairs) if isinstance(weights, int | float) else tuple(map(float, weights))
+        )
+        self.schedule, self.start_step, self.stop_step, self.every = schedule, start_step, stop_step, every
+        self.teacher_grad, self.eps, self.backend = teacher_grad, eps, backend
+        self._validate()
+        self.layers = tuple(sorted({block for pair in self.pairs for block in pair}))
+        self.cosine = {}
+
+    def _validate(self) -> None:
+        if not self.pairs:
+            raise ValueError("LayerSyncLoss: give at least one (student, teacher) pair of block numbers")
+        for student, teacher in self.pairs:
+            if student < 1:
+                raise ValueError(f"LayerSyncLoss: blocks are counted from 1, got student {student}")
+            if student == teacher:
+                raise ValueError(
+                    f"LayerSyncLoss: student and teacher are both block {student}; the loss would be constant. "
+                    "Give a deeper teacher"
+                )
+            if student > teacher:
+                raise ValueError(
+                    f"LayerSyncLoss: student {student} lies behind teacher {teacher}; the pair is (shallow, deep): "
+                    f"did you mean ({teacher}, {student})?"
+                )
+        if len(set(self.pairs)) != len(self.pairs):
+            raise ValueError(f"LayerSyncLoss: a pair is given twice in {self.pairs}; raise its weight instead")
+        if len(self.weights) != len(self.pairs):
+            raise ValueError(f"LayerSyncLoss: {len(self.weights)} weights for {len(self.pairs)} pairs; give one each")
+        if self.schedule not in _SCHEDULES:
+            raise ValueError(f"LayerSyncLoss: unknown schedule {self.schedule!r}; expected one of {_SCHEDULES}")
+        if self.every < 1:
+            raise ValueError(f"LayerSyncLoss: every must be at least 1, got {self.every}")
+        if self.schedule == "constant":
+            if self.start_step != 0:
+                raise ValueError("LayerSyncLoss: start_step is where a decay begins; a constant schedule has none")
+        elif self.stop_step is None or self.stop_step <= self.start_step:
+            raise ValueError(
+                f"LayerSyncLoss: schedule {self.schedule!r} needs stop_step > start_step, "
+                f"got start_step={self.start_step}, stop_step={self.stop_step}"
+            )
+
+    def factor(self, step: int) -> float:
+        """The schedule's factor at a step, in [0, 1]; 0 in the steps that `every` skips."""
+        if step % self.every or (self.stop_step is not None and step >= self.stop_step):
+            return 0.0
+        if self.schedule == "constant" or step <= self.start_step:
+            return 1.0
+        assert self.stop_step is not None
+        progress = (step - self.start_step) / (self.stop_step - self.start_step)
+        return 1 - progress if self.schedule == "linear" else 0.5 * (1 + math.cos(math.pi * progress))
+
+    def active(self, step: int) -> bool:
+        """Whether the loss is computed at a step. Where it is not, nothing needs capturing."""
+        return self.factor(step) > 0
+
+    def forward(
+        self,
+        states: Mapping[int, Tensor],
+        *,
+        step: int | None = None,
+        mask: Tensor | None = None,
+        token_weight: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted sum over all pairs, a 0-d fp32 tensor.
+
+        Args:
+            states: block number → (B, N, D) output of that block, at least `layers`. May be empty in inactive steps.
+            step: the trainer's step, from 0; needed by decaying schedules, `stop_step` and `every`.
+            mask, token_weight: as in `functional.layersync_loss`.
+
+        Raises:
+            ValueError: a block of a pair was not captured; a step is needed and missing.
+        """
+        if step is None and (self.stop_step is not None or self.every > 1):
+            raise ValueError("LayerSyncLoss: this schedule needs to know the step; call it with step=")
+        factor = 1.0 if step is None else self.factor(step)
+        self.cosine = {}
+        if factor == 0:
+            device = next((state.device for state in states.values()), None)
+            return torch.zeros((), device=device)
+        missing = [block for block in self.layers if block not in states]
+        if missing:
+            raise ValueError(
+                f"LayerSyncLoss: blocks {missing} were not captured, only {sorted(states)}; capture {self.layers}"
+            )
+        terms = []
+        for (student, teacher), weight in zip(self.pairs, self.weights, strict=True):
+            loss = layersync_loss(
+                states[student],
+                states[teacher],
+                mask=mask,
+                token_weight=token_weight,
+                teacher_grad=self.teacher_grad,
+                eps=self.eps,
+                backend=self.backend,
+            )
+            self.cosine[f"{student}:{teacher}"] = -loss.detach()
+            terms.append((weight * factor) * loss)
+        total = terms[0]
+        for term in terms[1:]:
+            total = total + term
+        return total
+
+    def extra_repr(self) -> str:
+        """The pairs, weights and schedule, for `print(module)`."""
+        pairs = ", ".join(f"{s}:{t} x {w:g}" for (s, t), w in zip(self.pairs, self.weights, strict=True))
+        return f"{pairs}, schedule={self.schedule}, every={self.every}, backend={self.backend}"

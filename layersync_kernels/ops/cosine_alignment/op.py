@@ -1,0 +1,129 @@
+"""cosine_alignment: loss = −Σ w·c / Σ w with c = ⟨s, t⟩ / (‖s‖‖t‖) per row.
+
+Story of the op: the forward pass reads student and teacher once (2 MD) and keeps 12 bytes a row (the cosine and both
+reciprocal norms) and one scale; the backward pass reads both again and writes the gradient (3 MD):
+
+    dL/ds = −g·w·scale · (t/‖t‖ − c·s/‖s‖) / ‖s‖,    scale = 1/Σw for the mean, else 1
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from .._autograd import FusedFunction, differentiable_once
+
+REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
+
+
+def _fake_forward(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, eps: float, reduction: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    leading = student.shape[:-1]
+    rows = 1
+    for extent in leading:
+        rows = rows * extent
+    loss = student.new_empty(leading if reduction == REDUCTIONS["none"] else (), dtype=torch.float32)
+    return loss, student.new_empty((3, rows), dtype=torch.float32), student.new_empty((), dtype=torch.float32)
+
+
+def _fake_backward(
+    grad: Tensor,
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    stats: Tensor,
+    scale: Tensor,
+    student_grad: bool,
+    teacher_grad: bool,
+) -> tuple[Tensor, Tensor]:
+    return (
+        student.new_empty(student.shape if student_grad else (0,)),
+        teacher.new_empty(teacher.shape if teacher_grad else (0,)),
+    )
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from . import triton
+
+    return triton.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
+    from . import triton
+
+    return triton.backward(*args)
+
+
+# weight: (M,) contiguous float32 or None. reduction: see REDUCTIONS. Returns (loss, stats (3, M), scale ()), all fp32.
+FORWARD = _library.declare(
+    "cosine_alignment_forward",
+    "(Tensor student, Tensor teacher, Tensor? weight, float eps, int reduction) -> (Tensor, Tensor, Tensor)",
+    _fake_forward,
+    _triton_forward,
+)
+# grad: the gradient of the loss, () or (leading), fp32. Returns both gradients, contiguous; an unwanted one is empty.
+BACKWARD = _library.declare(
+    "cosine_alignment_backward",
+    "(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor stats, Tensor scale, bool student_grad, "
+    "bool teacher_grad) -> (Tensor, Tensor)",
+    _fake_backward,
+    _triton_backward,
+)
+
+
+class CosineAlignment(FusedFunction):
+    """The fused op with its gradient. Saves its inputs (alive anyway), 12 bytes a row and one float."""
+
+    @staticmethod
+    def forward(
+        student: Tensor,
+        teacher: Tensor,
+        weight: Tensor | None,
+        eps: float,
+        reduction: int,
+        teacher_grad: bool,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return FORWARD[backend](student, teacher, weight, eps, reduction)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        student, teacher, weight, _, _, teacher_grad, backend = inputs
+        _, stats, scale = output
+        ctx.mark_non_differentiable(stats, scale)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(student, teacher, weight, stats, scale)
+        ctx.teacher_grad = teacher_grad
+        ctx.backend = backend
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        student_grad = ctx.needs_input_grad[0]
+        teacher_grad = ctx.needs_input_grad[1] and ctx.teacher_grad
+        if grad is None or not (student_grad or teacher_grad):
+            return (None,) * 7
+        student, teacher, weight, stats, scale = ctx.saved_tensors
+        gradients = BACKWARD[ctx.backend](grad, student, teacher, weight, stats, scale, student_grad, teacher_grad)
+        d_student, d_teacher = (
+            differentiable_once(gradient, grad, student, teacher) if wanted else None
+            for gradient, wanted in zip(gradients, (student_grad, teacher_grad), strict=True)
+        )
+        return d_student, d_teacher, None, None, None, None, None
+
+
+def cosine_alignment(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    eps: float,
+    reduction: str,
+    teacher_grad: bool,
+    backend: str,
+) -> Tensor:
+    """Run the fused op on a resolved backend. Arguments as `cosine_alignment_reference`, weight (M,) float32 or None."""
+    loss, _, _ = CosineAlignment.run(student, teacher, weight, eps, REDUCTIONS[reduction], teacher_grad, backend)
+    return loss

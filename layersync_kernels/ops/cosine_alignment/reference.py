@@ -1,0 +1,46 @@
+"""The mathematics in plain PyTorch: oracle of the tests, eager baseline of the benchmarks, last fallback."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def _unit_rows(x: Tensor, eps: float) -> Tensor:
+    """x / ‖x‖ over the last dimension; rows with ‖x‖ < eps become zero, with zero gradient."""
+    if x.shape[-1] == 0:
+        return x
+    # Scaling by the largest element keeps the squares of rows near 1e30 in range.
+    largest = x.detach().abs().amax(dim=-1, keepdim=True)
+    x = x / torch.where(largest > 0, largest, 1)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    small = norm.detach() * largest < eps  # False for NaN, which has to show
+    return torch.where(small, 0, x / torch.where(small, 1, norm))
+
+
+def cosine_alignment_reference(
+    student: Tensor, teacher: Tensor, weight: Tensor | None, eps: float, reduction: str, teacher_grad: bool
+) -> Tensor:
+    """−w·cos(student, teacher) per row, its sum, or its weighted mean; arithmetic in fp32, or fp64 for fp64 inputs.
+
+    Args:
+        student, teacher: (..., D), equal shapes.
+        weight: broadcastable to the leading dimensions, or None for ones. Rows of weight 0 are not looked at.
+        eps: a row whose norm is below it has cosine 0 and gradient 0.
+        reduction: "none", "sum" or "mean" (over the sum of weights; 0 where that is 0).
+        teacher_grad: whether the teacher is differentiated too.
+    """
+    dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
+    student = student.to(dtype)
+    teacher = (teacher if teacher_grad else teacher.detach()).to(dtype)
+    ones = student.new_ones(student.shape[:-1])
+    weight = ones if weight is None else weight.to(dtype) * ones
+    masked = (weight == 0).unsqueeze(-1)
+    student, teacher = student.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
+    terms = -weight * (_unit_rows(student, eps) * _unit_rows(teacher, eps)).sum(dim=-1)
+    if reduction == "none":
+        return terms
+    if reduction == "sum":
+        return terms.sum()
+    total = weight.sum()
+    return terms.sum() / torch.where(total == 0, 1, total)
