@@ -69,7 +69,7 @@ def layersync_loss(
     if name == "reference":
         return cosine_alignment_reference(student, teacher, weight, eps, reduction, teacher_grad)
     if weight is not None:
-        weight = weight.to(torch.float32).expand(student.shape[:-1]).reshape(-1)
+        weight = weight.to(torch.float32).expand(student.shape[:-1]).reshape(-1).contiguous()
     return cosine_alignment(student, teacher, weight, eps, reduction, teacher_grad, name)
 
 
