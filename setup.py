@@ -1,8 +1,8 @@
 """Builds the extension: C++ for the CPU wherever there is a compiler, CUDA wherever there is a toolkit; no GPU needed.
 
-    LAYERSYNC_BUILD=auto|none|cpu|cuda   what to build (auto: what the machine allows)
-    TORCH_CUDA_ARCH_LIST="9.0;10.0+PTX"  for which GPUs (default by toolkit)
-    CUDA_HOME, CXX, MAX_JOBS             the usual ones
+LAYERSYNC_BUILD=auto|none|cpu|cuda   what to build (auto: what the machine allows)
+TORCH_CUDA_ARCH_LIST="9.0;10.0+PTX"  for which GPUs (default by toolkit)
+CUDA_HOME, CXX, MAX_JOBS             the usual ones
 """
 
 from __future__ import annotations
@@ -94,7 +94,9 @@ def extensions() -> tuple[list, dict]:
         return [], {}
     if find_compiler() is None:
         if wanted != "auto":
-            raise SystemExit(f"layersync_kernels: LAYERSYNC_BUILD={wanted}, but no C++ compiler; install g++ or set CXX")
+            raise SystemExit(
+                f"layersync_kernels: LAYERSYNC_BUILD={wanted}, but no C++ compiler; install g++ or set CXX"
+            )
         say("no C++ compiler found: installing without the extension; install g++, then repeat the installation")
         return [], {}
 
@@ -162,5 +164,6 @@ def extensions() -> tuple[list, dict]:
     return modules, {"build_ext": BuildExtension.with_options(use_ninja=True)}
 
 
-ext_modules, cmdclass = extensions()
-setup(ext_modules=ext_modules, cmdclass=cmdclass)
+if __name__ == "__main__":
+    ext_modules, cmdclass = extensions()
+    setup(ext_modules=ext_modules, cmdclass=cmdclass)

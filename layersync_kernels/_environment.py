@@ -23,7 +23,9 @@ BACKEND = Variable(
 )
 NATIVE = Variable("LAYERSYNC_NATIVE", "1", "0: leave the compiled extension unloaded (read once, at import)")
 CPU_ISA = Variable("LAYERSYNC_CPU_ISA", "best", "cap on the CPU kernels: generic or avx2 (read at the first call)")
-BUILD = Variable("LAYERSYNC_BUILD", "auto", "build: auto, none (pure Python), cpu (no CUDA) or cuda (fail without nvcc)")
+BUILD = Variable(
+    "LAYERSYNC_BUILD", "auto", "build: auto, none (pure Python), cpu (no CUDA) or cuda (fail without nvcc)"
+)
 CUDA_ARCHS = Variable("TORCH_CUDA_ARCH_LIST", "by toolkit", 'build: CUDA architectures, e.g. "8.0;9.0;10.0+PTX"')
 CUDA_HOME = Variable("CUDA_HOME", "found", "build: the toolkit to use; else the real home of the nvcc on PATH")
 MAX_JOBS = Variable("MAX_JOBS", "by memory", "build: parallel compilations; default by cores and free memory")

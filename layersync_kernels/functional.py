@@ -78,9 +78,7 @@ def _check_pair(student: Tensor, teacher: Tensor) -> None:
         if not isinstance(tensor, Tensor):
             raise TypeError(f"layersync_loss: {name} must be a tensor (..., D), got {type(tensor).__name__}")
         if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"layersync_loss: {name} must be float32, bfloat16, float16 or float64 hidden states, got {tensor.dtype}"
-            )
+            raise TypeError(f"layersync_loss: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
     if student.shape != teacher.shape:
         raise ValueError(
             f"layersync_loss: student and teacher must have equal shapes (..., D), got {tuple(student.shape)} and "
@@ -95,7 +93,7 @@ def _check_pair(student: Tensor, teacher: Tensor) -> None:
 
 
 def _row_weights(student: Tensor, mask: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    """mask · token_weight, broadcastable to the leading dimensions of the student."""
+    """Mask · token_weight, broadcastable to the leading dimensions of the student."""
     weight = None
     if mask is not None:
         if mask.dtype != torch.bool:

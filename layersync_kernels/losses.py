@@ -142,7 +142,8 @@ class LayerSyncLoss(nn.Module):
         Args:
             states: block number → (B, N, D) output of that block, at least `layers`. May be empty in inactive steps.
             step: the trainer's step, from 0; needed by decaying schedules, `stop_step` and `every`.
-            mask, token_weight: as in `functional.layersync_loss`.
+            mask: as in `functional.layersync_loss`.
+            token_weight: as in `functional.layersync_loss`.
 
         Raises:
             ValueError: a block of a pair was not captured; a step is needed and missing.

@@ -93,7 +93,7 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> Choice:
         raise RuntimeError(
             f"layersync_kernels: {asked} cannot run: {obstacle}. Possible here: {', '.join(_explain(device, dtype))}"
         )
-    obstacles = []
+    obstacles: list[str] = []
     for candidate in ("cuda", "triton") if device == "cuda" else ("cpp",):
         obstacle = _obstacle(candidate, device, dtype)
         if obstacle is None:
@@ -105,7 +105,6 @@ def choose(backend: str, device: str, dtype: torch.dtype) -> Choice:
 _chosen: dict[tuple[str, str, torch.dtype], str] = {}
 
 
-@torch.compiler.assume_constant_result
 def resolve(backend: str, device: str, dtype: torch.dtype) -> str:
     """The name that `choose` gives, remembered: a look-up on the hot path, a constant under torch.compile."""
     key = (backend, device, dtype)
@@ -113,3 +112,7 @@ def resolve(backend: str, device: str, dtype: torch.dtype) -> str:
     if name is None:
         name = _chosen[key] = choose(backend, device, dtype).backend
     return name
+
+
+# What torch.compiler.assume_constant_result sets; calling that here would import Dynamo, two seconds, with the package.
+resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]

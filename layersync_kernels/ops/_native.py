@@ -55,7 +55,9 @@ def cuda() -> Library:
         return Library(False, host.reason)
     found = glob.glob(os.path.join(_FOLDER, _CUDA_KERNELS))
     if not found:
-        return Library(False, "not built: no CUDA toolkit was found when the package was installed", host.facts)
+        return Library(
+            False, "not built: at installation there was no CUDA toolkit, or LAYERSYNC_BUILD=cpu", host.facts
+        )
     built = f"built for {host.facts.cuda_archs} with CUDA {host.facts.cuda_built_with}"
     if torch.version.cuda is None:
         return Library(False, f"{built}, but torch {torch.__version__} is a build without CUDA", host.facts)

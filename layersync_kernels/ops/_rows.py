@@ -1,14 +1,15 @@
-"""How a kernel sees a (..., D) tensor: M rows of D contiguous values at any row stride (the twin of csrc/common/rows.h)."""
+"""How a kernel sees a (..., D) tensor: M rows of D contiguous values at any stride (the twin of csrc/common/rows.h)."""
 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
 
-class Rows(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Rows:
     """Row r starts at element `(r // inner) * outer_stride + (r % inner) * inner_stride` of `tensor`."""
 
     tensor: Tensor

@@ -31,9 +31,10 @@ ALL = [*FUSED, "reference"]
 def assert_as_exact_as(actual, baseline, truth, *, terms=0.0, factor=2.0, ulps=4.0):
     """A kernel may be twice as far from the fp64 truth as PyTorch in the same dtype, plus a few ulp.
 
-    The floor is `ulps` units in the last place of `actual.dtype` at the magnitude of the largest true value, as PyTorch's
-    own error can be zero by luck and rounding the result once already costs half an ulp; and of fp32 at the magnitude
-    of the largest of the `terms` that were subtracted on the way, where the true value is what their cancellation left.
+    The floor is `ulps` units in the last place of `actual.dtype` at the magnitude of the largest true value, as
+    PyTorch's own error can be zero by luck and rounding the result once already costs half an ulp; and of fp32 at the
+    magnitude of the largest of the `terms` that were subtracted on the way, where the true value is what their
+    cancellation left.
     """
     assert actual.shape == truth.shape
     truth = truth.double()

@@ -53,7 +53,9 @@ def check(student, teacher, backend, *, grad=None, **kwargs):
 
 
 @pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("dtypes", list(itertools.product(FLOATS, FLOATS)), ids=lambda d: "-".join(str(x)[6:] for x in d))
+@pytest.mark.parametrize(
+    "dtypes", list(itertools.product(FLOATS, FLOATS)), ids=lambda d: "-".join(str(x)[6:] for x in d)
+)
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
 @pytest.mark.parametrize("teacher_grad", [False, True])
 def test_values_and_gradients(backend, dtypes, reduction, teacher_grad, poisoned_memory):
@@ -204,7 +206,9 @@ def test_masked_tokens_may_hold_anything(backend):
     student, teacher = torch.randn(2, 4, 40), torch.randn(2, 4, 40)
     mask = torch.tensor([[True, True, False, False], [True, False, False, False]])
     device = device_of(backend)
-    expected = [x.cpu() for x in run(student.to(device), teacher.to(device), backend, mask=mask.to(device), teacher_grad=True)]
+    expected = [
+        x.cpu() for x in run(student.to(device), teacher.to(device), backend, mask=mask.to(device), teacher_grad=True)
+    ]
     student[~mask], teacher[~mask] = float("nan"), float("inf")
     actual = run(student.to(device), teacher.to(device), backend, mask=mask.to(device), teacher_grad=True)
     for a, e in zip(actual, expected, strict=True):
@@ -239,7 +243,10 @@ def test_mask_and_weight_multiply_and_broadcast(backend):
         (per_sample > 0.5, per_position, (per_sample > 0.5)[:, None] * per_position),
         (None, torch.tensor(0.5), torch.full((3, 4), 0.5)),
     ):
-        kwargs = {"mask": None if mask is None else mask.to(device), "token_weight": None if weight is None else weight.to(device)}
+        kwargs = {
+            "mask": None if mask is None else mask.to(device),
+            "token_weight": None if weight is None else weight.to(device),
+        }
         for reduction, expected in (
             ("none", -full * cosine),
             ("sum", -(full * cosine).sum()),
@@ -344,7 +351,10 @@ def test_fullgraph_compile_equals_eager_and_does_not_recompile(backend):
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch, tokens in ((2, 3), (4, 5), (6, 7)):
             student = torch.randn(batch, tokens, 40, device=device, requires_grad=True)
-            teacher, mask = torch.randn(batch, tokens, 40, device=device), torch.rand(batch, tokens, device=device) > 0.5
+            teacher, mask = (
+                torch.randn(batch, tokens, 40, device=device),
+                torch.rand(batch, tokens, device=device) > 0.5,
+            )
             compiled = step(student, teacher, mask)
             eager = layersync_loss(2 * student, teacher, mask=mask, backend=backend)
             torch.testing.assert_close(compiled, eager, rtol=0, atol=0)
@@ -429,7 +439,17 @@ def test_fp64_runs_through_the_reference():
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_lower_instruction_sets_pass_the_same_tests(isa):
     """The kernels are chosen at run time; a machine with AVX-512 must not leave the other two untested."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", "cpp and not instruction"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        __file__,
+        "-k",
+        "cpp and not instruction",
+    ]
     environment = {**os.environ, "LAYERSYNC_CPU_ISA": isa}
     facts = subprocess.run(
         [sys.executable, "-c", "from layersync_kernels.ops import _native; print(_native.cpp().facts.cpu_isa())"],
@@ -450,8 +470,7 @@ def test_a_call_costs_a_fraction_of_the_eager_formula():
         return -(F.normalize(student.float(), dim=-1) * F.normalize(teacher.float(), dim=-1)).sum(-1).mean()
 
     fused_time, eager_time = (
-        min(timeit.repeat(call, number=200, repeat=20))
-        for call in (lambda: layersync_loss(student, teacher), eager)
+        min(timeit.repeat(call, number=200, repeat=20)) for call in (lambda: layersync_loss(student, teacher), eager)
     )
     assert fused_time < eager_time / 2
 

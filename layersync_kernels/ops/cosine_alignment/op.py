@@ -88,10 +88,12 @@ class CosineAlignment(FusedFunction):
         teacher_grad: bool,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
+        """(loss, stats, scale) of the raw op."""
         return FORWARD[backend](student, teacher, weight, eps, reduction)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+        """Keep what the backward pass reads."""
         student, teacher, weight, _, _, teacher_grad, backend = inputs
         _, stats, scale = output
         ctx.mark_non_differentiable(stats, scale)
@@ -102,6 +104,7 @@ class CosineAlignment(FusedFunction):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+        """Gradients of student and teacher, as far as wanted."""
         student_grad = ctx.needs_input_grad[0]
         teacher_grad = ctx.needs_input_grad[1] and ctx.teacher_grad
         if grad is None or not (student_grad or teacher_grad):
@@ -124,6 +127,6 @@ def cosine_alignment(
     teacher_grad: bool,
     backend: str,
 ) -> Tensor:
-    """Run the fused op on a resolved backend. Arguments as `cosine_alignment_reference`, weight (M,) float32 or None."""
+    """Run the fused op on a resolved backend. Arguments as the reference's, but weight (M,) float32."""
     loss, _, _ = CosineAlignment.run(student, teacher, weight, eps, REDUCTIONS[reduction], teacher_grad, backend)
     return loss

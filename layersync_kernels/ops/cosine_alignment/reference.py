@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def _unit_rows(x: Tensor, eps: float) -> Tensor:
-    """x / ‖x‖ over the last dimension; rows with ‖x‖ < eps become zero, with zero gradient."""
+    """Rows x / ‖x‖ over the last dimension; rows with ‖x‖ < eps become zero, with zero gradient."""
     if x.shape[-1] == 0:
         return x
     # Scaling by the largest element keeps the squares of rows near 1e30 in range.
@@ -24,7 +24,8 @@ def cosine_alignment_reference(
     """−w·cos(student, teacher) per row, its sum, or its weighted mean; arithmetic in fp32, or fp64 for fp64 inputs.
 
     Args:
-        student, teacher: (..., D), equal shapes.
+        student: (..., D).
+        teacher: (..., D), same shape.
         weight: broadcastable to the leading dimensions, or None for ones. Rows of weight 0 are not looked at.
         eps: a row whose norm is below it has cosine 0 and gradient 0.
         reduction: "none", "sum" or "mean" (over the sum of weights; 0 where that is 0).

@@ -1,0 +1,1 @@
+"""The benchmark engine: correctness first, then interleaved times as ratios inside one run."""

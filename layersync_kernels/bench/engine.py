@@ -1,0 +1,262 @@
+"""Times the providers of a case against each other.
+
+Providers take turns inside every round, so that a slow spell of the machine hits them alike and ratios hold where
+single times do not; inputs rotate through more memory than the caches hold; a provider is timed only after its loss and
+gradient have been checked against fp64, and a copy of one tensor runs in the same rounds as the yardstick of bandwidth.
+"""
+
+from __future__ import annotations
+
+import math
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import Tensor
+
+from .cases import MODES, Case, Loss, eager_loss, provider
+
+_ROTATE_BYTES = 256 << 20
+_MAX_SETS = 16
+
+
+@dataclass
+class Row:
+    """One provider, case and mode.
+
+    Attributes:
+        p20_ms, p50_ms, p80_ms: quantiles of the time, milliseconds.
+        gb_per_s: ideal bytes over the median time.
+        copy_fraction: that, over the bandwidth of copying one tensor in the same rounds.
+        saved_bytes: bytes kept for the backward pass beyond the inputs.
+        peak_bytes: most memory allocated beyond the inputs (GPU only).
+        vs_eager, vs_compile: how many times faster; the median over rounds of the ratio inside a round.
+        problem: why there are no times.
+    """
+
+    op: str
+    case: str
+    mode: str
+    provider: str
+    device: str
+    bytes_moved: int = 0
+    p20_ms: float | None = None
+    p50_ms: float | None = None
+    p80_ms: float | None = None
+    gb_per_s: float | None = None
+    copy_fraction: float | None = None
+    saved_bytes: int | None = None
+    peak_bytes: int | None = None
+    vs_eager: float | None = None
+    vs_compile: float | None = None
+    problem: str | None = None
+    machine: dict[str, str] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, object]:
+        """For a line of JSON."""
+        return asdict(self)
+
+
+def machine_facts(device: str) -> dict[str, str]:
+    """Where and with what a figure was measured."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from .. import __version__
+
+    def version_of(package: str) -> str:
+        try:
+            return version(package)
+        except PackageNotFoundError:
+            return "none"
+
+    facts = {
+        "layersync_kernels": __version__,
+        "torch": torch.__version__,
+        "triton": version_of("triton"),
+        "python": platform.python_version(),
+        "cpu": _cpu_name(),
+        "threads": str(torch.get_num_threads()),
+        "date": time.strftime("%Y-%m-%d", time.gmtime()),
+    }
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "cuda": torch.version.cuda or "none"}
+    return facts
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo") as lines:
+            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def relative_error(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
+    """‖actual − truth‖ / ‖truth‖ of each pair."""
+    pairs = zip(actual, truth, strict=True)
+    return [((a.double() - t).norm() / t.norm().clamp_min(1e-300)).item() for a, t in pairs]
+
+
+def check(case: Case, loss: Loss) -> str | None:
+    """Compare loss and gradient with fp64; None when both are right, else what is wrong.
+
+    A provider may be twice as far off as the eager formula, plus two ulp of fp32 for the loss and of the dtype for the
+    gradient. The largest case that is checked has 8,192 rows: fp64 copies of more would not fit everywhere.
+    """
+    small = Case(min(case.rows, 8192), case.width, case.dtype, case.device)
+    student, teacher = small.inputs(seed=1)
+
+    def run(function: Loss, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        value = function(s, t)
+        return value.detach(), torch.autograd.grad(value, s)[0]
+
+    def fp64_loss(s: Tensor, t: Tensor) -> Tensor:
+        return -torch.cosine_similarity(s, t, dim=-1, eps=1e-12).mean()
+
+    truth = run(fp64_loss, student.detach().double().requires_grad_(), teacher.double())
+    allowed = relative_error(run(eager_loss, student, teacher), truth)
+    errors = relative_error(run(loss, student, teacher), truth)
+    floors = (2 * torch.finfo(torch.float32).eps, 2 * torch.finfo(case.dtype).eps)
+    for what, error, allow, floor in zip(("loss", "gradient"), errors, allowed, floors, strict=True):
+        if not error <= 2 * allow + floor:
+            return f"wrong {what}: relative error {error:.2g}, eager has {allow:.2g}"
+    return None
+
+
+def saved_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
+    """Bytes that the autograd graph keeps beyond the inputs' own storages."""
+    storages: dict[int, int] = {}
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        loss(student, teacher)
+    inputs = {x.untyped_storage().data_ptr() for x in (student, teacher)}
+    return sum(nbytes for pointer, nbytes in storages.items() if pointer not in inputs)
+
+
+class _Timer:
+    """Milliseconds of one call: the wall clock on the CPU, events on a GPU."""
+
+    def __init__(self, device: str) -> None:
+        self._gpu = device == "cuda"
+
+    def __call__(self, call: Callable[[], object]) -> tuple[float, object]:
+        if not self._gpu:
+            began = time.perf_counter()
+            result = call()
+            return (time.perf_counter() - began) * 1e3, result
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        torch.cuda.synchronize()
+        # The launch is hidden behind a kernel that is already running, as it is inside a training step.
+        torch.cuda._sleep(2_000_000)
+        begin.record()
+        result = call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end), result
+
+
+def _timed(timer: _Timer, loss: Loss, mode: str, student: Tensor, teacher: Tensor) -> float:
+    student.grad = None
+    if mode == "forward":
+        milliseconds, _ = timer(lambda: loss(student, teacher))
+    elif mode == "backward":
+        value = loss(student, teacher)
+        milliseconds, _ = timer(value.backward)
+    else:
+        milliseconds, _ = timer(lambda: loss(student, teacher).backward())
+    student.grad = None
+    return milliseconds
+
+
+def _quantile(values: Sequence[float], fraction: float) -> float:
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, math.floor(fraction * len(ordered)))]
+
+
+def measure(
+    case: Case,
+    providers: Sequence[str],
+    *,
+    modes: Sequence[str] = MODES,
+    rounds: int = 15,
+    warmup: int = 3,
+    seconds: float = 60,
+) -> Iterator[Row]:
+    """Check and time every provider that can run on a case.
+
+    Args:
+        case: what to compute.
+        providers: names of `cases.PROVIDERS`.
+        modes: of "forward", "backward", "both".
+        rounds: measured rounds of each mode; every provider is timed once in a round.
+        warmup: rounds that are not counted.
+        seconds: about how long one mode may take; ends its rounds early, but not before the fifth.
+
+    Yields:
+        one row per mode and provider, and one for the copy.
+    """
+    facts = machine_facts(case.device)
+    losses: dict[str, Loss] = {}
+    problems: dict[str, str] = {}
+    for name in providers:
+        try:
+            losses[name] = provider(name, case)
+            problem = check(case, losses[name])
+        except RuntimeError as error:
+            problem = str(error)
+        if problem is not None:
+            losses.pop(name, None)
+            problems[name] = problem
+
+    sets = [case.inputs(seed) for seed in range(min(_MAX_SETS, max(2, -(-_ROTATE_BYTES // (2 * case.tensor_bytes)))))]
+    target = torch.empty_like(sets[0][1])
+    timer = _Timer(case.device)
+    saved = {name: saved_bytes(loss, *sets[0]) for name, loss in losses.items()}
+    for mode in modes:
+        times: dict[str, list[float]] = {name: [] for name in ("copy", *losses)}
+        peaks: dict[str, int] = {}
+        began = time.perf_counter()
+        for turn in range(warmup + rounds):
+            if turn >= warmup + 5 and time.perf_counter() - began > seconds:
+                break
+            student, teacher = sets[turn % len(sets)]
+            milliseconds = {"copy": timer(lambda: target.copy_(teacher))[0]}  # noqa: B023 (called at once)
+            for name, loss in losses.items():
+                if case.device == "cuda":
+                    torch.cuda.reset_peak_memory_stats()
+                    before = torch.cuda.memory_allocated()
+                milliseconds[name] = _timed(timer, loss, mode, student, teacher)
+                if case.device == "cuda":
+                    peaks[name] = torch.cuda.max_memory_allocated() - before
+            if turn >= warmup:
+                for name, value in milliseconds.items():
+                    times[name].append(value)
+        copy_speed = 2 * case.tensor_bytes / statistics.median(times["copy"])
+        for name in ("copy", *losses):
+            moved = 2 * case.tensor_bytes if name == "copy" else case.ideal_bytes(mode)
+            median = statistics.median(times[name])
+            yield Row(
+                case.op, case.name, mode, name, case.device, moved,
+                p20_ms=_quantile(times[name], 0.2), p50_ms=median, p80_ms=_quantile(times[name], 0.8),
+                gb_per_s=moved / median / 1e6, copy_fraction=moved / median / copy_speed,
+                saved_bytes=saved.get(name), peak_bytes=peaks.get(name),
+                vs_eager=_speedup(times, name, "eager"), vs_compile=_speedup(times, name, "compile"),
+                machine=facts,
+            )  # fmt: skip
+        for name, problem in problems.items():
+            yield Row(case.op, case.name, mode, name, case.device, problem=problem, machine=facts)
+
+
+def _speedup(times: dict[str, list[float]], name: str, against: str) -> float | None:
+    if against not in times or name == "copy":
+        return None
+    return statistics.median(other / own for own, other in zip(times[name], times[against], strict=True))

@@ -1,0 +1,98 @@
+"""`layersync doctor`: what is installed, which backend each op takes where and why, every environment variable."""
+
+from __future__ import annotations
+
+import importlib.util
+import platform
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+import tyro
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__, _environment
+from .ops import _dispatch, _native
+
+OPS = ("cosine_alignment",)
+_DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
+
+
+@dataclass
+class _NoArguments:
+    """What is installed, which backend each op takes on each device and why, every environment variable."""
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def facts() -> Iterator[tuple[str, str]]:
+    """(what, value) rows about the installation."""
+    yield "layersync_kernels", __version__
+    yield "Python", f"{platform.python_version()} on {platform.platform()}"
+    yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads"
+    yield "triton", _version("triton") if importlib.util.find_spec("triton") else "not installed"
+    if torch.cuda.is_available():
+        for index in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(index)
+            yield (
+                f"GPU {index}",
+                f"{properties.name}, sm_{properties.major}{properties.minor}, {properties.total_memory >> 30} GiB",
+            )
+    else:
+        yield "GPU", "none visible to torch"
+    cpp = _native.cpp()
+    yield "C++ extension", cpp.reason
+    if cpp.facts is not None:
+        yield "CPU kernels", f"{cpp.facts.cpu_isa()} (of generic, avx2, avx512)"
+    yield "CUDA extension", _native.cuda().reason
+
+
+def choices() -> Iterator[tuple[str, str, str, str, str]]:
+    """(op, device, dtypes, backend, reason) rows; dtypes with the same choice share one."""
+    for op in OPS:
+        for device in ("cpu", "cuda"):
+            if device == "cuda" and not torch.cuda.is_available():
+                yield op, device, "all", "-", "no GPU is visible to torch"
+                continue
+            grouped: dict[tuple[str, str], list[str]] = {}
+            for dtype, name in _DTYPES.items():
+                try:
+                    choice = tuple(_dispatch.choose("auto", device, dtype))
+                except (RuntimeError, ValueError) as error:  # LAYERSYNC_BACKEND asks for what cannot run
+                    choice = ("error", str(error))
+                grouped.setdefault(choice, []).append(name)  # type: ignore[arg-type]
+            for (backend, reason), dtypes in grouped.items():
+                yield op, device, ", ".join(dtypes), backend, reason
+
+
+def _table(title: str, *columns: str) -> Table:
+    table = Table(title=title, title_justify="left", show_header=len(columns) > 2)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    return table
+
+
+def main(argv: Sequence[str] = ()) -> int:
+    """Print the report; takes no arguments."""
+    tyro.cli(_NoArguments, prog="layersync doctor", args=argv)
+    console = Console()
+    table = _table("Installation", "what", "value")
+    for row in facts():
+        table.add_row(*row)
+    console.print(table)
+    table = _table("Backends (backend='auto')", "op", "device", "dtypes", "backend", "reason")
+    for choice in choices():
+        table.add_row(*choice)
+    console.print(table)
+    table = _table("Environment variables", "name", "default", "value here", "meaning")
+    for variable in _environment.VARIABLES:
+        table.add_row(variable.name, variable.default, variable.get(), variable.meaning)
+    console.print(table)
+    return 0

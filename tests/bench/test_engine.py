@@ -1,0 +1,88 @@
+"""The benchmark engine: it refuses to time what is wrong, and its numbers are what they say."""
+
+import json
+
+import pytest
+import torch
+
+from layersync_kernels import layersync_loss
+from layersync_kernels.bench import cli, engine
+from layersync_kernels.bench.cases import Case, cases, eager_loss, provider
+
+SMALL = Case(64, 32, torch.float32, "cpu")
+
+
+def test_a_right_provider_passes_the_gate():
+    for dtype in (torch.float32, torch.bfloat16):
+        assert engine.check(Case(64, 32, dtype, "cpu"), layersync_loss) is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "what"),
+    [
+        (lambda s, t: layersync_loss(s, t) * (1 + 1e-5), "loss"),
+        (lambda s, t: layersync_loss(s, t) + 1e-4 * (s - s.detach()).sum(), "gradient"),
+        (lambda s, t: layersync_loss(s, t) * float("nan"), "loss"),
+    ],
+)
+def test_a_wrong_provider_is_named_and_not_timed(wrong, what, monkeypatch):
+    assert f"wrong {what}" in engine.check(SMALL, wrong)
+    monkeypatch.setattr(engine, "provider", lambda name, case: wrong if name == "cpp" else eager_loss)
+    rows = {row.provider: row for row in engine.measure(SMALL, ["eager", "cpp"], modes=["both"], rounds=2, warmup=0)}
+    assert rows["cpp"].p50_ms is None
+    assert rows["cpp"].vs_eager is None
+    assert f"wrong {what}" in rows["cpp"].problem
+    assert rows["eager"].p50_ms > 0
+
+
+def test_rows_carry_bytes_bandwidth_and_ratios():
+    rows = list(engine.measure(SMALL, ["eager", "cpp"], rounds=5, warmup=1))
+    assert [(row.mode, row.provider) for row in rows if row.problem is None] == [
+        (mode, name) for mode in ("forward", "backward", "both") for name in ("copy", "eager", "cpp")
+    ]
+    for row in rows:
+        tensors = 2 if row.provider == "copy" else {"forward": 2, "backward": 3, "both": 5}[row.mode]
+        assert row.bytes_moved == tensors * 64 * 32 * 4
+        assert row.p20_ms <= row.p50_ms <= row.p80_ms
+        assert row.gb_per_s == pytest.approx(row.bytes_moved / row.p50_ms / 1e6)
+        if row.provider == "eager":
+            assert row.vs_eager == 1
+        assert row.machine["torch"] == torch.__version__
+    saved = {row.provider: row.saved_bytes for row in rows}
+    assert saved["cpp"] == 64 * 12 + 4
+    assert saved["eager"] > SMALL.tensor_bytes
+
+
+def test_a_provider_that_cannot_run_says_so():
+    (row,) = [row for row in engine.measure(SMALL, ["triton"], modes=["forward"], rounds=1) if row.provider == "triton"]
+    assert "needs a GPU" in row.problem
+    with pytest.raises(ValueError, match="unknown provider 'jax'"):
+        provider("jax", SMALL)
+
+
+def test_the_suites_cover_the_sizes_of_the_claims():
+    names = {case.name for case in cases("cpu")}
+    assert {"8192x1152 float32", "8192x1152 bfloat16", "32768x1152 float32"} <= names
+    assert cases("cuda")[0].name == "65536x1152 bfloat16"
+
+
+def test_the_command_writes_json_lines_and_fails_on_a_wrong_result(tmp_path, monkeypatch, capsys):
+    arguments = ["ops", "--device", "cpu", "--size", "64", "32", "--providers", "eager", "cpp", "--modes", "both"]
+    path = tmp_path / "results" / "rows.jsonl"
+    assert cli.main([*arguments, "--rounds", "2", "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["provider"] for row in rows} == {"copy", "eager", "cpp"}
+    assert "64x32 float32" in capsys.readouterr().out
+    monkeypatch.setattr(engine, "provider", lambda name, case: lambda s, t: 2 * layersync_loss(s, t))
+    assert cli.main([*arguments, "--rounds", "2"]) == 1
+    assert "wrong loss" in capsys.readouterr().out
+
+
+def test_the_trainer_rows_have_every_provider_and_ratio():
+    from layersync_kernels.bench import trainer
+
+    rows = {row["provider"]: row for row in trainer.measure("cpu", quick=True)}
+    assert set(rows) == {"fused", "eager", "compile", "plain"}
+    assert rows["plain"]["vs_plain"] == 1
+    for row in rows.values():
+        assert row["low"] <= row["images_per_s"] <= row["high"]

@@ -1,0 +1,92 @@
+"""Which backend runs, and that the choice explains itself."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from layersync_kernels.ops import _dispatch, _native
+
+
+@pytest.fixture
+def libraries(monkeypatch):
+    """Pretend that the compiled libraries are there or not."""
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(_dispatch, "_environment_backend", "auto")
+
+    def pretend(*, cpp, cuda):
+        monkeypatch.setattr(_native, "cpp", lambda: _native.Library(cpp, "not built: no compiler"))
+        monkeypatch.setattr(_native, "cuda", lambda: _native.Library(cuda, "not built: no toolkit"))
+
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("cpp", "cuda", "device", "expected", "reason"),
+    [
+        (True, True, "cpu", "cpp", "fastest"),
+        (False, False, "cpu", "reference", "no compiler"),
+        (True, True, "cuda", "cuda", "fastest"),
+        (True, False, "cuda", "triton", "no toolkit"),
+        (True, True, "mps", "reference", "the tensors are on mps"),
+    ],
+)
+def test_auto_takes_the_fastest_that_runs_and_says_why(libraries, cpp, cuda, device, expected, reason):
+    libraries(cpp=cpp, cuda=cuda)
+    choice = _dispatch.choose("auto", device, torch.bfloat16)
+    assert choice.backend == expected
+    assert reason in choice.reason
+
+
+def test_fp64_takes_the_reference(libraries):
+    libraries(cpp=True, cuda=True)
+    for device in ("cpu", "cuda"):
+        choice = _dispatch.choose("auto", device, torch.float64)
+        assert choice.backend == "reference"
+        assert "float64" in choice.reason
+
+
+def test_an_explicit_backend_never_falls_back(libraries):
+    libraries(cpp=False, cuda=False)
+    with pytest.raises(RuntimeError, match=r"backend='cpp' cannot run: .*no compiler.*Possible here: reference"):
+        _dispatch.choose("cpp", "cpu", torch.float32)
+    with pytest.raises(
+        RuntimeError, match=r"backend='cuda' cannot run: .*no toolkit.*Possible here: reference, triton"
+    ):
+        _dispatch.choose("cuda", "cuda", torch.float32)
+
+
+def test_the_environment_overrides_auto_and_is_named_in_the_error(libraries, monkeypatch):
+    libraries(cpp=True, cuda=True)
+    monkeypatch.setattr(_dispatch, "_environment_backend", "reference")
+    assert _dispatch.choose("auto", "cpu", torch.float32).backend == "reference"
+    assert _dispatch.choose("cpp", "cpu", torch.float32).backend == "cpp"
+    monkeypatch.setattr(_dispatch, "_environment_backend", "cuda")
+    with pytest.raises(RuntimeError, match="LAYERSYNC_BACKEND=cuda cannot run"):
+        _dispatch.choose("auto", "cpu", torch.float32)
+    monkeypatch.setattr(_dispatch, "_environment_backend", "fast")
+    with pytest.raises(ValueError, match="unknown LAYERSYNC_BACKEND=fast"):
+        _dispatch.choose("auto", "cpu", torch.float32)
+
+
+def run(code, **environment):
+    return subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
+
+
+def test_the_extension_can_be_switched_off():
+    report = run("from layersync_kernels.ops import _native; print(_native.cpp())", LAYERSYNC_NATIVE="0")
+    assert "switched off by LAYERSYNC_NATIVE=0" in report.stdout
+
+
+def test_importing_the_package_loads_neither_triton_nor_the_extension():
+    """A cold import stays cheap, and works where either is broken."""
+    code = (
+        "import sys, torch; before = set(sys.modules); import layersync_kernels; new = set(sys.modules) - before; "
+        "print([m for m in new if m.split('.')[0] == 'triton' or m.endswith('._C') or '.sit' in m])"
+    )
+    report = run(code)
+    assert report.stdout.strip() == "[]", report.stderr
