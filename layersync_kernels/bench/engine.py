@@ -148,33 +148,34 @@ class _Timer:
     def __init__(self, device: str) -> None:
         self._gpu = device == "cuda"
 
-    def __call__(self, call: Callable[[], object]) -> tuple[float, object]:
+    def __call__(self, call: Callable[[], object]) -> float:
         if not self._gpu:
             began = time.perf_counter()
-            result = call()
-            return (time.perf_counter() - began) * 1e3, result
+            call()
+            return (time.perf_counter() - began) * 1e3
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         # The launch is hidden behind a kernel that is already running, as it is inside a training step.
         torch.cuda._sleep(2_000_000)
         begin.record()
-        result = call()
+        call()
         end.record()
         end.synchronize()
-        return begin.elapsed_time(end), result
+        return begin.elapsed_time(end)
 
 
-def _timed(timer: _Timer, loss: Loss, mode: str, student: Tensor, teacher: Tensor) -> float:
+def _timed(timer: _Timer, loss: Loss, mode: str, student: Tensor, teacher: Tensor, repeats: int) -> float:
+    turns = range(repeats)
     student.grad = None
     if mode == "forward":
-        milliseconds, _ = timer(lambda: loss(student, teacher))
+        milliseconds = timer(lambda: [loss(student, teacher) for _ in turns])
     elif mode == "backward":
-        value = loss(student, teacher)
-        milliseconds, _ = timer(value.backward)
+        values = [loss(student, teacher) for _ in turns]
+        milliseconds = timer(lambda: [value.backward() for value in values])
     else:
-        milliseconds, _ = timer(lambda: loss(student, teacher).backward())
+        milliseconds = timer(lambda: [loss(student, teacher).backward() for _ in turns])
     student.grad = None
-    return milliseconds
+    return milliseconds / repeats
 
 
 def _quantile(values: Sequence[float], fraction: float) -> float:
@@ -229,12 +230,12 @@ def measure(
             if turn >= warmup + 5 and time.perf_counter() - began > seconds:
                 break
             student, teacher = sets[turn % len(sets)]
-            milliseconds = {"copy": timer(lambda: target.copy_(teacher))[0]}  # noqa: B023 (called at once)
+            milliseconds = {"copy": timer(lambda: target.copy_(teacher))}  # noqa: B023 (called at once)
             for name, loss in losses.items():
                 if case.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
-                milliseconds[name] = _timed(timer, loss, mode, student, teacher)
+                milliseconds[name] = _timed(timer, loss, mode, student, teacher, case.repeats)
                 if case.device == "cuda":
                     peaks[name] = torch.cuda.max_memory_allocated() - before
             if turn >= warmup:

@@ -1,1 +1,1 @@
-"""One folder per op: `op.py` (schema, fake, autograd), `reference.py` (the mathematics), `triton.py`; its twin in csrc."""
+"""One folder per op: `op.py` (schema, fake, autograd), `reference.py` (the mathematics), `triton.py`."""
