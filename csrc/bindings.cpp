@@ -4,8 +4,9 @@
 
 #include "common/cpu.h"
 
-#define LAYERSYNC_STRING_(x) #x
-#define LAYERSYNC_STRING(x) LAYERSYNC_STRING_(x)
+// Variadic, as a list of architectures has commas.
+#define LAYERSYNC_STRING_(...) #__VA_ARGS__
+#define LAYERSYNC_STRING(...) LAYERSYNC_STRING_(__VA_ARGS__)
 
 #if defined(__clang__)
 #define LAYERSYNC_COMPILER "clang " __clang_version__

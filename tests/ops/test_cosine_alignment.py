@@ -14,7 +14,7 @@ from torch.profiler import profile
 from layersync_kernels import layersync_loss
 from layersync_kernels.ops.cosine_alignment import op
 
-from .backends import ALL, FUSED, assert_as_exact_as, device_of
+from .backends import ALL, FUSED, HAS_GPU, assert_as_exact_as, device_of
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -109,7 +109,7 @@ def test_row_strides_cost_no_copy(backend, student_view, teacher_view, poisoned_
     with profile() as profiler:
         actual = run(student, teacher, backend, teacher_grad=True)
     copies = {event.name for event in profiler.events()} & {"aten::copy_", "aten::clone"}
-    assert not copies
+    assert not copies or (backend == "triton" and not HAS_GPU)  # Triton's interpreter copies its arguments itself
     expected = run(student.contiguous(), teacher.contiguous(), backend, teacher_grad=True)
     for a, e in zip(actual, expected, strict=True):
         assert torch.equal(a, e)
@@ -225,6 +225,17 @@ def test_all_masked_gives_zero_with_zero_gradient(backend, reduction, poisoned_m
     mask = torch.zeros(2, 4, dtype=torch.bool, device=device)
     loss, gradient = run(student, teacher, backend, mask=mask, reduction=reduction)
     assert torch.equal(loss, torch.zeros_like(loss))
+    assert torch.equal(gradient, torch.zeros_like(gradient))
+
+
+@pytest.mark.parametrize("backend", ALL)
+def test_weights_that_cancel_give_zero(backend):
+    device = device_of(backend)
+    weight = torch.tensor([1.0, -1.0], device=device)
+    loss, gradient = run(
+        torch.randn(2, 40, device=device), torch.randn(2, 40, device=device), backend, token_weight=weight
+    )
+    assert loss == 0
     assert torch.equal(gradient, torch.zeros_like(gradient))
 
 

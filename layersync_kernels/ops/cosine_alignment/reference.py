@@ -44,4 +44,4 @@ def cosine_alignment_reference(
     if reduction == "sum":
         return terms.sum()
     total = weight.sum()
-    return terms.sum() / torch.where(total == 0, 1, total)
+    return torch.where(total == 0, 0, terms.sum() / torch.where(total == 0, 1, total))

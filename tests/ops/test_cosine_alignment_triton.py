@@ -1,0 +1,104 @@
+"""What only the Triton route can get wrong. Its numbers are tested with all backends in test_cosine_alignment.py."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from layersync_kernels.ops._rows import as_rows
+from layersync_kernels.ops.cosine_alignment.op import REDUCTIONS
+
+triton_route = pytest.importorskip("layersync_kernels.ops.cosine_alignment.triton", reason="triton is not installed")
+
+# Compiles for an H100 that is not there: Triton asks its driver for nothing but names, and nothing is launched.
+COUNT_SPECIALISATIONS = """
+import types
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+
+driver.set_active(types.SimpleNamespace(
+    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda _: 0
+))
+from layersync_kernels.ops.cosine_alignment import triton as route
+
+class CompileOnly:
+    def __init__(self, kernel):
+        self.kernel, self.compiled = kernel, set()
+    def __getitem__(self, grid):
+        return lambda *args, **kwargs: self.compiled.add(self.kernel.warmup(*args, grid=grid, **kwargs).hash)
+
+names = ("forward_kernel", "finish_kernel", "backward_kernel")
+for name in names:
+    setattr(route, name, CompileOnly(getattr(route, name)))
+
+def zeros(*shape):
+    return torch.zeros(shape, dtype=torch.bfloat16)
+
+def run(student, teacher):
+    weight = torch.ones(student.shape[:-1].numel())
+    loss, stats, scale = route.forward(student, teacher, weight, 1e-6, 1)
+    route.backward(torch.ones(()), student, teacher, weight, stats, scale, True, False)
+
+def counts():
+    return [len(getattr(route, name).compiled) for name in names]
+
+for batch, tokens in ((1, 1), (1, 7), (2, 16), (3, 255), (16, 256), (1, 70000)):
+    run(zeros(batch, tokens, 64), zeros(batch, tokens, 64))
+    run(zeros(batch, tokens + 1, 64)[:, 1:], zeros(tokens, batch, 64).transpose(0, 1))
+print(*counts())
+run(zeros(2, 3, 65)[..., :64], zeros(2, 3, 64))
+print(*counts())
+"""
+
+
+def test_neither_batch_nor_tokens_nor_strides_recompile(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-c", COUNT_SPECIALISATIONS]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    everywhere, with_unaligned_rows = done.stdout.splitlines()
+    assert everywhere == "1 1 1"
+    assert with_unaligned_rows == "2 1 2"
+
+
+def test_import_does_not_touch_triton():
+    code = "import sys, layersync_kernels; assert 'triton' not in sys.modules, 'triton was imported'"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("width", [1, 8, 96, 256, 257, 2048, 2049, 20000, 1_000_000])
+def test_tile_covers_the_width_in_a_bounded_number_of_steps(width):
+    tile = triton_route.tile_for(width)
+    assert tile.rows * tile.block <= 1024 or tile.rows == 1
+    assert -(-width // tile.block) <= 32
+
+
+@pytest.mark.parametrize(
+    ("tensor", "vector"),
+    [
+        (torch.zeros(4, 64), 4),
+        (torch.zeros(4, 64, dtype=torch.bfloat16), 8),
+        (torch.zeros(4, 68, dtype=torch.bfloat16)[:, :64], 1),
+        (torch.zeros(4, 68)[:, :64], 4),
+        (torch.zeros(4, 3, 65)[..., :64], 1),
+        (torch.zeros(64).expand(4, 64), 4),
+    ],
+)
+def test_vector_is_what_every_row_start_allows(tensor, vector):
+    assert triton_route.vector_of(as_rows(tensor)) == vector
+
+
+def test_many_partials_are_summed_in_several_steps(monkeypatch):
+    # 65 programs of 4 rows, 16 partials a step: the loop over partials, with a rest.
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        pytest.skip("Triton was imported without its interpreter, and there is no GPU")
+    monkeypatch.setattr(triton_route, "_FINISH_BLOCK", 16)
+    student, teacher = torch.randn(257, 256, device=device), torch.randn(257, 256, device=device)
+    loss, _, scale = triton_route.forward(student, teacher, None, 1e-6, REDUCTIONS["mean"])
+    exact = -torch.cosine_similarity(student.double(), teacher.double(), dim=-1).mean()
+    torch.testing.assert_close(loss.double(), exact, rtol=0, atol=1e-7)
+    torch.testing.assert_close(scale.item(), 1 / 257)

@@ -1,0 +1,65 @@
+"""Reads back what the compilers made of a GPU kernel: registers, spills and the widths of its memory accesses."""
+
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+from typing import NamedTuple
+
+
+class Kernel(NamedTuple):
+    """Facts about one function of a cubin."""
+
+    name: str
+    registers: int
+    spills: int  # bytes of stack and local memory
+    loads: Counter  # bits of an access to global memory → how many such instructions
+    stores: Counter
+    batch: int  # most loads of 128 bits that are issued with no arithmetic and no store between them
+
+
+def find_cuobjdump():
+    """The toolkit's, or the one that Triton's wheel brings; None where there is neither."""
+    triton = importlib.util.find_spec("triton")
+    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *([Path(triton.origin).parent] if triton else [])]
+    folders = [folder for home in homes if home for folder in (Path(home) / "bin", Path(home) / "backends/nvidia/bin")]
+    return next((str(tool) for folder in folders if (tool := folder / "cuobjdump").exists()), shutil.which("cuobjdump"))
+
+
+def _widths(sass, instruction):
+    """Count accesses by width: LDG.E.128 has 128 bits, LDG.E.U16 16, LDG.E 32."""
+    counts = Counter()
+    for modifiers in re.findall(rf"\b{instruction}((?:\.\w+)*)", sass):
+        sizes = [int(size) for size in re.findall(r"\.[US]?(8|16|64|128|256)\b", modifiers)]
+        counts[sizes[0] if sizes else 32] += 1
+    return counts
+
+
+def _batch(sass):
+    marks = {"LDG.E.128": "L", "FFMA": "f", "FMUL": "f", "STG": "S"}
+    order = "".join(marks[name] for name in re.findall(r"\b(LDG\.E\.128|FFMA|FMUL|STG)\b", sass))
+    return max(map(len, re.findall("L+", order)), default=0)
+
+
+def inspect(cubin):
+    """Every kernel of the cubin file at `cubin`."""
+
+    def dump(option):
+        return subprocess.run([find_cuobjdump(), option, cubin], capture_output=True, text=True, check=True).stdout
+
+    usage = {
+        name: (int(registers), int(stack) + int(local))
+        for name, registers, stack, local in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("--dump-resource-usage")
+        )
+    }
+    kernels = []
+    for part in dump("--dump-sass").split("Function : ")[1:]:
+        name, sass = part.split(None, 1)
+        registers, spills = usage[name]
+        spills += 4 * len(re.findall(r"\b(?:STL|LDL)\b", sass))
+        kernels.append(Kernel(name, registers, spills, _widths(sass, "LDG"), _widths(sass, "STG"), _batch(sass)))
+    return kernels
