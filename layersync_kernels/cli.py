@@ -1,0 +1,74 @@
+"""The command `layersync`. Each subcommand's module is imported only when that subcommand runs."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from .errors import UserError
+
+
+class Command(NamedTuple):
+    """A subcommand: "module:function" taking its arguments and giving an exit code, and a line of help."""
+
+    target: str
+    help: str
+
+    def load(self) -> Callable[[Sequence[str]], int | None]:
+        """Imports the function."""
+        module, _, function = self.target.partition(":")
+        loaded: Callable[[Sequence[str]], int | None] = getattr(importlib.import_module(module), function)
+        return loaded
+
+
+COMMANDS = {
+    "train": Command("layersync_kernels.sit.commands:train_main", "train a SiT, with LayerSync or without"),
+    "sample": Command("layersync_kernels.sit.commands:sample_main", "draw a grid of samples from a run or checkpoint"),
+    "demo": Command(
+        "layersync_kernels.sit.commands:demo_main", "train on digits for a few minutes, sample, compare speeds"
+    ),
+    "bench": Command("layersync_kernels.bench.cli:main", "time the ops and the trainer on this machine"),
+    "doctor": Command("layersync_kernels.bench.doctor:main", "what is installed, which backend runs where, and why"),
+}
+
+
+def usage() -> str:
+    """The text of `layersync --help`."""
+    lines = ["usage: layersync COMMAND [OPTIONS]", "", "commands:"]
+    lines += [f"  {name:<8} {command.help}" for name, command in COMMANDS.items()]
+    return "\n".join([*lines, "", "layersync COMMAND --help lists the options of a command."])
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one subcommand.
+
+    Returns:
+        0: done. 1: it failed, for a reason the message names. 2: wrong arguments. 130: interrupted.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(usage())
+        return 0 if arguments else 2
+    if arguments[0] == "--version":
+        from . import __version__
+
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"layersync: no command {name!r}\n\n{usage()}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[name].load()(rest) or 0
+    except UserError as error:
+        print(f"layersync {name}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print(f"layersync {name}: aborted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,23 @@
+"""Errors whose message is meant for the person at the keyboard: the command line prints them without a traceback."""
+
+from __future__ import annotations
+
+
+class UserError(Exception):
+    """Something that the user can put right; the message says what came, what was expected and what to do."""
+
+
+class ConfigError(UserError, ValueError):
+    """A setting is out of range, or contradicts another one."""
+
+
+class DataError(UserError, ValueError):
+    """A data set is missing, empty, of the wrong kind or unreadable."""
+
+
+class CheckpointError(UserError, RuntimeError):
+    """A checkpoint or run directory cannot be read, written, or does not fit the model."""
+
+
+class TrainingDiverged(UserError, ArithmeticError):
+    """The loss or the weights stopped being finite."""

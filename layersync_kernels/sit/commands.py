@@ -1,0 +1,195 @@
+"""The subcommands of `layersync` that concern the trainer."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+from rich.logging import RichHandler
+from rich.table import Table
+
+from ..errors import ConfigError
+from .checkpoint import list_checkpoints, run_of
+from .config import (
+    CONFIG,
+    SAMPLES,
+    DataConfig,
+    LayerSyncConfig,
+    LogConfig,
+    ModelConfig,
+    OptimConfig,
+    SamplingConfig,
+    TrainConfig,
+    load_config,
+)
+from .runlog import CURVES, console
+from .sample import SampleCommand, sample
+from .throughput import measure_throughput, provider_config
+from .train import Outcome, Trainer, check_run, start_run
+
+C = TypeVar("C")
+
+# Flags without the names of their groups: --lr, not --config.optim.lr.
+_FLAT = (tyro.conf.OmitArgPrefixes,)
+INTERRUPTED = 130
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a SiT. Everything goes to the folder --out: config, log, checkpoints, sample grids, loss curves."""
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+    out: Path = Path("runs/sit")
+    """Folder of the run."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out, with its config; flags given now override it."""
+    overwrite: bool = False
+    """Delete the run in --out first."""
+
+
+@dataclass(frozen=True)
+class DemoCommand:
+    """Train a small SiT on real digits for a few minutes, sample from it and compare the speed of the losses."""
+
+    config: TrainConfig = field(default_factory=lambda: demo_config())
+    out: Path = Path("runs/demo")
+    """Folder of the run."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out."""
+    overwrite: bool = True
+    """Delete the run of an earlier demo in --out first."""
+
+
+def demo_config() -> TrainConfig:
+    """Settings with which a SiT on two CPU cores draws recognisable digits after four and a half minutes."""
+    return TrainConfig(
+        data=DataConfig(data="mnist", image_size=14),
+        model=ModelConfig(model="SiT-P/2"),
+        layersync=LayerSyncConfig(),
+        optim=OptimConfig(
+            steps=3000,
+            max_seconds=270.0,
+            batch_size=64,
+            lr=1e-3,
+            lr_schedule="cosine",
+            warmup_steps=50,
+            betas=(0.9, 0.99),
+            clip_norm=1.0,
+            ema_decay=0.99,
+            ema_warmup=True,
+        ),
+        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
+        log=LogConfig(log_every=20, sample_every=500, checkpoint_every=500),
+    )
+
+
+def parse(kind: type[C], argv: Sequence[str], *, default: C, command: str) -> C:
+    """Reads flags over `default`; --help and wrong flags end the process, as is usual."""
+    return tyro.cli(kind, args=list(argv), default=default, prog=f"layersync {command}", config=_FLAT)
+
+
+def start_logging() -> None:
+    """Sends the package's messages to the terminal, above the progress bar."""
+    logger = logging.getLogger("layersync_kernels")
+    if not logger.handlers:
+        logger.addHandler(RichHandler(console=console, show_path=False, show_time=False))
+        logger.setLevel(logging.INFO)
+
+
+def train_main(argv: Sequence[str]) -> int:
+    """`layersync train`."""
+    start_logging()
+    default = TrainCommand()
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--out", type=Path, default=default.out)
+    peek.add_argument("--resume", action="store_true")
+    known, _ = peek.parse_known_args(list(argv))
+    if known.resume and (known.out / CONFIG).is_file():
+        default = dataclasses.replace(default, config=load_config(known.out / CONFIG))
+    command = parse(TrainCommand, argv, default=default, command="train")
+    outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
+    return INTERRUPTED if outcome.ended == "interrupted" else 0
+
+
+def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Trains in the folder `out` and says where everything is.
+
+    Raises:
+        UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
+    """
+    check_run(out, resume=resume, overwrite=overwrite)
+    # The trainer before the folder: settings that do not work must neither make a folder nor empty one.
+    trainer = Trainer(config, run_dir=out)
+    if resume and (checkpoints := list_checkpoints(out)):
+        trainer.load(checkpoints[-1])
+        console.print(f"resuming {out} at step {trainer.steps_done}")
+        if trainer.fraction >= 1:
+            raise ConfigError(f"{out} is finished at step {trainer.steps_done}; give more --steps or --max-seconds")
+    start_run(out, config, overwrite=overwrite)
+    if trainer.data.broken:
+        (out / "broken_files.txt").write_text("".join(f"{n}\t{r}\n" for n, r in trainer.data.broken.items()))
+    pairs = "off" if trainer.alignment is None else trainer.alignment.extra_repr()
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    console.print(
+        f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.shape}, "
+        f"{trainer.device}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}"
+    )
+    outcome = trainer.fit()
+    if outcome.ended == "interrupted":
+        console.print(f"stopped and saved at step {outcome.step}; go on with: layersync train --out {out} --resume")
+    else:
+        console.print(f"done: step {outcome.step} after {outcome.seconds:.0f} s; draw with: layersync sample {out}")
+    return outcome
+
+
+def sample_main(argv: Sequence[str]) -> int:
+    """`layersync sample`."""
+    start_logging()
+    default = SampleCommand(source=tyro.MISSING)
+    first = parse(SampleCommand, argv, default=default, command="sample")
+    run = run_of(first.source)
+    if run is not None:  # a run's own settings are the defaults, below the flags
+        config = load_config(run / CONFIG)
+        default = dataclasses.replace(default, sampling=config.sampling, transport=config.transport)
+    path = sample(parse(SampleCommand, argv, default=default, command="sample"))
+    print(path)
+    return 0
+
+
+def demo_main(argv: Sequence[str]) -> int:
+    """`layersync demo`."""
+    start_logging()
+    began = time.monotonic()
+    command = parse(DemoCommand, argv, default=DemoCommand(), command="demo")
+    out = command.out
+    outcome = run_training(
+        command.config, out, resume=command.resume, overwrite=command.overwrite and not command.resume
+    )
+    if outcome.ended == "interrupted":
+        return INTERRUPTED
+    grid = sample(SampleCommand(out, sampling=command.config.sampling, transport=command.config.transport))
+    console.print("timing the trainer's step with each loss ...")
+    rates = measure_throughput({name: provider_config(command.config, name) for name in ("fused", "eager", "plain")})
+    table = Table("loss", "images/s", "slowest to fastest round", "against eager")
+    meaning = {
+        "fused": "LayerSync, fused",
+        "eager": "LayerSync, eager PyTorch",
+        "plain": "none (plain SiT)",
+    }
+    for name, rate in rates.items():
+        ratio = rate.median / rates["eager"].median
+        table.add_row(meaning[name], f"{rate.median:.0f}", f"{rate.low:.0f} to {rate.high:.0f}", f"{ratio:.3f}x")
+    console.print(table)
+    print(f"samples, one row per class: {grid}")
+    print(f"loss and cosine curves:     {out / CURVES}")
+    print(f"grids while it learned:     {out / SAMPLES}")
+    print(f"checkpoints and log:        {out}")
+    print(f"{outcome.step} steps in {outcome.seconds:.0f} s of training, {time.monotonic() - began:.0f} s in all")
+    return 0

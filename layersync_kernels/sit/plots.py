@@ -1,0 +1,74 @@
+"""Pictures of a run: sample grids and loss curves, as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .checkpoint import atomic_path
+from .data import unit_to_pixels
+
+GRID_CELL = 56
+"""Smaller samples are enlarged to about this many pixels, so that a digit of 14 pixels can be seen."""
+
+
+def save_grid(samples: Tensor, path: Path, *, columns: int, latent: bool = False) -> Path:
+    """Writes samples (N, C, H, W) as one picture, row by row.
+
+    Args:
+        samples: in [-1, 1]. 1 channel is drawn grey, else the first three are red, green and blue.
+        path: of the picture.
+        columns: samples per row.
+        latent: VAE latents: three channels, each stretched over its own range. Not what a decoder would show.
+    """
+    samples = samples.detach().float().cpu()
+    if samples.shape[1] == 2:
+        samples = samples[:, :1]
+    samples = samples[:, :3]
+    if latent:
+        low, high = samples.amin((0, 2, 3), keepdim=True), samples.amax((0, 2, 3), keepdim=True)
+        samples = (samples - low) / (high - low).clamp_min(1e-6) * 2 - 1
+    pixels = unit_to_pixels(samples)
+    pixels = pixels.repeat_interleave(factor := max(1, GRID_CELL // pixels.shape[-1]), 2).repeat_interleave(factor, 3)
+    count, channels, height, width = pixels.shape
+    rows, gap = -(-count // columns), 2
+    grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 128, dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        grid[:, top : top + height, left : left + width] = picture
+    array = grid[0].numpy() if channels == 1 else grid.permute(1, 2, 0).contiguous().numpy()
+    with atomic_path(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")
+    return path
+
+
+def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draws loss and cosine over steps from the records of ``metrics.jsonl``."""
+    # Not pyplot: no global state and no display is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, cosine_axes = figure.subplots(1, 2)
+    loss_axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="tab:blue")
+    loss_axes.set(xlabel="step", ylabel="velocity loss", title="Loss")
+    if any(r["loss"] > 0 for r in records):
+        loss_axes.set_yscale("log")
+    pairs = sorted({pair for r in records for pair in r.get("cosine", {})})
+    for pair in pairs:
+        with_pair = [r for r in records if pair in r.get("cosine", {})]
+        cosine_axes.plot([r["step"] for r in with_pair], [r["cosine"][pair] for r in with_pair], label=pair)
+    cosine_axes.set(xlabel="step", ylabel="mean cosine", title="LayerSync: student to teacher")
+    if pairs:
+        cosine_axes.legend(title="blocks")
+    for axes in (loss_axes, cosine_axes):
+        axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

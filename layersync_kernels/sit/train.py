@@ -1,0 +1,423 @@
+"""The reference trainer: a SiT on one device, with LayerSync as one term of the loss."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import logging
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, ConfigError, TrainingDiverged
+from .build import build_alignment, build_model, build_transport, resolve_device, resolve_precision
+from .checkpoint import (
+    Weights,
+    atomic_path,
+    fill_model,
+    list_checkpoints,
+    load_optimizer,
+    load_weights,
+    optimizer_tensors,
+    read_state,
+    read_tensors,
+    save_checkpoint,
+)
+from .config import CONFIG, SAMPLES, TrainConfig, save_config
+from .data import SampleSet, load_data
+from .plots import save_grid
+from .runlog import Meter, RunLog, surviving_full_disk
+from .sample import draw
+
+logger = logging.getLogger(__name__)
+
+
+def check_run(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes sure that a run may use the folder, and touches nothing.
+
+    Raises:
+        ConfigError: it is in use and neither `resume` nor `overwrite` is given, or what is there is not a run.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    is_run = (run_dir / CONFIG).is_file()
+    if resume:
+        if not is_run:
+            raise ConfigError(f"{run_dir} is not a run to resume: it has no {CONFIG}")
+    elif run_dir.exists() and (not run_dir.is_dir() or any(run_dir.iterdir())):
+        if not is_run:
+            raise ConfigError(f"{run_dir} exists and is not a run (it has no {CONFIG}); choose another --out")
+        if not overwrite:
+            raise ConfigError(f"{run_dir} exists; choose another --out, or --resume or --overwrite it")
+
+
+def start_run(run_dir: Path, config: TrainConfig, *, overwrite: bool) -> None:
+    """Makes the folder of a run that `check_run` has passed, emptied if `overwrite`, and writes the config into it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    try:
+        if overwrite and run_dir.exists():
+            shutil.rmtree(run_dir)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        with atomic_path(run_dir / CONFIG) as temporary:
+            save_config(config, temporary)
+    except OSError as error:
+        raise CheckpointError(f"cannot write the run {run_dir}: {error}") from error
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a training ended."""
+
+    step: int
+    ended: Literal["finished", "interrupted"]
+    seconds: float
+    metrics: dict[str, Any]
+
+
+class Trainer:
+    """Everything that training changes: weights, their average, optimiser, generators, step.
+
+    `step` does one optimiser step on a batch; `fit` is the loop around it with logs, pictures and checkpoints.
+
+    Args:
+        config: the run.
+        data: replaces what `config.data` names.
+        run_dir: folder made by `start_run`; None writes nothing.
+
+    Attributes:
+        model, ema: the network, and the copy that holds the averaged weights (fp32, evaluation mode).
+        alignment: the LayerSync loss, or None; any module with its interface can be put here.
+        steps_done: optimiser steps so far.
+        samples_seen: position in the shuffled stream of samples.
+
+    Raises:
+        ConfigError, DataError, CheckpointError: as the pieces do.
+    """
+
+    def __init__(self, config: TrainConfig, data: SampleSet | None = None, *, run_dir: Path | None = None) -> None:
+        config.validate()
+        self.config = config
+        self.run_dir = run_dir
+        self.device = resolve_device(config.device)
+        self.autocast_dtype = resolve_precision(config.precision, self.device)
+        if self.device.type == "cuda":
+            torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32
+        self.data = data if data is not None else load_data(config.data, self.device)
+        if len(self.data) == 0:
+            raise ConfigError("the data set is empty")
+        self.num_classes = config.model.num_classes or self.data.num_classes
+        if self.num_classes < self.data.num_classes:
+            raise ConfigError(f"--num-classes {self.num_classes}: the data has {self.data.num_classes}")
+        torch.manual_seed(config.seed)
+        self.model = build_model(config.model, self.data.shape, self.num_classes)
+        if config.model.init is not None:
+            fill_model(self.model, load_weights(config.model.init))
+        self.model.to(self.device).train()
+        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        self.alignment = build_alignment(config.layersync, len(self.model.blocks))
+        self.transport = build_transport(config.transport)
+        trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        averaged = dict(self.ema.named_parameters())
+        self._names = [name for name, _ in trained]
+        self._params: list[Tensor] = [p for _, p in trained]
+        self._averages: list[Tensor] = [averaged[name] for name in self._names]
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self._params,
+            lr=optim.lr,
+            betas=optim.betas,
+            weight_decay=optim.weight_decay,
+            fused=self.device.type in ("cpu", "cuda"),
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.autocast_dtype == torch.float16)
+        self.generator = torch.Generator(self.device).manual_seed(config.seed)
+        if config.compile == "on" or (config.compile == "auto" and self.device.type == "cuda"):
+            for block in self.model.blocks:
+                block.compile()
+        self.steps_done = 0
+        self.samples_seen = 0
+        self.meter = Meter()
+        self._earlier_seconds = 0.0
+        self._started: float | None = None
+        self._unchecked: list[Tensor] = []  # the loss of each step since `check_finite`, still on the device
+
+    @property
+    def seconds(self) -> float:
+        """Time spent in `fit` so far, that of resumed runs included."""
+        return self._earlier_seconds + (0.0 if self._started is None else time.monotonic() - self._started)
+
+    @property
+    def fraction(self) -> float:
+        """Share of the run that is done, in [0, 1]: of its steps, or of its time where that is further."""
+        optim = self.config.optim
+        fraction = self.steps_done / optim.steps
+        if optim.max_seconds is not None:
+            fraction = max(fraction, self.seconds / optim.max_seconds)
+        return min(fraction, 1.0)
+
+    def learning_rate(self) -> float:
+        """The rate of the next step."""
+        optim = self.config.optim
+        rate = optim.lr * min(1.0, (self.steps_done + 1) / max(optim.warmup_steps, 1))
+        if optim.lr_schedule == "linear":
+            rate *= 1 - self.fraction
+        elif optim.lr_schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * self.fraction))
+        return rate
+
+    def step(self, samples: Tensor, labels: Tensor) -> None:
+        """One optimiser step; nothing is read from the device.
+
+        Args:
+            samples: float32 (B, C, H, W), B a multiple of `accumulate`.
+            labels: int64 (B,).
+        """
+        optim = self.config.optim
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.learning_rate()
+        if self.config.data.flip:
+            mirrored = torch.rand(len(samples), 1, 1, 1, device=self.device, generator=self.generator) < 0.5
+            samples = torch.where(mirrored, samples.flip(3), samples)
+        alignment = self.alignment
+        if alignment is not None and not alignment.active(self.steps_done):
+            alignment = None
+        step_loss = torch.zeros((), device=self.device)
+        for x, y in zip(samples.chunk(optim.accumulate), labels.chunk(optim.accumulate), strict=True):
+            inputs: dict[str, Any] = {"y": y}
+            if alignment is not None:
+                inputs["capture"] = alignment.layers
+            with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+                terms = self.transport.training_losses(self.model, x, inputs, generator=self.generator)
+                loss = terms["loss"].mean()
+                total = loss
+                if alignment is not None:
+                    aligned = alignment(terms["states"], step=self.steps_done)
+                    total = loss + aligned
+            self.scaler.scale(total / optim.accumulate).backward()
+            step_loss = step_loss + total.detach()
+            self.meter.add("loss", loss)
+            if alignment is not None:
+                self.meter.add("align_loss", aligned)
+                for pair, cosine in alignment.cosine.items():
+                    self.meter.add(f"cosine/{pair}", cosine)
+        if optim.clip_norm is not None:
+            self.scaler.unscale_(self.optimizer)
+            self.meter.add("grad_norm", torch.nn.utils.clip_grad_norm_(self._params, optim.clip_norm))
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=True)
+        self._average()
+        self.steps_done += 1
+        self.samples_seen += len(samples)
+        self._unchecked.append(step_loss)
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        """Moves the average: ema ← decay · ema + (1 - decay) · weights."""
+        decay = self.config.optim.ema_decay
+        if self.config.optim.ema_warmup:
+            decay = min(decay, (1 + self.steps_done) / (10 + self.steps_done))
+        torch._foreach_lerp_(self._averages, self._params, 1 - decay)
+
+    def check_finite(self) -> None:
+        """Reads back whether all losses since the last check, and the weights now, are finite.
+
+        Raises:
+            TrainingDiverged: naming the step and the last good checkpoint.
+        """
+        losses, self._unchecked = self._unchecked, []
+        bad = [] if not losses else torch.stack(losses).isfinite().logical_not().nonzero().flatten().tolist()
+        if bad:
+            what = f"the loss was not finite at step {self.steps_done - len(losses) + bad[0] + 1}"
+        elif not torch.stack(torch._foreach_norm([*self._params, *self._averages])).isfinite().all():
+            what = f"the weights were not finite after step {self.steps_done}"
+        else:
+            return
+        checkpoints = list_checkpoints(self.run_dir) if self.run_dir else []
+        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been saved yet"
+        raise TrainingDiverged(f"{what}; {kept}. Lower --lr, set --clip-norm 1, or use --precision fp32 or bf16")
+
+    def save(self) -> Path:
+        """Writes a checkpoint, unless something is not finite.
+
+        Raises:
+            TrainingDiverged: see `check_finite`.
+            CheckpointError: it cannot be written; the older ones are intact.
+        """
+        if self.run_dir is None:
+            raise ConfigError("this trainer has no run folder to save to")
+        self.check_finite()
+        rng = {"cpu": torch.get_rng_state(), "noise": self.generator.get_state()}
+        if self.device.type == "cuda":
+            rng["cuda"] = torch.cuda.get_rng_state(self.device)
+        tensors = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": optimizer_tensors(self.optimizer, self._names),
+            "rng": rng,
+        }
+        state = {
+            "step": self.steps_done,
+            "samples_seen": self.samples_seen,
+            "seconds": self.seconds,
+            "scaler": self.scaler.state_dict(),
+            "data": {
+                "shape": self.data.shape,
+                "num_classes": self.num_classes,
+                "class_names": self.data.class_names,
+                "latent": self.data.latent,
+            },
+        }
+        return save_checkpoint(self.run_dir, self.steps_done, tensors, state, keep=self.config.log.keep)
+
+    def load(self, checkpoint: Path) -> None:
+        """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers and data order.
+
+        Raises:
+            CheckpointError: it is damaged or belongs to another model; names the file.
+        """
+        state = read_state(checkpoint)
+        files = {
+            stem: read_tensors(checkpoint / f"{stem}.safetensors") for stem in ("model", "ema", "optimizer", "rng")
+        }
+        fill_model(self.model, Weights(files["model"], checkpoint / "model.safetensors"))
+        fill_model(self.ema, Weights(files["ema"], checkpoint / "ema.safetensors"))
+        try:
+            load_optimizer(self.optimizer, self._names, files["optimizer"])
+            self.scaler.load_state_dict(state["scaler"])
+            torch.set_rng_state(files["rng"]["cpu"])
+            self.generator.set_state(files["rng"]["noise"])
+            if self.device.type == "cuda" and "cuda" in files["rng"]:
+                torch.cuda.set_rng_state(files["rng"]["cuda"], self.device)
+            self.steps_done, self.samples_seen = int(state["step"]), int(state["samples_seen"])
+            self._earlier_seconds = float(state["seconds"])
+        except (KeyError, ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from error
+
+    def fit(self) -> Outcome:
+        """Trains until the steps or the seconds are used up, or until Ctrl-C or SIGTERM.
+
+        Raises:
+            TrainingDiverged: a loss or weight is not finite; checkpoints from before stay.
+            CheckpointError: the last checkpoint cannot be written; earlier ones that fail only warn.
+        """
+        config, optim = self.config, self.config.optim
+        fraction_before, began = self.fraction, time.monotonic()
+        self._started = began
+        last_record, recorded_step = time.monotonic(), self.steps_done
+        metrics: dict[str, Any] = {}
+        done = self.fraction >= 1
+        batches = self.data.batches(optim.batch_size, seed=config.seed, start=self.samples_seen)
+        log = RunLog(self.run_dir, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
+        with stop_signals() as stop_asked, log:
+            while not (done or stop_asked()):
+                samples, labels = next(batches)
+                self.step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+                done = self.fraction >= 1
+                log.advance(self.steps_done, self.fraction)
+                if done or self.steps_done % config.log.log_every == 0:
+                    means = self.meter.read()
+                    now = time.monotonic()
+                    rate = (self.steps_done - recorded_step) * optim.batch_size / (now - last_record)
+                    metrics = self._record(means, rate)
+                    log.record(metrics, seconds_left=self._seconds_left(fraction_before, began))
+                    self.check_finite()
+                    last_record, recorded_step = time.monotonic(), self.steps_done
+                if self.run_dir is None or done:
+                    continue
+                paused = time.monotonic()
+                if self.steps_done % config.log.checkpoint_every == 0:
+                    try:
+                        self.save()
+                    except CheckpointError as error:
+                        logger.error("%s; training goes on, and tries again at the next checkpoint", error)
+                if config.log.sample_every and self.steps_done % config.log.sample_every == 0:
+                    self.draw_samples()
+                    log.draw_curves()
+                last_record += time.monotonic() - paused  # images/s count training alone
+            if self.run_dir is not None:
+                self.save()
+                if done and config.log.sample_every:
+                    self.draw_samples()
+                log.draw_curves()
+        self._earlier_seconds, self._started = self.seconds, None
+        return Outcome(self.steps_done, "finished" if done else "interrupted", self.seconds, metrics)
+
+    def _record(self, means: dict[str, float], images_per_second: float) -> dict[str, Any]:
+        record: dict[str, Any] = {
+            "step": self.steps_done,
+            **{name: value for name, value in means.items() if not name.startswith("cosine/")},
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "images_per_second": images_per_second,
+            "seconds": self.seconds,
+        }
+        cosine = {name.removeprefix("cosine/"): v for name, v in means.items() if name.startswith("cosine/")}
+        return record | {"cosine": cosine} if cosine else record
+
+    def _seconds_left(self, fraction_before: float, began: float) -> float:
+        """Time to the end at the pace since the moment `began`, when `fraction_before` was done."""
+        done = self.fraction - fraction_before
+        pace = (time.monotonic() - began) / done if done > 0 else math.inf
+        return pace * (1 - self.fraction)
+
+    def draw_samples(self) -> Path | None:
+        """Draws a grid with the averaged weights, one row per class, always from the same noise."""
+        log = self.config.log
+        classes = torch.arange(min(log.grid_classes, self.num_classes))
+        labels = classes.repeat_interleave(log.grid_columns).to(self.device)
+        samples = draw(
+            self.ema,
+            self.transport,
+            self.config.sampling,
+            labels,
+            seed=self.config.seed,
+            autocast_dtype=self.autocast_dtype,
+        )
+        if self.run_dir is None:
+            return None
+        path = self.run_dir / SAMPLES / f"step_{self.steps_done:08d}.png"
+        with surviving_full_disk(str(path)):
+            return save_grid(samples, path, columns=log.grid_columns, latent=self.data.latent)
+        return None
+
+
+@contextlib.contextmanager
+def stop_signals() -> Iterator[Any]:
+    """Turns the first Ctrl-C or SIGTERM into a request, to be asked for by calling what this yields.
+
+    A second Ctrl-C aborts. Outside the main thread, where Python delivers no signals, nothing changes.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: False
+        return
+    asked = threading.Event()
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def ask(number: int, _frame: FrameType | None) -> None:
+        asked.set()
+        restore()
+        logger.warning("%s: finishing this step and saving; once more aborts", signal.Signals(number).name)
+
+    for number in before:
+        signal.signal(number, ask)
+    try:
+        yield asked.is_set
+    finally:
+        restore()

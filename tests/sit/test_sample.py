@@ -1,0 +1,212 @@
+from __future__ import annotations
+
+import argparse
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from layersync_kernels.errors import CheckpointError, ConfigError, UserError
+from layersync_kernels.sit.checkpoint import save_checkpoint
+from layersync_kernels.sit.config import CONFIG, ModelConfig, SamplingConfig, TrainConfig, save_config
+from layersync_kernels.sit.model import SiT
+from layersync_kernels.sit.plots import save_curves, save_grid
+from layersync_kernels.sit.sample import SampleCommand, draw, load_trained, sample
+from layersync_kernels.sit.transport import create_transport
+
+FAST = SamplingConfig(solver="euler", sampling_steps=3)
+
+
+def alive(model):
+    """Weights away from the initialisation, whose prediction is zero."""
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.fixture
+def model():
+    return alive(SiT(4, 2, 1, hidden_size=16, depth=2, num_heads=4, num_classes=3))
+
+
+@pytest.fixture
+def run(tmp_path, model):
+    """A run of that model, whose averaged and last weights differ."""
+    run = tmp_path / "run"
+    run.mkdir()
+    save_config(
+        TrainConfig(model=ModelConfig("SiT-P/2", hidden_size=16, depth=2, num_heads=4), sampling=FAST), run / CONFIG
+    )
+    zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
+    data = {"shape": [1, 4, 4], "num_classes": 3, "latent": False}
+    save_checkpoint(run, 5, {"model": zeros, "ema": model.state_dict()}, {"step": 5, "data": data})
+    return run
+
+
+def transport():
+    return create_transport()
+
+
+# Drawing
+
+
+def test_seed_fixes_the_samples_and_batching_does_not_change_them(model):
+    labels = torch.tensor([0, 1, 2, 0, 1])
+    first = draw(model, transport(), FAST, labels, seed=0)
+    assert first.shape == (5, 1, 4, 4)
+    assert first.dtype == torch.float32
+    torch.testing.assert_close(draw(model, transport(), FAST, labels, seed=0, batch_size=2), first)
+    assert not torch.allclose(draw(model, transport(), FAST, labels, seed=1), first)
+
+
+def test_drawing_leaves_the_global_generator_alone(model):
+    before = torch.get_rng_state()
+    sde = SamplingConfig(sampler="sde", solver="euler", sampling_steps=3)
+    draw(model, transport(), sde, torch.tensor([0]), seed=0)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("solver", ["euler", "heun"])
+def test_sde_is_reproducible_and_differs_from_the_ode(model, solver):
+    labels = torch.arange(3)
+    sde = SamplingConfig(sampler="sde", solver=solver, sampling_steps=5)
+    first = draw(model, transport(), sde, labels, seed=0)
+    assert torch.equal(first, draw(model, transport(), sde, labels, seed=0))
+    assert not torch.allclose(first, draw(model, transport(), FAST, labels, seed=0))
+
+
+def test_guidance_moves_away_from_the_unconditional_prediction(model):
+    """One Euler step from t = 0: x + v, so guidance is linear in its scale."""
+    one = {"solver": "euler", "sampling_steps": 2}
+    labels = torch.arange(3)
+    plain = draw(model, transport(), SamplingConfig(**one), labels, seed=0)
+    null = draw(model, transport(), SamplingConfig(**one), torch.full((3,), 3), seed=0)
+    guided = draw(model, transport(), SamplingConfig(**one, cfg_scale=3.0), labels, seed=0)
+    torch.testing.assert_close(guided, null + 3 * (plain - null), rtol=1e-4, atol=1e-4)
+    late = SamplingConfig(**one, cfg_scale=3.0, guidance_interval=(0.5, 1.0))
+    torch.testing.assert_close(draw(model, transport(), late, labels, seed=0), plain)
+
+
+def test_guidance_without_null_label_is_an_error():
+    model = SiT(4, 2, 1, hidden_size=16, depth=2, num_heads=4, num_classes=3, class_dropout_prob=0).eval()
+    with pytest.raises(ConfigError, match="--class-dropout"):
+        draw(model, transport(), SamplingConfig(cfg_scale=2.0), torch.tensor([0]), seed=0)
+
+
+# From runs and files
+
+
+def test_run_draws_with_averaged_weights_one_row_per_class(run, model):
+    path = sample(SampleCommand(run, sampling=FAST, classes=(2, 0), per_class=3, array=run / "s.npz"))
+    assert path == run / "samples" / "grid.png"
+    width, height = Image.open(path).size
+    assert width > height  # three columns, two rows
+    stored = np.load(run / "s.npz")
+    assert stored["labels"].tolist() == [2, 2, 2, 0, 0, 0]
+    expected = draw(model, transport(), FAST, torch.tensor([2, 2, 2, 0, 0, 0]), seed=0)
+    np.testing.assert_allclose(stored["samples"], expected.numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_last_weights_can_be_asked_for(run):
+    sample(SampleCommand(run, sampling=FAST, weights="model", array=run / "last.npz"))
+    sample(SampleCommand(run, sampling=FAST, array=run / "ema.npz"))
+    assert not np.allclose(np.load(run / "last.npz")["samples"], np.load(run / "ema.npz")["samples"])
+
+
+def test_checkpoint_folder_inside_its_run_and_copied_out_of_it(run, tmp_path):
+    inside = run / "checkpoints" / "step_00000005"
+    assert load_trained(inside).shape == (1, 4, 4)
+    shutil.copytree(inside, tmp_path / "copy")
+    assert load_trained(tmp_path / "copy", num_heads=4).shape == (1, 4, 4)
+
+
+@pytest.mark.parametrize("null_label", [True, False])
+def test_published_file_tells_its_own_size(tmp_path, null_label):
+    """Heads follow from the published width and depth, everything else from the shapes."""
+    made = alive(
+        SiT(8, 4, 4, hidden_size=384, depth=12, num_heads=6, num_classes=5, class_dropout_prob=0.1 * null_label)
+    )
+    args = argparse.Namespace(model="SiT-S/4", num_classes=5)
+    torch.save({"ema": made.state_dict(), "args": args}, tmp_path / "0001.pt")
+    trained = load_trained(tmp_path / "0001.pt")
+    assert trained.shape == (4, 8, 8)
+    assert trained.num_classes == 5
+    assert trained.latent
+    assert trained.model.num_heads == 6
+    x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 4])
+    assert torch.equal(trained.model(x, t, y), made(x, t, y))
+
+
+def test_lone_file_of_unknown_size_asks_for_heads(run, tmp_path):
+    lone = run / "checkpoints" / "step_00000005" / "ema.safetensors"
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors.*--num-heads"):
+        load_trained(lone)
+    assert load_trained(lone, num_heads=4).model.depth == 2
+    with pytest.raises(CheckpointError, match="num_heads=3"):
+        load_trained(lone, num_heads=3)
+
+
+def test_file_of_another_kind_is_no_sit(tmp_path):
+    torch.save({"layer.weight": torch.zeros(3)}, tmp_path / "other.pt")
+    with pytest.raises(CheckpointError, match=r"other\.pt is no SiT checkpoint"):
+        load_trained(tmp_path / "other.pt")
+
+
+def test_weights_that_diverged_are_reported(run):
+    save_checkpoint(
+        run,
+        6,
+        {"ema": {n: torch.full_like(v, float("nan")) for n, v in load_trained(run).model.state_dict().items()}},
+        {"data": {"shape": [1, 4, 4], "num_classes": 3, "latent": False}},
+    )
+    with pytest.raises(CheckpointError, match="not finite"):
+        sample(SampleCommand(run, sampling=FAST))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"classes": (3,)}, r"--classes 3: the model has classes 0 to 2"),
+        ({"classes": (-1,)}, r"--classes -1"),
+        ({"per_class": 0}, "--per-class 0"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"sampling": SamplingConfig(sampler="sde")}, "--sampler sde"),
+        ({"sampling": SamplingConfig(sampling_steps=1)}, "--sampling-steps 1"),
+        ({"sampling": SamplingConfig(sampler="sde", solver="euler", diffusion_form="wild")}, "wild"),
+        ({"device": "cuda:77"}, "--device"),
+    ],
+)
+def test_bad_sample_settings_are_explained(run, changes, message):
+    with pytest.raises(UserError, match=message):
+        sample(SampleCommand(run, **changes))
+
+
+# Pictures
+
+
+def test_grid_places_samples_row_by_row_and_enlarges_them(tmp_path):
+    samples = torch.full((3, 1, 14, 14), -1.0)
+    samples[1] = 1.0
+    save_grid(samples, tmp_path / "grid.png", columns=2)
+    pixels = np.array(Image.open(tmp_path / "grid.png"))
+    assert pixels.shape == (2 * 58 + 2, 2 * 58 + 2)
+    assert (pixels[2:58, 60:116] == 255).all()
+    assert (pixels[2:58, 2:58] == 0).all()
+    assert (pixels[60:116, 2:58] == 0).all()
+    assert (pixels[60:116, 60:116] == 128).all()
+
+
+@pytest.mark.parametrize(("channels", "mode"), [(1, "L"), (3, "RGB"), (4, "RGB")])
+def test_grid_of_any_number_of_channels(tmp_path, channels, mode):
+    save_grid(torch.randn(2, channels, 8, 8), tmp_path / "grid.png", columns=2, latent=channels == 4)
+    assert Image.open(tmp_path / "grid.png").mode == mode
+
+
+def test_curves_without_cosine_and_with_gaps(tmp_path):
+    records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "cosine": {"1:2": 0.5}}, {"step": 3, "loss": 0.5}]
+    assert save_curves(records, tmp_path / "c.png").stat().st_size > 1000
+    assert save_curves(records[:1], tmp_path / "one.png").stat().st_size > 1000
