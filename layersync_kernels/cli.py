@@ -30,7 +30,7 @@ COMMANDS = {
         "layersync_kernels.sit.commands:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),
     "bench": Command("layersync_kernels.bench.cli:main", "time the ops and the trainer on this machine"),
-    "doctor": Command("layersync_kernels.bench.doctor:main", "what is installed, which backend runs where, and why"),
+    "doctor": Command("layersync_kernels.doctor:main", "what is installed, which backend runs where, and why"),
 }
 
 

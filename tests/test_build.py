@@ -43,6 +43,9 @@ def install(folder, environment):
 
 
 LOSS = """
+import sys
+# An editable installation of this package would lend its extension to the copy under test.
+sys.meta_path[:] = [f for f in sys.meta_path if "editable" not in getattr(f, "__module__", type(f).__module__)]
 import torch
 from layersync_kernels import layersync_loss
 from layersync_kernels.ops import _dispatch, _native
