@@ -68,25 +68,30 @@ class DemoCommand:
 
 
 def demo_config() -> TrainConfig:
-    """Settings with which a SiT on two CPU cores draws recognisable digits after four and a half minutes."""
+    """Settings with which a SiT on two CPU cores draws recognisable digits after five minutes.
+
+    What decides on such a budget is the number of steps: small batches, a high rate, a narrow model (batch 64 with 1e-3
+    and width 128 shows no digits yet). So narrow a model is faster in fp32 than under bf16 autocast.
+    """
     return TrainConfig(
         data=DataConfig(data="mnist", image_size=14),
-        model=ModelConfig(model="SiT-P/2"),
+        model=ModelConfig(model="SiT-P/2", hidden_size=96, num_heads=3),
         layersync=LayerSyncConfig(),
         optim=OptimConfig(
-            steps=3000,
-            max_seconds=270.0,
-            batch_size=64,
-            lr=1e-3,
+            steps=20_000,
+            max_seconds=300.0,
+            batch_size=16,
+            lr=4e-3,
             lr_schedule="cosine",
             warmup_steps=50,
             betas=(0.9, 0.99),
             clip_norm=1.0,
-            ema_decay=0.99,
+            ema_decay=0.995,
             ema_warmup=True,
         ),
         sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
-        log=LogConfig(log_every=20, sample_every=500, checkpoint_every=500),
+        log=LogConfig(log_every=20, sample_every=1000, checkpoint_every=1000),
+        precision="fp32",
     )
 
 

@@ -89,7 +89,8 @@ def draw(
     guided = sampling.cfg_scale != 1.0
     if guided and model.y_embedder.dropout_prob == 0:
         raise ConfigError("--cfg-scale needs a model that was trained with --class-dropout above 0")
-    generator = torch.Generator(labels.device).manual_seed(seed)
+    # Another seed than that of the starting noise, or the first step of an SDE would add the same noise again.
+    generator = torch.Generator(labels.device).manual_seed(seed + 2**31)  # a CPU generator takes 32 bits
     sampler = Sampler(transport)
     try:
         if sampling.sampler == "ode":

@@ -70,6 +70,21 @@ def test_drawing_leaves_the_global_generator_alone(model):
     assert torch.equal(torch.get_rng_state(), before)
 
 
+def test_sde_noise_is_not_the_starting_noise(model, monkeypatch):
+    drawn = []
+    randn = torch.randn
+
+    def record(*args, **kwargs):
+        drawn.append(randn(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(torch, "randn", record)
+    monkeypatch.setattr(torch, "randn_like", lambda x, **kwargs: record(x.shape, **kwargs))
+    draw(model, transport(), SamplingConfig(sampler="sde", solver="euler", sampling_steps=3), torch.tensor([0]), seed=0)
+    assert len(drawn) > 1
+    assert not any(torch.equal(drawn[0], noise) for noise in drawn[1:])
+
+
 @pytest.mark.parametrize("solver", ["euler", "heun"])
 def test_sde_is_reproducible_and_differs_from_the_ode(model, solver):
     labels = torch.arange(3)
