@@ -158,7 +158,10 @@ def extensions() -> tuple[list, dict]:
             CUDAExtension(
                 "layersync_kernels._cuda",
                 [f"csrc/{op}/cuda.cu" for op in OPS],
-                extra_compile_args={"cxx": flags, "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", abi, "-lineinfo", "-Xfatbin=-compress-all"]},
+                extra_compile_args={
+                    "cxx": flags,
+                    "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", abi, "-lineinfo", "-Xfatbin=-compress-all"],
+                },
             )
         )
     return modules, {"build_ext": BuildExtension.with_options(use_ninja=True)}
