@@ -48,11 +48,11 @@ def measure(device: str, *, quick: bool = False) -> list[dict[str, object]]:
             "provider": name,
             "device": device,
             "images_per_s": speed.median,
-            "low": speed.low,
-            "high": speed.high,
-            "vs_plain": speed.median / speeds["plain"].median,
-            "vs_eager": speed.median / speeds["eager"].median,
-            "vs_compile": speed.median / speeds["compile"].median,
+            "low": min(speed.rounds),
+            "high": max(speed.rounds),
+            "vs_plain": speed.over(speeds["plain"]),
+            "vs_eager": speed.over(speeds["eager"]),
+            "vs_compile": speed.over(speeds["compile"]),
             "machine": facts,
         }
         for name, speed in speeds.items()

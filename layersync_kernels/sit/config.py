@@ -197,6 +197,8 @@ class TrainConfig:
     """Fixes initialisation, data order and noise."""
     device: str = "auto"
     """auto: cuda if there is one, else cpu."""
+    threads: int | None = None
+    """CPU threads of PyTorch's operators; None leaves them as they are (one per core)."""
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Autocast type; auto: bf16 where the device is faster with it, else fp32."""
     compile: Literal["auto", "on", "off"] = "auto"
@@ -224,6 +226,7 @@ class TrainConfig:
             ("image-size", 1 if data.image_size is None else data.image_size): 1,
             ("workers", data.workers): 0,
             ("seed", self.seed): 0,
+            ("threads", 1 if self.threads is None else self.threads): 1,
         }
         for (flag, value), low in at_least.items():
             _require(value >= low, f"--{flag} {value}: expected at least {low}")

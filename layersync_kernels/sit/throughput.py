@@ -21,11 +21,18 @@ PROVIDERS = ("fused", "eager", "compile", "plain")
 
 @dataclass(frozen=True)
 class Throughput:
-    """Images per second: the median over rounds, and the slowest and fastest round."""
+    """Images per second in each round."""
 
-    median: float
-    low: float
-    high: float
+    rounds: tuple[float, ...]
+
+    @property
+    def median(self) -> float:
+        """The middle round."""
+        return statistics.median(self.rounds)
+
+    def over(self, other: Throughput) -> float:
+        """How many times the rate of `other`: the median over rounds of the ratio inside a round."""
+        return statistics.median(own / its for own, its in zip(self.rounds, other.rounds, strict=True))
 
 
 def provider_config(config: TrainConfig, provider: str) -> TrainConfig:
@@ -87,7 +94,7 @@ def measure_throughput(
             _synchronize(trainer.device)
             rates[name].append(steps * trainer.config.optim.batch_size / (time.perf_counter() - began))
             trainer.check_finite()
-    return {name: Throughput(statistics.median(values), min(values), max(values)) for name, values in rates.items()}
+    return {name: Throughput(tuple(values)) for name, values in rates.items()}
 
 
 def _synchronize(device: torch.device) -> None:

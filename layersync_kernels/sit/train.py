@@ -112,6 +112,8 @@ class Trainer:
         self.config = config
         self.run_dir = run_dir
         self.device = resolve_device(config.device)
+        if config.threads is not None:
+            torch.set_num_threads(config.threads)
         self.autocast_dtype = resolve_precision(config.precision, self.device)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32

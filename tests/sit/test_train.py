@@ -164,10 +164,10 @@ def test_learning_rate_warms_up_and_decays(schedule, rates):
 
 
 def test_time_budget_ends_the_run_and_decays_the_rate(tmp_path):
-    config = tiny_config(optim={"steps": 10**9, "max_seconds": 0.5, "lr_schedule": "linear"}, log={"sample_every": 0})
+    config = tiny_config(optim={"steps": 5000, "max_seconds": 0.5, "lr_schedule": "linear"}, log={"sample_every": 0})
     outcome = run_training(config, tmp_path / "run")
     assert outcome.ended == "finished"
-    assert outcome.step < 10**6
+    assert outcome.step < 5000
     assert outcome.seconds < 10
     rates = [r["lr"] for r in read_records(tmp_path / "run")]
     assert rates[-1] < 0.2 * max(rates)
@@ -501,7 +501,8 @@ def test_throughput_of_every_provider():
     assert configs["plain"].layersync.layersync == ("off",)
     assert configs["eager"].layersync.loss_backend == "reference"
     rates = measure_throughput(configs, steps=1, rounds=2, warmup=1, data=tiny_data())
-    assert all(0 < rate.low <= rate.median <= rate.high for rate in rates.values())
+    assert all(0 < min(rate.rounds) <= rate.median for rate in rates.values())
+    assert rates["eager"].over(rates["eager"]) == 1
     assert provider_config(tiny_config(), "compile").compile == "on"
     with pytest.raises(ValueError, match="no provider"):
         provider_config(tiny_config(), "magic")
