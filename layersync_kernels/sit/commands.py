@@ -69,9 +69,9 @@ class DemoCommand:
 def demo_config() -> TrainConfig:
     """Settings with which two CPU cores learn to draw recognisable digits in five minutes.
 
-    On this budget steps count: a small model, small batches and a high rate. Velocity loss on fixed noise and times after
-    150 CPU seconds: width 96 0.300; width 128 0.317, with batches of 32 0.333, and at half the rate too 0.354. Depth 4
-    gets lower still (0.287), yet what depth 6 draws looks better.
+    On this budget steps count: a small model, small batches and a high rate. Velocity loss on fixed noise and times
+    after 150 CPU seconds: width 96 0.300; width 128 0.317, with batches of 32 0.333, and at half the rate too 0.354.
+    Depth 4 gets lower still (0.287), yet what depth 6 draws looks better.
     """
     return TrainConfig(
         data=DataConfig(data="mnist", image_size=14),
