@@ -137,7 +137,7 @@ void backward_range(const CosineBackwardArgs& args, int64_t begin, int64_t end) 
     const float weight = args.weight == nullptr ? 1.f : args.weight[row];
     const float cosine = args.stats.cosine[row];
     const float rs = args.stats.rnorm_student[row], rt = args.stats.rnorm_teacher[row];
-    if (weight == 0 || (rs == 0 && rt == 0)) {  // masked, or a row of zeros: its gradient is 0 whatever it holds
+    if (rs == 0 && rt == 0) {  // masked, or a row of zeros: its gradient is 0 whatever it holds
       if constexpr (student) std::memset(static_cast<void*>(ds), 0, sizeof(S) * size_t(args.width));
       if constexpr (teacher) std::memset(static_cast<void*>(dt), 0, sizeof(T) * size_t(args.width));
       continue;

@@ -196,7 +196,7 @@ __global__ void __launch_bounds__(kRowBlockThreads, kBoth ? 5 : 6) cosine_backwa
     B* grad_b = kBoth ? static_cast<B*>(p.grad_b) + row * p.width : nullptr;
     const float weight = p.weight == nullptr ? 1.f : p.weight[row];
     const float cosine = p.cosine[row], rnorm_a = p.rnorm_a[row], rnorm_b = p.rnorm_b[row];
-    if (weight == 0 || (rnorm_a == 0 && rnorm_b == 0)) {  // masked, or a row of zeros: its gradient is 0
+    if (rnorm_a == 0 && rnorm_b == 0) {  // masked, or a row of zeros: its gradient is 0 whatever it holds
       zero_row<kRowThreads>(grad_a, p.width);
       if constexpr (kBoth) zero_row<kRowThreads>(grad_b, p.width);
       continue;

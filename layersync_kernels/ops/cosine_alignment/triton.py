@@ -195,10 +195,9 @@ def backward_kernel(
     t_rnorm = tl.load(stats + 2 * rows.to(tl.int64) + row, mask=inside, other=0.0)
     factor = -tl.load(grad + _row_offset(row, rows, g_inner, g_outer_stride, g_inner_stride, 1), mask=inside, other=0.0)
     factor *= tl.load(scale)
-    live = inside & ((s_rnorm != 0) | (t_rnorm != 0))  # else a row of zeros
+    live = inside & ((s_rnorm != 0) | (t_rnorm != 0))  # else masked, or a row of zeros
     if weight is not None:
         w = tl.load(weight + row, mask=inside, other=0.0)
-        live = live & (w != 0)
         factor *= w
     student += _row_offset(row, rows, s_inner, s_outer_stride, s_inner_stride, S_VECTOR)
     teacher += _row_offset(row, rows, t_inner, t_outer_stride, t_inner_stride, T_VECTOR)
