@@ -408,13 +408,11 @@ def stop_signals() -> Iterator[Any]:
     asked = threading.Event()
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def ask(number: int, _frame: FrameType | None) -> None:
         asked.set()
-        restore()
+        # Not the handlers from before: shells start background jobs with SIGINT ignored, and then nothing would abort.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         logger.warning("%s: finishing this step and saving; once more aborts", signal.Signals(number).name)
 
     for number in before:
@@ -422,4 +420,5 @@ def stop_signals() -> Iterator[Any]:
     try:
         yield asked.is_set
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)
