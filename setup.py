@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from build_backend import installed_torch  # noqa: E402
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the binary loads beside that release and every later one
-OPS = ["cosine_alignment"]
+OPS = ["attention", "cosine_alignment", "gated_residual_norm", "gelu"]
 MEMORY_PER_JOB_GIB = 2.5
 
 
@@ -157,7 +157,7 @@ def extensions() -> tuple[list, dict]:
         modules.append(
             CUDAExtension(
                 "layersync_kernels._cuda",
-                [f"csrc/{op}/cuda.cu" for op in OPS],
+                [f"csrc/{op}/cuda.cu" for op in OPS if (ROOT / "csrc" / op / "cuda.cu").exists()],
                 extra_compile_args={
                     "cxx": flags,
                     "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", abi, "-lineinfo", "-Xfatbin=-compress-all"],

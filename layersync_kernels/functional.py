@@ -2,13 +2,36 @@
 
 from __future__ import annotations
 
+import functools
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from .ops import _dispatch
+from .ops.attention import self_attention
 from .ops.cosine_alignment import cosine_alignment, cosine_alignment_reference
+from .ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
+from .ops.gated_residual_norm import gated_residual_norm_reference
+from .ops.gated_residual_norm.groups import as_groups, in_equal_groups
+from .ops.gelu import gelu_mlp as _gelu_mlp
+from .ops.gelu import gelu_mlp_reference, linear_gelu_reference
+from .ops.gelu import linear_gelu as _linear_gelu
 
-__all__ = ["layersync_loss"]
+__all__ = [
+    "Seam",
+    "Tap",
+    "aligned_residual_norm",
+    "cosine_loss",
+    "gated_residual",
+    "gated_residual_norm",
+    "gelu_mlp",
+    "layersync_loss",
+    "linear_gelu",
+    "modulated_layer_norm",
+    "modulated_rms_norm",
+    "self_attention",
+]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -71,6 +94,25 @@ def layersync_loss(
     if weight is not None:
         weight = weight.to(torch.float32).expand(student.shape[:-1]).reshape(-1).contiguous()
     return cosine_alignment(student, teacher, weight, eps, reduction, teacher_grad, name)
+
+
+def cosine_loss(cosine: Tensor, *, mask: Tensor | None = None, token_weight: Tensor | None = None) -> Tensor:
+    """`layersync_loss` from the cosines of the tokens: -Σ w·cosine / Σ w, 0 where all weights are.
+
+    Args:
+        cosine: (...) fp32, one per token, as `aligned_residual_norm` gives it.
+        mask: as in `layersync_loss`.
+        token_weight: as in `layersync_loss`.
+
+    Returns:
+        a 0-d fp32 tensor. Raises as `layersync_loss` does.
+    """
+    if mask is None and token_weight is None:
+        return -cosine.mean() if cosine.numel() else -cosine.sum()
+    weight = _row_weights(cosine.unsqueeze(-1), mask, token_weight).to(cosine.dtype).expand(cosine.shape)
+    total = weight.sum()
+    terms = torch.where(weight == 0, 0, weight * cosine)  # a masked token may hold a NaN
+    return torch.where(total == 0, 0, -terms.sum() / torch.where(total == 0, 1, total))
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
@@ -138,3 +180,381 @@ def _broadcast(name: str, weight: Tensor, student: Tensor) -> Tensor:
         f"layersync_loss: {name} of shape {tuple(weight.shape)} does not broadcast to the leading dimensions "
         f"{tuple(leading)} of student {tuple(student.shape)}; expected one value per token or per sample"
     )
+
+
+class Tap(NamedTuple):
+    """What a student block hands to its teacher, so that their alignment costs no pass over memory of its own.
+
+    Attributes:
+        hidden: (..., D), the student's tokens. Detached where `slot` is there: the gradient goes another way.
+        slot, factors: that way; empty where the gradient goes through `hidden`. They serve one teacher.
+    """
+
+    hidden: Tensor
+    slot: Tensor
+    factors: Tensor
+
+
+class Seam(NamedTuple):
+    """The results of `aligned_residual_norm`.
+
+    Attributes:
+        residual: (..., D), x + gate·branch.
+        normed: (..., D), modulated norm of it.
+        cosine: (...) fp32, cos(student, residual) per token, differentiable in the student; or None.
+        tap: for the teacher, or None.
+    """
+
+    residual: Tensor
+    normed: Tensor
+    cosine: Tensor | None
+    tap: Tap | None
+
+
+def modulated_layer_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    r"""adaLN: LayerNorm(x)·(1 + scale) + shift, in one pass forward and one backward.
+
+    Args:
+        x: (..., D) tokens, usually (B, N, D); float32, bfloat16 or float16 (float64 through the reference).
+        shift: modulation: (B, D), one row per sample (the first dimension of x); (D,), one for all; or as many
+            dimensions as x, each equal to x's or 1: (B, 1, D), per token (B, N, D). Per sample and per token cost no
+            copy; what broadcasts over leading dimensions, as (1, N, D), is expanded first.
+        scale: likewise.
+        eps: added to the variance.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        Like x. Its dtype is what PyTorch's promotion of x, shift and scale gives, so bf16 x with fp32 modulation gives
+        fp32; under autocast it is the autocast dtype, rounded once: there eager PyTorch gives fp32, which the next
+        linear layer rounds.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on several devices.
+        TypeError: tensors that are not floating point.
+        RuntimeError: a backend that was asked for and cannot run; double backward.
+
+    Source: DiT (Peebles and Xie 2022, arXiv:2212.09748), adaLN. Mean and variance are fp32; a NaN or infinity stays in
+    its token.
+    """
+    return _seam(
+        "modulated_layer_norm", x, None, None, shift, scale, norm="layer", eps=eps, backend=backend
+    ).normed
+
+
+def modulated_rms_norm(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    """RMSNorm(x)·(1 + scale) + shift, x / sqrt(mean(x²) + eps) being RMSNorm without weight.
+
+    A weight w folds into the modulation: scale' = w·(1 + scale) - 1. Arguments, results and errors are those of
+    `modulated_layer_norm`; None stands for zeros.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; LightningDiT (Yao et al. 2025, arXiv:2501.01423).
+    """
+    return _seam("modulated_rms_norm", x, None, None, shift, scale, norm="rms", eps=eps, backend=backend).normed
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+    """x + gate·branch, the end of a half-block, in one pass; its backward reads and writes two tensors each.
+
+    Args:
+        x: (..., D) residual stream.
+        branch: (..., D), what attention or MLP returned.
+        gate: modulation, as `modulated_layer_norm` takes it.
+        backend: as there.
+
+    Returns:
+        Like x, of the dtype that PyTorch's promotion gives. Errors as `modulated_layer_norm`.
+    """
+    return _seam("gated_residual", x, branch, gate, None, None, norm=None, eps=1e-6, backend=backend).residual
+
+
+def gated_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "layer",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The end of one half-block and the start of the next in one pass.
+
+    residual = x + gate·branch, normed = norm(residual)·(1 + scale) + shift. Forward moves four (M, D) tensors, backward
+    six and the sums for the modulation.
+
+    Args:
+        x: (..., D) residual stream.
+        branch: (..., D), what attention or MLP returned.
+        gate: modulation, as `modulated_layer_norm` takes it.
+        shift: modulation, or None for zeros.
+        scale: modulation, or None for zeros.
+        eps: added to the variance or the mean square.
+        norm: "layer" (LayerNorm without weights) or "rms".
+        backend: as in `modulated_layer_norm`.
+
+    Returns:
+        (residual, normed). The residual has the dtype of PyTorch's promotion of x, branch and gate; for `normed` see
+        `modulated_layer_norm`. Errors as there.
+    """
+    seam = _seam("gated_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend)
+    return seam.residual, seam.normed
+
+
+def aligned_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    student: Tap | None = None,
+    tap: bool = False,
+    eps: float = 1e-6,
+    norm: str = "layer",
+    align_eps: float = 1e-6,
+    backend: str = "auto",
+) -> Seam:
+    """`gated_residual_norm` with an alignment riding along: the residual is a student, a teacher, or both.
+
+    At the student block ask for a `tap`; give it to the call at the teacher block as `student`. The cosine of the two
+    residuals comes out there, for one read of the student; its gradient enters the student's backward pass for one read
+    of the teacher. The teacher is a constant (stop-gradient), as in LayerSync.
+
+    Args:
+        x, branch, gate, shift, scale, eps, norm, backend: as in `gated_residual_norm`.
+        student: the tap of a shallower block, from the same backend. A tap serves one call; a second one makes the
+            student's gradient NaN.
+        tap: whether this residual is a student.
+        align_eps: a token whose norm is below it has cosine 0 and gradient 0.
+
+    Returns:
+        A Seam. Its cosine equals `-layersync_loss(student, residual, reduction="none")`.
+
+    Raises:
+        ValueError: as `gated_residual_norm`; a student of another shape; a tap from another backend.
+    """
+    return _seam(
+        "aligned_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend,
+        student=student, tap=tap, align_eps=align_eps,
+    )  # fmt: skip
+
+
+def _seam(
+    op: str,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    norm: str | None,
+    eps: float,
+    backend: str,
+    student: Tap | None = None,
+    tap: bool = False,
+    align_eps: float = 1e-6,
+) -> Seam:
+    _check_tokens(op, "x", x)
+    if branch is not None:
+        _check_tokens(op, "branch", branch, x)
+        if branch.shape != x.shape:
+            raise ValueError(f"{op}: branch {tuple(branch.shape)} must have the shape of x, {tuple(x.shape)}")
+    if student is not None:
+        _check_tokens(op, "student", student.hidden, x)
+        if student.hidden.shape != x.shape:
+            raise ValueError(
+                f"{op}: the student's hidden {tuple(student.hidden.shape)} must have the shape of x, {tuple(x.shape)}"
+            )
+    if norm not in ("layer", "rms", None):
+        raise ValueError(f"{op}: unknown norm={norm!r}; expected 'layer' or 'rms'")
+    given = {"gate": gate, "shift": shift, "scale": scale}
+    modulations = {name: _as_modulation(op, name, m, x) for name, m in given.items() if m is not None}
+    promote = torch.promote_types
+    stream = x.dtype
+    if branch is not None:
+        stream = functools.reduce(promote, [branch.dtype, *([] if gate is None else [gate.dtype])], stream)
+    affine = [m.dtype for m in (shift, scale) if m is not None]
+    out = functools.reduce(promote, affine, stream)
+    if norm is not None and torch.is_autocast_enabled(x.device.type) and out != torch.float64:
+        out = torch.get_autocast_dtype(x.device.type)
+    name = _dispatch.resolve(backend, x.device.type, promote(out, stream))
+    if name == "reference" or x.numel() == 0:
+        return _reference_seam(
+            op, x.to(stream), branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtype=out
+        )
+
+    # The kernels take (stream, half-block) dtypes that are equal, or fp32 with anything; the rest is widened to fp32.
+    half = out if branch is None else branch.dtype if norm is None else promote(branch.dtype, out)
+    wide = stream if stream in (half, torch.float32) else torch.float32
+    if wide != stream and norm is None:
+        half = wide
+    groups = dict(zip(modulations, in_equal_groups([as_groups(m, x.shape[:-1]) for m in modulations.values()])))  # noqa: B905
+    kinds = {m.dtype for m in groups.values()}
+    if kinds - {half} and kinds != {torch.float32}:
+        groups = {key: m.to(torch.float32) for key, m in groups.items()}
+    if student is not None and student.slot.numel() == 0:
+        raise ValueError(f"{op}: the student's tap comes from the reference; this call runs on {name}")
+    taken = None if student is None else (student.hidden.to(wide), student.slot, student.factors)
+    residual, normed, cosine, link = _gated_residual_norm(
+        x.to(wide), None if branch is None else branch.to(half), groups.get("gate"), groups.get("shift"),
+        groups.get("scale"), taken, tap=tap, norm=norm is not None, rms=norm == "rms", eps=eps, align_eps=align_eps,
+        dtype=half, backend=name,
+    )  # fmt: skip
+    residual, normed = residual.to(stream), normed.to(out)
+    return Seam(
+        residual, normed, None if student is None else cosine, Tap(residual.detach(), *link) if tap else None
+    )
+
+
+def _reference_seam(
+    op: str,
+    x: Tensor,
+    branch: Tensor | None,
+    modulations: dict[str, Tensor],
+    student: Tap | None,
+    tap: bool,
+    *,
+    norm: str | None,
+    eps: float,
+    align_eps: float,
+    dtype: torch.dtype,
+) -> Seam:
+    if student is not None and student.slot.numel() > 0:
+        raise ValueError(f"{op}: the student's tap comes from a fused backend; this call runs on the reference")
+    residual, normed, cosine = gated_residual_norm_reference(
+        x, branch, modulations.get("gate"), modulations.get("shift"), modulations.get("scale"),
+        None if student is None else student.hidden, norm=norm is not None, rms=norm == "rms", eps=eps,
+        align_eps=align_eps, dtype=dtype,
+    )  # fmt: skip
+    empty = x.new_empty((0,))
+    return Seam(residual, empty if normed is None else normed, cosine, Tap(residual, empty, empty) if tap else None)
+
+
+def _check_tokens(op: str, name: str, tensor: Tensor, like: Tensor | None = None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor (..., D), got {type(tensor).__name__}")
+    if tensor.dtype not in _DTYPES:
+        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    if tensor.dim() == 0:
+        raise ValueError(f"{op}: {name} needs a channel dimension (..., D), got a 0-d tensor")
+    if like is not None and tensor.device != like.device:
+        raise ValueError(f"{op}: {name} is on {tensor.device} and x on {like.device}; move one of them")
+
+
+def _as_modulation(op: str, name: str, modulation: Tensor, x: Tensor) -> Tensor:
+    """Give a modulation as many dimensions as x has, each equal to x's or 1, the last one D."""
+    _check_tokens(op, name, modulation, x)
+    *leading, width = x.shape
+    dims: list[int] | None = None
+    if modulation.shape[-1] == width:
+        given = list(modulation.shape[:-1])
+        if len(given) == len(leading):
+            dims = given
+        elif len(given) <= 1:  # one row for all, or one per sample: the first dimension
+            dims = [*given, *[1] * (len(leading) - len(given))]
+    if dims is None or any(d not in (1, n) for d, n in zip(dims, leading, strict=True)):
+        ones = ", ".join("1" * (len(leading) - 1))
+        expected = [f"({width},)"]
+        if leading:
+            expected += [f"({leading[0]}, {width})", f"({leading[0]}, {ones + ', ' if ones else ''}{width})"]
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(modulation.shape)} does not fit x {tuple(x.shape)}; expected "
+            f"{', '.join(dict.fromkeys(expected))} or one value per token, {tuple(x.shape)}"
+        )
+    return modulation.reshape(*dims, width)
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
+    """gelu_tanh(x·Wᵀ + b): the library's GEMM with the activation in one pass behind it.
+
+    Backward fuses the derivative of GELU with the sum over tokens for the bias. Saves x, W and the pre-activation.
+
+    Args:
+        x: (..., I).
+        weight: (O, I).
+        bias: (O,) or None.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        (..., O), of the dtype of the inputs; under autocast of the autocast dtype, as `F.linear`.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on several devices.
+        TypeError: dtypes that differ (outside autocast) or are not floating point.
+        RuntimeError: a backend that was asked for and cannot run; double backward.
+
+    Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, tanh form.
+    """
+    rows, (weight,), (bias,), name = _linear_inputs("linear_gelu", x, (weight,), (bias,), backend)
+    if name == "reference" or rows.numel() == 0:
+        return linear_gelu_reference(x, weight, bias)
+    return _linear_gelu(rows, weight, bias, name).view(*x.shape[:-1], weight.shape[0])
+
+
+def gelu_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    *,
+    backend: str = "auto",
+) -> Tensor:
+    """Linear, tanh-GELU, linear: the MLP of a DiT block, which keeps its pre-activation but not its activation.
+
+    Backward computes the activation again in the pass that multiplies by the derivative of GELU: (M, H) less memory for
+    one more write, where H is the inner width. Arguments, results and errors as `linear_gelu`.
+
+    Args:
+        x: (..., I).
+        weight1: (H, I).
+        bias1: (H,) or None.
+        weight2: (O, H).
+        bias2: (O,) or None.
+        backend: as `linear_gelu`.
+
+    Returns:
+        (..., O).
+    """
+    rows, (weight1, weight2), (bias1, bias2), name = _linear_inputs(
+        "gelu_mlp", x, (weight1, weight2), (bias1, bias2), backend
+    )
+    if name == "reference" or rows.numel() == 0:
+        return gelu_mlp_reference(x, weight1, bias1, weight2, bias2)
+    return _gelu_mlp(rows, weight1, bias1, weight2, bias2, name).view(*x.shape[:-1], weight2.shape[0])
+
+
+def _linear_inputs(
+    op: str, x: Tensor, weights: tuple[Tensor, ...], biases: tuple[Tensor | None, ...], backend: str
+) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], str]:
+    """Check the inputs of a chain of linear layers, cast them as autocast does, and flatten x to rows."""
+    _check_tokens(op, "x", x)
+    width = x.shape[-1]
+    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
+        suffix = "" if len(weights) == 1 else str(number)
+        _check_tokens(op, f"weight{suffix}", weight, x)
+        if weight.dim() != 2 or weight.shape[1] != width:
+            raise ValueError(
+                f"{op}: weight{suffix} {tuple(weight.shape)} must have the shape (out, {width}): "
+                f"its input has {width} channels"
+            )
+        width = weight.shape[0]
+        if bias is not None:
+            _check_tokens(op, f"bias{suffix}", bias, x)
+            if bias.shape != (width,):
+                raise ValueError(f"{op}: bias{suffix} {tuple(bias.shape)} must have the shape ({width},)")
+    device = x.device.type
+    tensors = [x, *weights, *biases]
+    if torch.is_autocast_enabled(device):
+        dtype = torch.get_autocast_dtype(device)
+        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) > 1:
+        raise TypeError(f"{op}: x, weights and biases must have one dtype outside autocast, got {dtypes}")
+    x, weights, biases = tensors[0], tuple(tensors[1 : 1 + len(weights)]), tuple(tensors[1 + len(weights) :])
+    return x.reshape(-1, x.shape[-1]), weights, biases, _dispatch.resolve(backend, device, x.dtype)

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .functional import layersync_loss
+from .functional import cosine_loss, layersync_loss
 
 __all__ = ["LayerSyncLoss", "default_pair"]
 
 _PUBLISHED_PAIRS = {28: (8, 16), 24: (8, 18), 30: (9, 17)}  # SiT-XL, SiT-L, Wan 2.1 1.3B
+_EPS = 1e-6
 _SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -47,6 +49,9 @@ class LayerSyncLoss(nn.Module):
 
     Attributes:
         layers: the block numbers to capture, ascending.
+        captures: the same for a model that hands back cosines of pairs, as `sit.SiT` does: pairs, and numbers where a
+            pair cannot be fused (a block that is student or teacher twice, a teacher with gradient, an explicit backend
+            or eps).
         cosine: after a forward pass, the mean cosine of each pair as a detached 0-d tensor, keyed "student:teacher".
             Reading it costs no host synchronisation until its value is asked for.
 
@@ -56,6 +61,7 @@ class LayerSyncLoss(nn.Module):
     """
 
     layers: tuple[int, ...]
+    captures: tuple[int | tuple[int, int], ...]
     cosine: dict[str, Tensor]
 
     def __init__(
@@ -68,7 +74,7 @@ class LayerSyncLoss(nn.Module):
         stop_step: int | None = None,
         every: int = 1,
         teacher_grad: bool = False,
-        eps: float = 1e-6,
+        eps: float = _EPS,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -80,7 +86,17 @@ class LayerSyncLoss(nn.Module):
         self.teacher_grad, self.eps, self.backend = teacher_grad, eps, backend
         self._validate()
         self.layers = tuple(sorted({block for pair in self.pairs for block in pair}))
+        self.captures = self._captures()
         self.cosine = {}
+
+    def _captures(self) -> tuple[int | tuple[int, int], ...]:
+        if self.teacher_grad or self.backend != "auto" or self.eps != _EPS:
+            return self.layers
+        fused: list[tuple[int, int]] = []
+        for student, teacher in self.pairs:
+            if all(student != s and teacher != t for s, t in fused):
+                fused.append((student, teacher))
+        return *fused, *sorted({block for pair in self.pairs if pair not in fused for block in pair})
 
     def _validate(self) -> None:
         if not self.pairs:
@@ -131,7 +147,7 @@ class LayerSyncLoss(nn.Module):
 
     def forward(
         self,
-        states: Mapping[int, Tensor],
+        states: Mapping[Any, Tensor],
         *,
         step: int | None = None,
         mask: Tensor | None = None,
@@ -140,7 +156,8 @@ class LayerSyncLoss(nn.Module):
         """The weighted sum over all pairs, a 0-d fp32 tensor.
 
         Args:
-            states: block number → (B, N, D) output of that block, at least `layers`. May be empty in inactive steps.
+            states: block number → (B, N, D) output of that block, for each of `layers`; or pair → (B, N) cosines, for
+                each of `captures`. May be empty in inactive steps.
             step: the trainer's step, from 0; needed by decaying schedules, `stop_step` and `every`.
             mask: as in `functional.layersync_loss`.
             token_weight: as in `functional.layersync_loss`.
@@ -155,22 +172,25 @@ class LayerSyncLoss(nn.Module):
         if factor == 0:
             device = next((state.device for state in states.values()), None)
             return torch.zeros((), device=device)
-        missing = [block for block in self.layers if block not in states]
+        missing = sorted({b for pair in self.pairs if pair not in states for b in pair if b not in states})
         if missing:
             raise ValueError(
                 f"LayerSyncLoss: blocks {missing} were not captured, only {sorted(states)}; capture {self.layers}"
             )
         terms = []
         for (student, teacher), weight in zip(self.pairs, self.weights, strict=True):
-            loss = layersync_loss(
-                states[student],
-                states[teacher],
-                mask=mask,
-                token_weight=token_weight,
-                teacher_grad=self.teacher_grad,
-                eps=self.eps,
-                backend=self.backend,
-            )
+            if (student, teacher) in states:
+                loss = cosine_loss(states[student, teacher], mask=mask, token_weight=token_weight)
+            else:
+                loss = layersync_loss(
+                    states[student],
+                    states[teacher],
+                    mask=mask,
+                    token_weight=token_weight,
+                    teacher_grad=self.teacher_grad,
+                    eps=self.eps,
+                    backend=self.backend,
+                )
             self.cosine[f"{student}:{teacher}"] = -loss.detach()
             terms.append((weight * factor) * loss)
         total = terms[0]

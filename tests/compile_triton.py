@@ -1,7 +1,7 @@
 """Compiles Triton kernels as their launchers would run them, without a GPU; prints one line of JSON for each.
 
-python -m tests.compile_triton '[[90, "bfloat16", "bfloat16", 1152], ...]' with TRITON_INTERPRET unset: Triton decides
-at import between compiler and interpreter, so the tests run this in a process of its own.
+python -m tests.compile_triton '[["cosine_alignment", 90, "bfloat16", "bfloat16", 1152], ...]' with TRITON_INTERPRET
+unset: Triton decides at import between compiler and interpreter, so the tests run this in a process of its own.
 """
 
 import json
@@ -14,7 +14,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from layersync_kernels.ops import _triton
 from layersync_kernels.ops.cosine_alignment import triton as cosine_alignment
+from layersync_kernels.ops.gated_residual_norm import triton as gated_residual_norm
+from layersync_kernels.ops.gelu import triton as gelu
 
 from .sass import inspect
 
@@ -31,7 +34,7 @@ class Recorder:
         return self.record
 
     def record(self, *args, **kwargs):
-        self.warps = kwargs.pop("num_warps")
+        self.options = {name: kwargs.pop(name) for name in ("num_warps", "maxnreg") if name in kwargs}
         self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
 
     def compile(self, capability):
@@ -48,7 +51,7 @@ class Recorder:
                 signature[name] = "i32" if isinstance(value, int) else "fp32"
         source = ASTSource(self.kernel, signature, constants, attributes)
         target = GPUTarget("cuda", capability, 32)
-        return triton.compile(source, target=target, options={"num_warps": self.warps})
+        return triton.compile(source, target=target, options=self.options)
 
 
 def report(recorder, capability, case):
@@ -56,25 +59,72 @@ def report(recorder, capability, case):
         cubin = Path(folder) / "kernel.cubin"
         cubin.write_bytes(recorder.compile(capability).asm["cubin"])
         (kernel,) = inspect(cubin)
-    print(json.dumps({"case": case, "warps": recorder.warps, **kernel._asdict()}), flush=True)
+    print(json.dumps({"case": case, "warps": recorder.options["num_warps"], **kernel._asdict()}), flush=True)
+
+
+def run_cosine_alignment(student_type, teacher_type, width):
+    student, teacher = torch.zeros(8, width, dtype=student_type), torch.zeros(8, width, dtype=teacher_type)
+    weight = torch.ones(8)
+    _, stats, scale = cosine_alignment.forward(student, teacher, weight, 1e-6, 1)
+    cosine_alignment.backward(torch.ones(()), student, teacher, weight, stats, scale, True, False)
+
+
+def run_gated_residual_norm(x_type, dtype, width):
+    """The modulated norm between two half-blocks, as all blocks have it."""
+    x, branch = torch.zeros(64, width, dtype=x_type), torch.zeros(64, width, dtype=dtype)
+    gate, shift, scale = torch.zeros(2, 3 * width, dtype=dtype).chunk(3, dim=-1)
+    residual, normed, stats, _ = gated_residual_norm.forward(
+        x, branch, gate, shift, scale, None, True, False, 1e-6, 1e-6, dtype
+    )
+    gated_residual_norm.backward(residual, normed, residual, branch, gate, scale, stats, None, None, False, 2)
+
+
+def run_gated_residual_norm_aligned(x_type, dtype, width):
+    """Every part at once: forward the cosine with a student, backward the gradient of one."""
+    x, branch = torch.zeros(64, width, dtype=x_type), torch.zeros(64, width, dtype=dtype)
+    gate, shift, scale = torch.zeros(2, 3 * width, dtype=dtype).chunk(3, dim=-1)
+    residual, normed, stats, alignment = gated_residual_norm.forward(
+        x, branch, gate, shift, scale, x, True, False, 1e-6, 1e-6, dtype
+    )
+    factors = alignment[1:]
+    gated_residual_norm.backward(residual, normed, residual, branch, gate, scale, stats, x, factors, False, 2)
+
+
+def run_gelu(dtype, width):
+    preactivation = torch.zeros(64, width, dtype=dtype)
+    gelu.forward(preactivation)
+    gelu.backward(preactivation, preactivation, True, True)
+
+
+CASES = {
+    "cosine_alignment": (cosine_alignment, run_cosine_alignment),
+    "gated_residual_norm": (gated_residual_norm, run_gated_residual_norm),
+    "gated_residual_norm_aligned": (gated_residual_norm, run_gated_residual_norm_aligned),
+    "gelu": (gelu, run_gelu),
+}
+
+
+def kernels_of(module):
+    return {name: kernel for name, kernel in vars(module).items() if name.endswith("_kernel")}
 
 
 def main():
-    cases = json.loads(sys.argv[1])
-    for case in cases:
-        capability, *dtypes, width = case
-        student, teacher = (torch.zeros(8, width, dtype=getattr(torch, dtype)) for dtype in dtypes)
-        names = ("forward_kernel", "finish_kernel", "backward_kernel")
-        recorders = {name: Recorder(getattr(cosine_alignment, name)) for name in names}
-        for name, recorder in recorders.items():
-            setattr(cosine_alignment, name, recorder)
-        weight = torch.ones(8)
-        _, stats, scale = cosine_alignment.forward(student, teacher, weight, 1e-6, 1)
-        cosine_alignment.backward(torch.ones(()), student, teacher, weight, stats, scale, True, False)
-        for name, recorder in recorders.items():
-            setattr(cosine_alignment, name, recorder.kernel)
-            if name != "finish_kernel" or case == cases[0]:
+    seen = set()
+    for case in json.loads(sys.argv[1]):
+        op, capability, *dtypes, width = case
+        module, run = CASES[op]
+        recorders = {}
+        for place in (module, _triton):
+            for name, kernel in kernels_of(place).items():
+                recorders[place, name] = Recorder(kernel)
+                setattr(place, name, recorders[place, name])
+        run(*(getattr(torch, dtype) for dtype in dtypes), width)
+        for (place, name), recorder in recorders.items():
+            setattr(place, name, recorder.kernel)
+            small = name in ("finish_kernel", "sum_kernel")  # once for each op is enough
+            if hasattr(recorder, "arguments") and not (small and (op, name) in seen):
                 report(recorder, capability, case)
+                seen.add((op, name))
 
 
 if __name__ == "__main__":

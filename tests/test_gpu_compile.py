@@ -43,26 +43,33 @@ def needed_in_flight(kernel):
 
 # ---- CUDA C++
 
+SOURCES = {
+    "cosine_alignment": ["cosine_forward_kernel_for", "cosine_backward_kernel_for"],
+    "gated_residual_norm": ["gated_forward_plan", "gated_backward_plan"],
+    "gelu": ["gelu_forward_kernel_for", "gelu_backward_kernel_for"],
+}
+
 
 @pytest.fixture(scope="module")
 def cuda_kernels(tmp_path_factory):
-    """Every kernel of cuda.cuh: capability → kernels."""
+    """Every kernel of the ops' cuda.cuh: (op, capability) → kernels."""
     folder = tmp_path_factory.mktemp("nvcc")
-    source = folder / "all.cu"
-    source.write_text(
-        f'#include "{ROOT}/csrc/cosine_alignment/cuda.cuh"\n'
-        "void* keep[] = {(void*)layersync::cosine_forward_kernel_for, (void*)layersync::cosine_backward_kernel_for};\n"
-    )
+    for op, kept in SOURCES.items():
+        pointers = ", ".join(f"(void*)layersync::{name}" for name in kept)
+        (folder / f"{op}.cu").write_text(f'#include "{ROOT}/csrc/{op}/cuda.cuh"\nvoid* keep[] = {{{pointers}}};\n')
 
-    def build(capability):
-        cubin = folder / f"{capability}.cubin"
+    def build(case):
+        op, capability = case
+        cubin = folder / f"{op}-{capability}.cubin"
         flags = ["-O3", "-std=c++20", f"-arch=sm_{capability}", "-cubin", "-o", cubin]
+        source = folder / f"{op}.cu"
         done = subprocess.run([find_nvcc(), *flags, source], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
         return inspect(cubin)
 
+    cases = list(itertools.product(SOURCES, CAPABILITIES))
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
-        return dict(zip(CAPABILITIES, pool.map(build, CAPABILITIES), strict=True))
+        return dict(zip(cases, pool.map(build, cases), strict=True))
 
 
 def sizes_of(name):
@@ -75,8 +82,8 @@ def sizes_of(name):
 @pytest.mark.skipif(find_nvcc() is None, reason="no nvcc: set CUDA_HOME to a CUDA toolkit")
 @needs_cuobjdump
 @pytest.mark.parametrize("capability", CAPABILITIES)
-def test_cuda_kernels_neither_spill_nor_use_narrow_accesses(cuda_kernels, capability):
-    kernels = cuda_kernels[capability]
+def test_cosine_kernels_neither_spill_nor_use_narrow_accesses(cuda_kernels, capability):
+    kernels = cuda_kernels["cosine_alignment", capability]
     # 9 pairs of dtypes, a warp or a block per row; forward, backward for one side and for both.
     assert len(kernels) == 9 * 2 * 3 + 1
     for kernel in kernels:
@@ -94,15 +101,72 @@ def test_cuda_kernels_neither_spill_nor_use_narrow_accesses(cuda_kernels, capabi
             assert kernel.stores[128] == sum(steps * values * size // 16 + 1 for size in written), kernel  # 1: zero_row
 
 
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc: set CUDA_HOME to a CUDA toolkit")
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", CAPABILITIES)
+class TestBlockKernels:
+    def test_spill_nothing(self, cuda_kernels, capability):
+        for op, count in (("gated_residual_norm", 5 * 7 + 1), ("gelu", 3 * 4 + 1)):
+            assert len(cuda_kernels[op, capability]) == count
+            for kernel in cuda_kernels[op, capability]:
+                assert kernel.spills == 0, kernel
+
+    def test_norm_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        checked = 0
+        for kernel in cuda_kernels["gated_residual_norm", capability]:
+            if not re.search(r"gated_(forward|backward)_kernel", kernel.name):
+                continue
+            sizes, numbers = sizes_of(kernel.name), [int(n) for n in re.findall(r"Li(\d+)E", kernel.name)]
+            if numbers == [1]:
+                continue  # rows that are not aligned
+            checked += 1
+            if "forward" in kernel.name:
+                threads, channels = numbers
+                quads = channels // threads * sum(sizes) // 16  # of x and branch, for a thread
+                assert set(kernel.loads) == {128}, kernel
+                assert kernel.stores[128] >= quads, kernel
+                assert set(kernel.stores) == {128, 32}, kernel
+                assert kernel.stores[32] == 5, kernel  # statistics of the norm and of the alignment
+                batch = kernel.batch
+            else:
+                quads = 8 * sum(sizes) // 16
+                assert kernel.loads[32] == 6, kernel  # statistics, factors, means
+                assert set(kernel.loads) == {128, 32}, kernel
+                # d_x, d_branch and three sums.
+                assert kernel.stores == {128: quads + 3 * 2}, kernel
+                batch = 2 * quads  # r and dr, the branch and dy
+            assert bytes_in_flight(kernel._replace(batch=batch)) >= needed_in_flight(kernel), kernel
+        assert checked == 5 * 4  # pairs of dtypes, kernels
+
+    def test_gelu_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        vectors = [k for k in cuda_kernels["gelu", capability] if re.search(r"gelu_\w+_kernelI.*Li[48]E", k.name)]
+        assert len(vectors) == 3 * 2
+        for kernel in vectors:
+            forward = "forward" in kernel.name
+            # The values that vectors leave over, one at a time.
+            assert sum(count for bits, count in kernel.loads.items() if bits != 128) == (1 if forward else 0), kernel
+            assert sum(count for bits, count in kernel.stores.items() if bits != 128) == (1 if forward else 0), kernel
+            assert bytes_in_flight(kernel) >= needed_in_flight(kernel), kernel
+
+
 # ---- Triton
 
-CASES = [
-    *([90, *dtypes, 1152] for dtypes in (["bfloat16"] * 2, ["float32"] * 2, ["float16"] * 2, ["bfloat16", "float32"])),
-    [90, "bfloat16", "bfloat16", 8192],
-    [80, "bfloat16", "bfloat16", 1152],
-    [80, "float32", "float32", 1152],
-    [100, "bfloat16", "bfloat16", 1152],
-    [100, "float32", "float32", 1152],
+BF16, FP16, FP32 = "bfloat16", "float16", "float32"
+COSINE_CASES = [
+    *(["cosine_alignment", 90, *dtypes, 1152] for dtypes in ([BF16] * 2, [FP32] * 2, [FP16] * 2, [BF16, FP32])),
+    ["cosine_alignment", 90, BF16, BF16, 8192],
+    *(["cosine_alignment", capability, *[dtype] * 2, 1152] for capability in (80, 100) for dtype in (BF16, FP32)),
+]
+NORM_CASES = [
+    *(["gated_residual_norm", capability, BF16, BF16, 1152] for capability in CAPABILITIES),
+    ["gated_residual_norm", 90, FP32, BF16, 1152],
+    *(["gated_residual_norm", capability, BF16, BF16, 4096] for capability in CAPABILITIES),
+    *(["gated_residual_norm_aligned", capability, FP32, FP32, 1152] for capability in CAPABILITIES),
+    ["gated_residual_norm_aligned", 90, BF16, BF16, 1152],
+    ["gated_residual_norm_aligned", 90, FP32, FP32, 4096],
+]
+GELU_CASES = [
+    ["gelu", capability, dtype, 4608] for capability, dtype in ((80, BF16), (90, BF16), (90, FP32), (100, BF16))
 ]
 
 
@@ -117,30 +181,90 @@ def compile_triton(cases, cache):
 @pytest.fixture(scope="module")
 def triton_kernels(tmp_path_factory):
     pytest.importorskip("triton")
-    halves = CASES[::2], CASES[1::2]
+    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES]
+    halves = cases[::2], cases[1::2]
     caches = [tmp_path_factory.mktemp("triton") for _ in halves]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
         return list(itertools.chain.from_iterable(pool.map(compile_triton, halves, caches)))
 
 
+def kernels_of(reports, case):
+    """The forward and the backward kernel of a case, with widths as numbers."""
+    kernels = {}
+    for report in reports:
+        if report["case"] == case:
+            for accesses in ("loads", "stores"):
+                report[accesses] = {int(bits): count for bits, count in report[accesses].items()}
+            kernels[report["name"]] = Kernel(**{field: report[field] for field in Kernel._fields})
+    return kernels["forward_kernel"], kernels["backward_kernel"]
+
+
+def sixteen_byte_values(*dtypes):
+    """Accesses of 16 bytes for 8 values of each tensor."""
+    return sum(8 * (4 if dtype == FP32 else 2) // 16 for dtype in dtypes)
+
+
+def narrow(accesses):
+    return sum(count for bits, count in accesses.items() if bits != 128)
+
+
+def name_of(case):
+    return "-".join(map(str, case))
+
+
 @needs_cuobjdump
-@pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
+@pytest.mark.parametrize("case", COSINE_CASES, ids=name_of)
 def test_triton_kernels_neither_spill_nor_use_narrow_accesses(triton_kernels, case):
-    reports = {report["name"]: report for report in triton_kernels if report["case"] == case}
-    for name in ("forward_kernel", "backward_kernel"):
-        report = reports[name]
-        widths = {int(bits): count for bits, count in report["loads"].items()}
-        steps = -(-case[3] // (256 if case[3] <= 2048 else 2048))
-        values = sum(8 * (4 if dtype == "float32" else 2) // 16 for dtype in case[1:3])  # 16-byte loads per step
-        assert report["spills"] == 0, report
-        assert widths.get(128, 0) >= steps * values, report
-        assert sum(count for bits, count in widths.items() if bits != 128) <= 12, report  # statistics, weight, gradient
-        kernel = Kernel(**{field: report[field] for field in Kernel._fields})
-        assert bytes_in_flight(kernel) >= needed_in_flight(kernel), report
-    stores = {int(bits): count for bits, count in reports["backward_kernel"]["stores"].items()}
-    assert set(stores) == {128}
+    *_, student, teacher, width = case
+    steps = -(-width // (256 if width <= 2048 else 2048))
+    for kernel in kernels_of(triton_kernels, case):
+        assert kernel.spills == 0, kernel
+        assert kernel.loads[128] >= steps * sixteen_byte_values(student, teacher), kernel
+        assert narrow(kernel.loads) <= 12, kernel  # statistics, weight, gradient
+        assert bytes_in_flight(kernel) >= needed_in_flight(kernel), kernel
+    assert set(kernel.stores) == {128}
 
 
 @needs_cuobjdump
-def test_triton_finish_kernel_compiles(triton_kernels):
-    assert all(report["spills"] == 0 for report in triton_kernels if report["name"] == "finish_kernel")
+@pytest.mark.parametrize("case", NORM_CASES, ids=name_of)
+def test_triton_norm_kernels_neither_spill_nor_use_narrow_accesses(triton_kernels, case):
+    op, _, x, dtype, width = case
+    aligned = "aligned" in op
+    forward, backward = kernels_of(triton_kernels, case)
+    assert forward.spills == backward.spills == 0, (forward, backward)
+
+    steps = -(-width // (256 if width <= 2048 else 2048))
+    # x, branch, gate, shift and scale; the student, and once more if its squares leave the range of fp32.
+    assert forward.loads == {128: steps * sixteen_byte_values(x, *[dtype] * 4, *[x, x] * aligned)}, forward
+    assert forward.stores[128] == steps * sixteen_byte_values(x, dtype), forward
+    assert narrow(forward.stores) == (5 if aligned else 2), forward  # statistics
+    assert bytes_in_flight(forward) >= needed_in_flight(forward), forward
+
+    steps = width / (512 if width <= 1536 else 2048)  # where the last reaches beyond the width, less of it is read
+    loads = sixteen_byte_values(x, x, *[dtype] * 4, *[x] * aligned)  # both gradients, r, branch, gate, scale; teacher
+    assert backward.loads[128] >= steps * loads, backward
+    assert narrow(backward.loads) == (4 if aligned else 2), backward  # statistics, factors
+    assert set(backward.stores) == {128}, backward
+    assert bytes_in_flight(backward) >= needed_in_flight(backward), backward
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", GELU_CASES, ids=name_of)
+def test_triton_gelu_kernels_neither_spill_nor_use_narrow_accesses(triton_kernels, case):
+    dtype = case[2]
+    forward, backward = kernels_of(triton_kernels, case)
+    assert forward.spills == backward.spills == 0, (forward, backward)
+    assert forward.loads == forward.stores == {128: 2 * sixteen_byte_values(dtype)}, forward
+    assert backward.loads == {128: 4 * sixteen_byte_values(dtype)}, backward  # of this step and of the next
+    assert backward.stores[128] == 2 * sixteen_byte_values(dtype), backward
+    assert narrow(backward.stores) == 1, backward  # the sums, once
+    # Half of the traffic is stores.
+    assert bytes_in_flight(forward) >= BYTES_IN_FLIGHT / 2, forward
+    assert bytes_in_flight(backward) >= BYTES_IN_FLIGHT / 2, backward
+
+
+@needs_cuobjdump
+def test_triton_kernels_that_finish_sums_compile(triton_kernels):
+    reports = [report for report in triton_kernels if report["name"] in ("finish_kernel", "sum_kernel")]
+    assert {report["name"] for report in reports} == {"finish_kernel", "sum_kernel"}
+    assert all(report["spills"] == 0 for report in reports)

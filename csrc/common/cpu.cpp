@@ -36,6 +36,15 @@ Isa cpu_isa() {
   return isa;
 }
 
+bool cpu_has_bf16() {
+#ifdef LAYERSYNC_X86
+  static const bool has = cpu_isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+  return has;
+#else
+  return false;
+#endif
+}
+
 const char* cpu_isa_name() { return kIsaNames[int(cpu_isa())]; }
 
 void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {

@@ -11,6 +11,19 @@ enum class Isa { generic = 0, avx2 = 1, avx512 = 2 };
 Isa cpu_isa();
 const char* cpu_isa_name();
 
+// Whether kernels for AVX-512 may use its bf16 products.
+bool cpu_has_bf16();
+
+// Of the tables NAME_generic, NAME_avx2 and NAME_avx512 the one for this machine.
+#ifdef LAYERSYNC_X86
+#define LAYERSYNC_FOR_THIS_CPU(name)                      \
+  (layersync::cpu_isa() == layersync::Isa::avx512 ? name##_avx512 \
+   : layersync::cpu_isa() == layersync::Isa::avx2 ? name##_avx2   \
+                                                  : name##_generic)
+#else
+#define LAYERSYNC_FOR_THIS_CPU(name) name##_generic
+#endif
+
 // Asks the kernel to back a fresh output with large pages. Faulting a 38 MB gradient in by 4 KiB pages costs as much
 // as writing it; on memory that is already mapped the call does nothing.
 void advise_large_pages(void* data, int64_t bytes);

@@ -1,6 +1,9 @@
 // Kernels that give every row to a warp, or to a whole block where rows are long: who does what, and sums over them.
 #pragma once
 
+#include <cstdint>
+#include <type_traits>
+
 #include "row_layout.h"
 #include "vectors.cuh"
 
@@ -17,10 +20,8 @@ struct RowGrid {
   unsigned blocks;
 };
 
-// One warp keeps up to 8 KiB of a row in flight by itself; longer rows get the block, so that few of them still fill
-// the card. At most 4096 blocks: enough for several waves on any card, few enough to sum their partial results at once.
-inline RowGrid row_grid(int64_t rows, int64_t row_vectors, int64_t max_blocks = 4096) {
-  const int row_threads = row_vectors > 512 ? kRowBlockThreads : kWarpThreads;
+// At most 4096 blocks: enough for several waves on any card, few enough to sum their partial results at once.
+inline RowGrid row_grid(int64_t rows, int row_threads, int64_t max_blocks = 4096) {
   const int64_t groups = kRowBlockThreads / row_threads;
   const int64_t rows_per_group = rows > groups * max_blocks ? (rows - 1) / (groups * max_blocks) + 1 : 1;
   const int64_t blocks = rows > 0 ? (rows - 1) / (groups * rows_per_group) + 1 : 1;
@@ -47,10 +48,29 @@ struct RowGroup {
   }
 };
 
-// RowLayout::offset without its 64-bit division (a hundred instructions) where rows have one stride, as they mostly do.
+// RowLayout::offset without its 64-bit division, which takes a hundred instructions and the registers of a call; launchers
+// refuse 2^31 rows. Mostly rows have one stride, and there is nothing to divide.
 __device__ inline int64_t row_offset(const RowLayout& layout, int64_t row) {
-  return row < layout.inner ? row * layout.inner_stride : layout.offset(row);
+  if (row < layout.inner) return row * layout.inner_stride;
+  const uint32_t outer = uint32_t(row) / uint32_t(layout.inner);
+  return outer * layout.outer_stride + (uint32_t(row) - outer * uint32_t(layout.inner)) * layout.inner_stride;
 }
+
+// The rows of an input, or nothing: data is null where an optional input is missing.
+struct RowInput {
+  const void* data = nullptr;
+  RowLayout layout{INT64_MAX, 0, 0};  // nothing to divide
+
+  template <class T>
+  __device__ const T* row(int64_t index) const {
+    return static_cast<const T*>(data) + row_offset(layout, index);
+  }
+
+  // Whether every row starts at a multiple of 16 bytes, for values of `size` bytes.
+  bool aligned(int64_t size) const {
+    return aligned16(data) && layout.outer_stride * size % 16 == 0 && layout.inner_stride * size % 16 == 0;
+  }
+};
 
 // Sum over the warp in a fixed order; every lane gets it.
 __device__ inline float warp_sum(float value) {
@@ -60,22 +80,28 @@ __device__ inline float warp_sum(float value) {
   return value;
 }
 
-// Sums of kCount values over the block in a fixed order; every thread gets them. All threads must call it.
+// Sums of kCount values over the block in a fixed order; every thread gets them. All threads must call it. A block of
+// fewer warps than kWarps says how many.
 template <int kWarps, int kCount>
-__device__ inline void block_sum(float (&value)[kCount]) {
+__device__ inline void block_sum(float (&value)[kCount], int warps = kWarps) {
+  static_assert(kWarps <= kWarpThreads);
   __shared__ float slots[kCount][kWarps];
-  const int warp = threadIdx.x / kWarpThreads;
+  const int warp = threadIdx.x / kWarpThreads, lane = threadIdx.x % kWarpThreads;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     value[k] = warp_sum(value[k]);
-    if (threadIdx.x % kWarpThreads == 0) slots[k][warp] = value[k];
+    if (lane == 0) slots[k][warp] = value[k];
   }
   __syncthreads();
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
-    value[k] = 0;
+    if constexpr (kWarps <= 4) {
+      value[k] = 0;
 #pragma unroll
-    for (int w = 0; w < kWarps; ++w) value[k] += slots[k][w];
+      for (int w = 0; w < kWarps; ++w) value[k] += slots[k][w];
+    } else {
+      value[k] = warp_sum(lane < warps ? slots[k][lane] : 0.f);
+    }
   }
   __syncthreads();  // the slots may be written again
 }
@@ -126,6 +152,17 @@ __device__ inline void for_each_vector(const A* a, const B* b, int vectors, Body
       }
     }
   }
+}
+
+// Calls body(i, count) for the values [i, i + count) of a row, spread over the row's threads; count is a constant:
+// kValues for the first `vectors` steps, then 1.
+template <int kRowThreads, int kValues, class Body>
+__device__ inline void for_each_values(int width, int vectors, Body body) {
+  const int index = RowGroup<kRowThreads>::index();
+#pragma unroll 1
+  for (int v = index; v < vectors; v += kRowThreads) body(v * kValues, std::integral_constant<int, kValues>{});
+#pragma unroll 1
+  for (int i = vectors * kValues + index; i < width; i += kRowThreads) body(i, std::integral_constant<int, 1>{});
 }
 
 }  // namespace layersync

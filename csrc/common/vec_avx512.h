@@ -45,10 +45,26 @@ inline void stream(T* p, Vec v) {
 
 inline void stream_fence() { _mm_sfence(); }
 
+inline Vec add(Vec a, Vec b) { return {_mm512_add_ps(a.v, b.v)}; }
+
+inline Vec sub(Vec a, Vec b) { return {_mm512_sub_ps(a.v, b.v)}; }
+
 inline Vec mul(Vec a, Vec b) { return {_mm512_mul_ps(a.v, b.v)}; }
+
+inline Vec div(Vec a, Vec b) { return {_mm512_div_ps(a.v, b.v)}; }
 
 inline Vec fma(Vec a, Vec b, Vec c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
 
 inline Vec fms(Vec a, Vec b, Vec c) { return {_mm512_fmsub_ps(a.v, b.v, c.v)}; }
+
+// min and max give b where either is NaN.
+inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
+
+inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
+
+// v * 2^n for integral n from -252 to 254.
+inline Vec scale_by_power(Vec v, Vec n) { return {_mm512_scalef_ps(v.v, n.v)}; }
+
+inline float max(Vec v) { return _mm512_reduce_max_ps(v.v); }
 
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v.v); }

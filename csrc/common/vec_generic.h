@@ -31,9 +31,27 @@ inline void stream(T* p, const Vec& v) {
 
 inline void stream_fence() {}
 
+inline Vec add(const Vec& a, const Vec& b) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = a.lane[i] + b.lane[i];
+  return r;
+}
+
+inline Vec sub(const Vec& a, const Vec& b) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = a.lane[i] - b.lane[i];
+  return r;
+}
+
 inline Vec mul(const Vec& a, const Vec& b) {
   Vec r;
   for (int i = 0; i < 8; ++i) r.lane[i] = a.lane[i] * b.lane[i];
+  return r;
+}
+
+inline Vec div(const Vec& a, const Vec& b) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = a.lane[i] / b.lane[i];
   return r;
 }
 
@@ -46,6 +64,37 @@ inline Vec fma(const Vec& a, const Vec& b, const Vec& c) {
 inline Vec fms(const Vec& a, const Vec& b, const Vec& c) {
   Vec r;
   for (int i = 0; i < 8; ++i) r.lane[i] = a.lane[i] * b.lane[i] - c.lane[i];
+  return r;
+}
+
+// min and max give b where either is NaN.
+inline Vec min(const Vec& a, const Vec& b) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = a.lane[i] < b.lane[i] ? a.lane[i] : b.lane[i];
+  return r;
+}
+
+inline Vec max(const Vec& a, const Vec& b) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i];
+  return r;
+}
+
+// v * 2^n for integral n from -252 to 254: in two factors, as one would leave the range of normal numbers.
+inline Vec scale_by_power(const Vec& v, const Vec& n) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) {
+    // A NaN has no power, and converting it to an integer no defined result.
+    const int32_t power = n.lane[i] == n.lane[i] ? int32_t(n.lane[i]) : 0, half = power >> 1;
+    const float first = bits_to_float(uint32_t(half + 127) << 23);
+    r.lane[i] = v.lane[i] * first * bits_to_float(uint32_t(power - half + 127) << 23);
+  }
+  return r;
+}
+
+inline float max(const Vec& v) {
+  float r = v.lane[0];
+  for (int i = 1; i < 8; ++i) r = v.lane[i] > r ? v.lane[i] : r;
   return r;
 }
 

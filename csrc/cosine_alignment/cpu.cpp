@@ -8,26 +8,14 @@
 #include <vector>
 
 #include "../common/cpu.h"
-#include "../common/rows.h"
+#include "../common/outputs.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
 
-const CosineKernels& kernels() {
-#ifdef LAYERSYNC_X86
-  switch (cpu_isa()) {
-    case Isa::avx512:
-      return cosine_kernels_avx512;
-    case Isa::avx2:
-      return cosine_kernels_avx2;
-    default:
-      break;
-  }
-#endif
-  return cosine_kernels_generic;
-}
+const CosineKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(cosine_kernels); }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> weight,
                                            double eps, int64_t reduction) {
@@ -83,16 +71,9 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
   STD_TORCH_CHECK(g.numel() == rows || g.dim() == 0, "layersync_kernels: gradient of ", g.numel(),
                   " values for a loss of ", rows, " tokens");
 
-  const auto output = [&](const Tensor& like, bool wanted) {
-    Tensor out = torch::stable::new_empty(like, wanted ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef{0});
-    if (wanted) advise_large_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
-    return out;
-  };
-  Tensor grad_student = output(student, student_grad), grad_teacher = output(teacher, teacher_grad);
+  Tensor grad_student = output_like(student, student_grad), grad_teacher = output_like(teacher, teacher_grad);
   if (!student_grad && !teacher_grad) return {grad_student, grad_teacher};
 
-  const int64_t bytes = (student_grad ? grad_student.numel() * int64_t(grad_student.element_size()) : 0) +
-                        (teacher_grad ? grad_teacher.numel() * int64_t(grad_teacher.element_size()) : 0);
   float* cosine = static_cast<float*>(stats.data_ptr());
   const CosineBackwardArgs args{
       s.data,
@@ -107,8 +88,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
       *static_cast<const float*>(scale.data_ptr()),
       student_grad ? grad_student.data_ptr() : nullptr,
       teacher_grad ? grad_teacher.data_ptr() : nullptr,
-      // Streaming stores need every row to start on a vector boundary; torch aligns allocations to 64 bytes.
-      bytes >= kStreamBytes && s.width % 32 == 0 && aligned_to_vector(grad_student) && aligned_to_vector(grad_teacher)};
+      streams(s.width, {&grad_student, &grad_teacher})};
   const auto kernel = kernels().backward[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows, rows_per_task(s.width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

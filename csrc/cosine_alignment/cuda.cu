@@ -19,23 +19,17 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-constexpr int64_t kMaxWidth = int64_t(1) << 30;
-
 void check_cuda_inputs(const Rows& s, const Rows& t, const Tensor& student, const Tensor& teacher,
                        const std::optional<Tensor>& weight, int64_t reduction) {
   check_alignment_inputs(s, t, student, teacher, weight, reduction);
   const auto device = student.get_device_index();
   STD_TORCH_CHECK(teacher.get_device_index() == device && (!weight.has_value() || weight->get_device_index() == device),
                   "layersync_kernels: student, teacher and weight must be on the same GPU");
-  STD_TORCH_CHECK(s.width <= kMaxWidth, "layersync_kernels: rows of ", s.width, " channels; at most ", kMaxWidth);
+  check_row_limits(s);
 }
 
-const float* floats(const Tensor& tensor) { return static_cast<const float*>(tensor.data_ptr()); }
-
-const float* floats(const std::optional<Tensor>& tensor) { return tensor.has_value() ? floats(*tensor) : nullptr; }
-
 RowGrid cosine_grid(const Rows& s, const Rows& t) {
-  return row_grid(s.count, cosine_row_vectors(s.width, type_index(s.dtype), type_index(t.dtype)));
+  return row_grid(s.count, cosine_row_threads(s.width, type_index(s.dtype), type_index(t.dtype)));
 }
 
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& teacher, std::optional<Tensor> weight,

@@ -2,7 +2,7 @@
 // The semantics are those of cpu_kernels.inl.
 #pragma once
 
-#include "../common/row_kernel.cuh"
+#include "../common/row_cosine.cuh"
 
 namespace layersync {
 
@@ -50,72 +50,6 @@ struct CosineBackwardParams {
   void* grad_a;  // contiguous rows
   void* grad_b;  // contiguous rows, or null
 };
-
-// Squares of a fp32 or bf16 row overflow from 1e19 on and vanish below 1e-19. Outside of this window a row is read
-// again, scaled by a power of two. Not needed at the lower end where eps alone decides: rows of zeros are free.
-constexpr float kSmallestSquare = 1e-30f, kLargestSquare = 1e37f, kEpsDecides = 1e-14f;
-
-__device__ inline bool representable(float sum_of_squares, float eps) {
-  return sum_of_squares < kLargestSquare && (sum_of_squares > kSmallestSquare || eps > kEpsDecides);
-}
-
-__device__ inline float range_factor(float sum_of_squares) {
-  return sum_of_squares < kLargestSquare ? sum_of_squares > kSmallestSquare ? 1.f : 0x1p100f : 0x1p-80f;
-}
-
-struct RowCosine {
-  float cosine, rnorm_student, rnorm_teacher;
-};
-
-// Three dot products (ss, tt, st) to the cosine; factors are those that the rows were scaled by.
-__device__ inline RowCosine finish_row(const float (&dots)[3], float factor_s, float factor_t, float eps) {
-  float norm_s = sqrtf(dots[0]), norm_t = sqrtf(dots[1]);
-  norm_s += norm_s - norm_s;  // an infinite element makes a NaN of the row, as x / norm(x) does
-  norm_t += norm_t - norm_t;
-  if (norm_s < eps * factor_s || norm_t < eps * factor_t) {
-    const float cosine = (norm_s - norm_s) + (norm_t - norm_t);  // 0, or the NaN of the other row
-    return {cosine, cosine, cosine};
-  }
-  const float rnorm_s = 1.f / norm_s, rnorm_t = 1.f / norm_t;
-  return {dots[2] * rnorm_s * rnorm_t, rnorm_s * factor_s, rnorm_t * factor_t};
-}
-
-template <int kRowThreads, class S, class T>
-__device__ inline RowCosine row_cosine(const S* s, const T* t, int width, float eps) {
-  constexpr int kValues = RowPair<S, T>::kValues;
-  const int index = RowGroup<kRowThreads>::index();
-  const int vectors = aligned16(s) && aligned16(t) ? width / kValues : 0;
-  float dots[3] = {0, 0, 0};
-  for_each_vector<kRowThreads>(s, t, vectors, [&](int, const float(&a)[kValues], const float(&b)[kValues]) {
-#pragma unroll
-    for (int k = 0; k < kValues; ++k) {
-      dots[0] = fmaf(a[k], a[k], dots[0]);
-      dots[1] = fmaf(b[k], b[k], dots[1]);
-      dots[2] = fmaf(a[k], b[k], dots[2]);
-    }
-  });
-#pragma unroll 2
-  for (int i = vectors * kValues + index; i < width; i += kRowThreads) {
-    const float a = widen(s[i]), b = widen(t[i]);
-    dots[0] = fmaf(a, a, dots[0]);
-    dots[1] = fmaf(b, b, dots[1]);
-    dots[2] = fmaf(a, b, dots[2]);
-  }
-  row_sum<kRowThreads>(dots);
-  if (representable(dots[0], eps) && representable(dots[1], eps)) return finish_row(dots, 1, 1, eps);
-
-  const float factor_s = range_factor(dots[0]), factor_t = range_factor(dots[1]);
-  float scaled[3] = {0, 0, 0};
-#pragma unroll 1
-  for (int i = index; i < width; i += kRowThreads) {
-    const float a = widen(s[i]) * factor_s, b = widen(t[i]) * factor_t;
-    scaled[0] = fmaf(a, a, scaled[0]);
-    scaled[1] = fmaf(b, b, scaled[1]);
-    scaled[2] = fmaf(a, b, scaled[2]);
-  }
-  row_sum<kRowThreads>(scaled);
-  return finish_row(scaled, factor_s, factor_t, eps);
-}
 
 template <class S, class T, int kRowThreads>
 __global__ void __launch_bounds__(kRowBlockThreads, 6) cosine_forward_kernel(CosineForwardParams p) {
@@ -185,7 +119,7 @@ __device__ inline void zero_row(T* row, int width) {
 }
 
 template <class A, class B, bool kBoth, int kRowThreads>
-__global__ void __launch_bounds__(kRowBlockThreads, kBoth ? 5 : 6) cosine_backward_kernel(CosineBackwardParams p) {
+__global__ void __launch_bounds__(kRowBlockThreads, kBoth ? 4 : 6) cosine_backward_kernel(CosineBackwardParams p) {
   constexpr int kValues = RowPair<A, B>::kValues;
   using Group = RowGroup<kRowThreads>;
   const int index = Group::index();
@@ -236,12 +170,6 @@ __global__ void __launch_bounds__(kRowBlockThreads, kBoth ? 5 : 6) cosine_backwa
 using CosineForwardKernel = void (*)(CosineForwardParams);
 using CosineBackwardKernel = void (*)(CosineBackwardParams);
 
-// Calls visit(T{}) with the type that an index stands for: 0 = fp32, 1 = bf16, 2 = fp16.
-template <class Visit>
-auto with_type(int type, Visit visit) {
-  return type == 0 ? visit(float{}) : type == 1 ? visit(__nv_bfloat16{}) : visit(__half{});
-}
-
 inline CosineForwardKernel cosine_forward_kernel_for(int student, int teacher, int row_threads) {
   return with_type(student, [=](auto s) {
     return with_type(teacher, [=](auto t) -> CosineForwardKernel {
@@ -265,9 +193,10 @@ inline CosineBackwardKernel cosine_backward_kernel_for(int a, int b, bool both, 
   });
 }
 
-// 16-byte steps of a row, which decide how many threads share it.
-inline int64_t cosine_row_vectors(int64_t width, int student, int teacher) {
-  return width / (student == 0 && teacher == 0 ? 4 : 8);
+// One warp keeps up to 8 KiB of a row in flight by itself; longer rows get the block, so that few of them still fill
+// the card.
+inline int cosine_row_threads(int64_t width, int student, int teacher) {
+  return width / (student == 0 && teacher == 0 ? 4 : 8) > 512 ? kRowBlockThreads : kWarpThreads;
 }
 
 }  // namespace layersync

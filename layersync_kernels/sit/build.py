@@ -68,6 +68,8 @@ def build_model(config: ModelConfig, shape: tuple[int, int, int], num_classes: i
             in_channels=channels,
             num_classes=num_classes,
             class_dropout_prob=config.class_dropout,
+            kernels=config.kernels,
+            recompute=config.recompute,
             **overrides,
         )
     except ValueError as error:

@@ -62,6 +62,10 @@ class ModelConfig:
     """None: as many as the data has."""
     class_dropout: float = 0.1
     """Share of labels replaced by the null label, which classifier-free guidance needs."""
+    kernels: Literal["fused", "eager"] = "fused"
+    """fused: blocks in single passes over memory; eager: the published blocks in plain PyTorch."""
+    recompute: Literal["none", "light", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing; norms, gates and activations; whole blocks."""
     init: Path | None = None
     """Start from the weights of this checkpoint (a run, a checkpoint folder, a published .pt)."""
 

@@ -14,7 +14,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..functional import Seam, Tap
+from ..modules import AdaLNZeroBlock, ModulatedNorm, Stream
+from ..recompute import check_mode, recomputed
+
 __all__ = ["FinalLayer", "SiT", "SiTBlock", "modulate", "sit_models"]
+
+
+Capture = int | tuple[int, int]
+"""What `SiT.forward` can hand back: the output of a block, or the cosine of a (student, teacher) pair."""
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -106,10 +114,14 @@ class Mlp(nn.Module):
 
 
 class SiTBlock(nn.Module):
-    """Attention and MLP on a residual stream, each behind a modulated LayerNorm and a gate (adaLN-Zero)."""
+    """Attention and MLP on a residual stream, each behind a modulated LayerNorm and a gate (adaLN-Zero).
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0) -> None:
+    The published block in plain PyTorch, op by op: what `AdaLNZeroBlock` computes in single passes.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, *, recompute: str = "none") -> None:
         super().__init__()
+        self.recompute = recompute
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
@@ -118,6 +130,9 @@ class SiTBlock(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
+        return recomputed(self.recompute, self._forward, x, c)
+
+    def _forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))
@@ -128,14 +143,30 @@ class FinalLayer(nn.Module):
 
     def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = ModulatedNorm(hidden_size)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (N, T, D) and condition c (N, D) → (N, T, patch²·C), channels last within a patch."""
+    def forward(
+        self, stream: Stream, c: Tensor, *, student: Tap | None = None, tap: bool = False
+    ) -> tuple[Tensor, Seam]:
+        """Stream (N, T, D) and condition c (N, D) → (N, T, patch²·C), channels last within a patch, and its entrance."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        seam = self.norm_final.enter(stream, shift, scale, student, tap)
+        return self.linear(seam.normed), seam
+
+
+class PlainFinalLayer(FinalLayer):
+    """The same in plain PyTorch, op by op."""
+
+    def forward(
+        self, stream: Stream, c: Tensor, *, student: Tap | None = None, tap: bool = False
+    ) -> tuple[Tensor, Seam]:
+        """As `FinalLayer`, for a stream without pending update and without alignment."""
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        x = stream.residual
+        normed = modulate(F.layer_norm(x, x.shape[-1:], eps=self.norm_final.eps), shift, scale)
+        return self.linear(normed), Seam(x, normed, None, None)
 
 
 class SiT(nn.Module):
@@ -154,9 +185,13 @@ class SiT(nn.Module):
         num_classes: labels are 0..num_classes-1, and num_classes is the null label.
         learn_sigma: the last layer has twice the channels, of which the second half is unused: the layout of the
             published checkpoints.
+        kernels: "fused": blocks on the ops of `functional`; "eager": the published blocks in plain PyTorch, with the
+            same parameters and the same results within the precision of the dtype.
+        recompute: "none"; "light": norms, gates and activations are computed again in the backward pass; "full":
+            whole blocks are.
 
     Raises:
-        ValueError: sizes that do not divide, or are out of range.
+        ValueError: sizes that do not divide, or are out of range; unknown kernels or recompute.
     """
 
     def __init__(
@@ -171,8 +206,13 @@ class SiT(nn.Module):
         class_dropout_prob: float = 0.1,
         num_classes: int = 1000,
         learn_sigma: bool = True,
+        kernels: str = "fused",
+        recompute: str = "none",
     ) -> None:
         super().__init__()
+        if kernels not in ("fused", "eager"):
+            raise ValueError(f"SiT: unknown kernels={kernels!r}; expected 'fused' or 'eager'")
+        check_mode(recompute)
         for name, size in {
             "input_size": input_size,
             "patch_size": patch_size,
@@ -199,14 +239,19 @@ class SiT(nn.Module):
         self.num_heads = num_heads
         self.num_classes = num_classes
         self.learn_sigma = learn_sigma
+        self.kernels = kernels
 
         grid = input_size // patch_size
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(SiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        block: type[nn.Module] = AdaLNZeroBlock if kernels == "fused" else SiTBlock
+        self.blocks = nn.ModuleList(
+            block(hidden_size, num_heads, mlp_ratio, recompute=recompute) for _ in range(depth)
+        )
+        final_layer = FinalLayer if kernels == "fused" else PlainFinalLayer
+        self.final_layer = final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
 
     @torch.no_grad()
@@ -241,35 +286,69 @@ class SiT(nn.Module):
         return patches.unflatten(1, (grid, grid)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
 
     def forward(
-        self, x: Tensor, t: Tensor, y: Tensor, capture: Sequence[int] = ()
-    ) -> Tensor | tuple[Tensor, dict[int, Tensor]]:
+        self, x: Tensor, t: Tensor, y: Tensor, capture: Sequence[Capture] = ()
+    ) -> Tensor | tuple[Tensor, dict[Capture, Tensor]]:
         """Predicts the transport's target at x_t.
 
         Args:
             x: (N, in_channels, H, W) samples x_t = alpha(t)·data + sigma(t)·noise, floating point.
             t: (N,) times, from 0 (noise) to 1 (data).
             y: (N,) integer labels, 0..num_classes.
-            capture: numbers of the blocks, counted from 1, whose output to hand back too. Nothing else is kept.
+            capture: what to hand back too: a block's number, counted from 1, for its output; a pair
+                (student, teacher) of them for the cosine of their tokens, which costs two passes over a hidden state
+                in the whole step (fused kernels only; no block twice as student, none twice as teacher).
 
         Returns:
-            The prediction (N, in_channels, H, W); with a non-empty `capture` also {block number: hidden (N, T, D)},
-            the raw residual stream, differentiable.
+            The prediction (N, in_channels, H, W); with a non-empty `capture` also {number: hidden (N, T, D), the raw
+            residual stream, differentiable; pair: cosine (N, T) fp32, differentiable in the student}.
 
         Raises:
-            ValueError: shapes that do not fit, a block number outside 1..depth, on the CPU a label out of range.
-            TypeError: labels that are not integers, a `capture` that is not a sequence of ints.
+            ValueError: shapes that do not fit, a block number outside 1..depth, on the CPU a label out of range, pairs
+                that cannot be fused.
+            TypeError: labels that are not integers, a `capture` that is no sequence of ints and pairs.
         """
         self._check_inputs(x, t, y)
-        self._check_capture(capture)
+        pairs = self._check_capture(capture)
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t) + self.y_embedder(y)
-        states: dict[int, Tensor] = {}
-        for number, block in enumerate(self.blocks, start=1):
-            x = block(x, c)
-            if number in capture:
-                states[number] = x
-        prediction = self.unpatchify(self.final_layer(x, c))
+        states: dict[Capture, Tensor] = {}
+        if self.kernels == "fused":
+            tokens = self._fused_blocks(x, c, capture, pairs, states)
+        else:
+            for number, block in enumerate(self.blocks, start=1):
+                x = block(x, c)
+                if number in capture:
+                    states[number] = x
+            tokens, _ = self.final_layer(Stream(x), c)
+        prediction = self.unpatchify(tokens)
         return (prediction, states) if states else prediction
+
+    def _fused_blocks(
+        self,
+        x: Tensor,
+        c: Tensor,
+        capture: Sequence[Capture],
+        pairs: Sequence[tuple[int, int]],
+        states: dict[Capture, Tensor],
+    ) -> Tensor:
+        """Every module finishes the update of the one before, whose output it hands back."""
+        stream = Stream(x)
+        students = {student for student, _ in pairs}
+        student_of = {teacher: student for student, teacher in pairs}
+        taps: dict[int, Tap | None] = {}
+        for number, module in enumerate([*self.blocks, self.final_layer]):
+            student = student_of.get(number)
+            options = {"student": None if student is None else taps[student], "tap": number in students}
+            if number < self.depth:
+                stream, hidden, cosine, tap = module(stream, c, **options)
+            else:
+                tokens, (hidden, _, cosine, tap) = module(stream, c, **options)
+            taps[number] = tap
+            if number in capture:
+                states[number] = hidden
+            if student is not None:
+                states[student, number] = cosine
+        return tokens
 
     def forward_with_cfg(
         self,
@@ -346,11 +425,28 @@ class SiT(nn.Module):
         if y.dtype not in (torch.int64, torch.int32):
             raise TypeError(f"SiT: labels y are {y.dtype}; expected int64 or int32")
 
-    def _check_capture(self, capture: Sequence[int]) -> None:
-        if not isinstance(capture, Sequence) or not all(type(number) is int for number in capture):
-            raise TypeError(f"SiT: capture={capture!r}; expected a sequence of block numbers such as (8, 16)")
-        if not all(1 <= number <= self.depth for number in capture):
+    def _check_capture(self, capture: Sequence[Capture]) -> list[tuple[int, int]]:
+        if not isinstance(capture, Sequence) or not all(
+            type(item) is int or (isinstance(item, tuple) and len(item) == 2 and all(type(n) is int for n in item))
+            for item in capture
+        ):
+            raise TypeError(
+                f"SiT: capture={capture!r}; expected a sequence of block numbers and (student, teacher) pairs"
+            )
+        pairs = [item for item in capture if isinstance(item, tuple)]
+        if not all(1 <= n <= self.depth for item in capture for n in (item if isinstance(item, tuple) else (item,))):
             raise ValueError(f"SiT: capture={tuple(capture)}; blocks are counted from 1 to {self.depth}")
+        if pairs:
+            if self.kernels != "fused":
+                raise ValueError('SiT: pairs are captured by kernels="fused"; capture both blocks instead')
+            if not all(student < teacher for student, teacher in pairs):
+                raise ValueError(f"SiT: capture={tuple(capture)}; a student comes before its teacher")
+            if any(len({pair[side] for pair in pairs}) < len(pairs) for side in (0, 1)):
+                raise ValueError(
+                    f"SiT: capture={tuple(capture)}; a block may be the student of one pair and the teacher of one: "
+                    "capture the blocks of the others by number"
+                )
+        return pairs
 
 
 def _sincos_positions(hidden_size: int, grid: int) -> Tensor:

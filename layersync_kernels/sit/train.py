@@ -200,7 +200,7 @@ class Trainer:
         for x, y in zip(samples.chunk(optim.accumulate), labels.chunk(optim.accumulate), strict=True):
             inputs: dict[str, Any] = {"y": y}
             if alignment is not None:
-                inputs["capture"] = alignment.layers
+                inputs["capture"] = alignment.captures if self.model.kernels == "fused" else alignment.layers
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 terms = self.transport.training_losses(self.model, x, inputs, generator=self.generator)
                 loss = terms["loss"].mean()

@@ -39,12 +39,13 @@ struct __nv_bfloat162 {
 struct __half2 {
   __half x, y;
 };
+inline float __fdividef(float x, float y) { return x / y; }
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
 
 struct Index3 {
   unsigned x = 0, y = 0, z = 0;
 };
-inline Index3 threadIdx, blockIdx;
+inline Index3 threadIdx, blockIdx, blockDim;
 
 inline float __uint_as_float(uint32_t bits) { return layersync::bits_to_float(bits); }
 inline uint32_t __float_as_uint(float value) { return layersync::float_to_bits(value); }
@@ -161,6 +162,7 @@ T shuffle(const char* name, unsigned mask, T value, int source) {
 inline void launch(unsigned blocks, int threads, unsigned seed, std::function<void()> kernel) {
   std::mt19937 random(seed);
   machine.kernel = std::move(kernel);
+  blockDim.x = unsigned(threads);
   machine.fibers.resize(threads);
   std::vector<unsigned> order(blocks);
   for (unsigned i = 0; i < blocks; ++i) order[i] = i;

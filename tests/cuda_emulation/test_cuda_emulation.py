@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 import subprocess
 from pathlib import Path
 from typing import NamedTuple
@@ -11,34 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from layersync_kernels.ops._rows import as_rows
 from layersync_kernels.ops.cosine_alignment.op import REDUCTIONS
 from layersync_kernels.ops.cosine_alignment.reference import cosine_alignment_reference
 
-FOLDER = Path(__file__).parent
-COMPILER = shutil.which("g++")
-FLAGS = ["-std=c++20", "-O0", "-g", "-fno-strict-aliasing", "-Wno-unknown-pragmas", "-Wall", "-Werror"]
-SANITIZERS = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
-FLOAT, BF16, HALF = TYPES = (torch.float32, torch.bfloat16, torch.float16)
-NAMES = {FLOAT: "fp32", BF16: "bf16", HALF: "fp16"}
-
-pytestmark = pytest.mark.skipif(COMPILER is None, reason="the emulator is compiled with g++, and there is none")
-
-
-@pytest.fixture(scope="session")
-def program(tmp_path_factory):
-    """Compile a program of this folder once: name → path."""
-    built: dict[str, Path] = {}
-
-    def build(name: str) -> Path:
-        if name not in built:
-            binary = tmp_path_factory.mktemp("emulation") / name
-            source = FOLDER / f"{name}.cpp"
-            subprocess.run([COMPILER, *FLAGS, *SANITIZERS, source, "-o", binary], check=True)
-            built[name] = binary
-        return built[name]
-
-    return build
+from .harness import BF16, FLOAT, HALF, NAMES, TYPES, assert_same_bits, rows_of, run_program
 
 
 class Result(NamedTuple):
@@ -76,50 +51,21 @@ class Case(NamedTuple):
             "max_blocks": self.max_blocks,
             "seed": seed,
         }
-        stream = b""
-        for name, tensor in (("student", self.student), ("teacher", self.teacher)):
-            view = as_rows(tensor)
-            storage = view.tensor.untyped_storage()
-            options |= {
-                f"{name}_type": TYPES.index(tensor.dtype),
-                f"{name}_storage": storage.nbytes() // tensor.element_size(),
-                f"{name}_offset": view.tensor.storage_offset(),
-                f"{name}_inner": view.inner,
-                f"{name}_outer_stride": view.outer_stride,
-                f"{name}_inner_stride": view.inner_stride,
-            }
-            stream += bytes(storage.tolist())
-        for tensor in (self.weight, grad):
-            stream += b"" if tensor is None else tensor.contiguous().numpy().tobytes()
-        arguments = [f"{name}={value}" for name, value in options.items()]
-        done = subprocess.run([program, *arguments], input=stream, capture_output=True, check=False)
-        assert done.returncode == 0, done.stderr.decode()
-
-        def take(dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-            nonlocal output
-            count = torch.Size(shape).numel()
-            size = count * dtype.itemsize
-            part, output = output[:size], output[size:]
-            flat = torch.frombuffer(bytearray(part), dtype=dtype) if count else torch.empty(0, dtype=dtype)
-            return flat.reshape(shape)
-
-        output = done.stdout
         none = self.reduction == "none"
-        loss = take(FLOAT, tuple(self.student.shape[:-1]) if none else ())
-        stats, scale = take(FLOAT, (3, rows)), take(FLOAT, ())
         gradients = [
-            take(tensor.dtype, tuple(tensor.shape)) if wanted else None
+            (tensor.dtype, tuple(tensor.shape)) if wanted else None
             for tensor, wanted in ((self.student, self.student_grad), (self.teacher, self.teacher_grad))
         ]
-        assert not output
-        return Result(loss, stats, scale, *gradients)
+        loss = tuple(self.student.shape[:-1]) if none else ()
+        outputs = [(FLOAT, loss), (FLOAT, (3, rows)), (FLOAT, ()), *gradients]
+        tensors = {"student": self.student, "teacher": self.teacher}
+        return Result(*run_program(program, options, tensors, (self.weight, grad), outputs))
 
     def check(self, program: Path, seeds: tuple[int, ...] = (0,)) -> Result:
         """Compare with the reference in double precision, and the results of all seeds with each other."""
         result = self.run(program, seeds[0])
         for seed in seeds[1:]:
-            for one, other in zip(result, self.run(program, seed), strict=True):
-                assert one is other or torch.equal(one.nan_to_num(nan=7.25), other.nan_to_num(nan=7.25))
+            assert_same_bits(result, self.run(program, seed))
         student, teacher = (x.double().detach().requires_grad_() for x in (self.student, self.teacher))
         weight = None if self.weight is None else self.weight.double().reshape(student.shape[:-1])
         loss = cosine_alignment_reference(student, teacher, weight, self.eps, self.reduction, True)
@@ -147,10 +93,6 @@ class Case(NamedTuple):
             assert torch.equal(found.isnan(), exact.isnan())
             assert bool((error.nan_to_num() <= bound.nan_to_num(nan=1.0)).all()), (error - bound).max()
         return result
-
-
-def rows_of(*shape: int, dtype: torch.dtype = FLOAT, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
 def pair(*shape: int, student: torch.dtype = FLOAT, teacher: torch.dtype = FLOAT) -> tuple[Tensor, Tensor]:

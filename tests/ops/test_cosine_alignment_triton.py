@@ -7,32 +7,19 @@ import sys
 import pytest
 import torch
 
-from layersync_kernels.ops._rows import as_rows
 from layersync_kernels.ops.cosine_alignment.op import REDUCTIONS
 
+from . import specialisations
+
+shared = pytest.importorskip("layersync_kernels.ops._triton", reason="triton is not installed")
 triton_route = pytest.importorskip("layersync_kernels.ops.cosine_alignment.triton", reason="triton is not installed")
 
-# Compiles for an H100 that is not there: Triton asks its driver for nothing but names, and nothing is launched.
 COUNT_SPECIALISATIONS = """
-import types
 import torch
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-
-driver.set_active(types.SimpleNamespace(
-    get_current_target=lambda: GPUTarget("cuda", 90, 32), get_current_device=lambda: 0, get_current_stream=lambda _: 0
-))
 from layersync_kernels.ops.cosine_alignment import triton as route
+from tests.ops.specialisations import watch
 
-class CompileOnly:
-    def __init__(self, kernel):
-        self.kernel, self.compiled = kernel, set()
-    def __getitem__(self, grid):
-        return lambda *args, **kwargs: self.compiled.add(self.kernel.warmup(*args, grid=grid, **kwargs).hash)
-
-names = ("forward_kernel", "finish_kernel", "backward_kernel")
-for name in names:
-    setattr(route, name, CompileOnly(getattr(route, name)))
+counts = watch(route)
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)
@@ -41,9 +28,6 @@ def run(student, teacher):
     weight = torch.ones(student.shape[:-1].numel())
     loss, stats, scale = route.forward(student, teacher, weight, 1e-6, 1)
     route.backward(torch.ones(()), student, teacher, weight, stats, scale, True, False)
-
-def counts():
-    return [len(getattr(route, name).compiled) for name in names]
 
 for batch, tokens in ((1, 1), (1, 7), (2, 16), (3, 255), (16, 256), (1, 70000)):
     run(zeros(batch, tokens, 64), zeros(batch, tokens, 64))
@@ -55,11 +39,7 @@ print(*counts())
 
 
 def test_neither_batch_nor_tokens_nor_strides_recompile(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-c", COUNT_SPECIALISATIONS]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    everywhere, with_unaligned_rows = done.stdout.splitlines()
+    everywhere, with_unaligned_rows = specialisations.run(COUNT_SPECIALISATIONS, tmp_path)
     assert everywhere == "1 1 1"
     assert with_unaligned_rows == "2 1 2"
 
@@ -88,7 +68,7 @@ def test_tile_covers_the_width_in_a_bounded_number_of_steps(width):
     ],
 )
 def test_vector_is_what_every_row_start_allows(tensor, vector):
-    assert triton_route.vector_of(as_rows(tensor)) == vector
+    assert shared.operand(tensor).vector == vector
 
 
 def test_many_partials_are_summed_in_several_steps(monkeypatch):

@@ -1,0 +1,26 @@
+#include "cpu_kernels.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../common/types.h"
+
+#ifdef LAYERSYNC_X86
+#include <immintrin.h>
+
+#include "../common/target.h"
+
+LAYERSYNC_TARGET_BEGIN("avx2,fma,f16c")
+namespace layersync {
+namespace avx2 {
+constexpr int kTileVectors = 2;
+#include "../common/vec_avx2.h"
+#include "../common/vec_exp.inl"
+#include "cpu_kernels.inl"
+}  // namespace avx2
+}  // namespace layersync
+LAYERSYNC_TARGET_END
+
+const layersync::AttentionKernels layersync::attention_kernels_avx2 = layersync::avx2::kernels<layersync::avx2::Fp32Words>;
+#endif

@@ -1,0 +1,49 @@
+#include "cpu_kernels.h"
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "../common/types.h"
+
+#ifdef LAYERSYNC_X86
+#include <immintrin.h>
+
+#include "../common/target.h"
+
+LAYERSYNC_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
+namespace layersync {
+namespace avx512_bf16 {
+constexpr int kTileVectors = 4;
+#include "../common/vec_avx512.h"
+#include "../common/vec_exp.inl"
+#include "cpu_kernels.inl"
+
+// Pairs of bf16, the lower half first. The products of a pair are exact, and summed in fp32.
+struct Bf16Words {
+  using Word = uint32_t;
+  using Stored = bf16;
+  static constexpr int64_t values = 2;
+
+  static Word word(float first, float second) {  // of values that are bf16 already
+    return float_to_bits(first) >> 16 | (float_to_bits(second) & 0xffff0000);
+  }
+  // By the instruction that flushes subnormals: the products take them for zeros anyway.
+  static Vec words(const Vec& first, const Vec& second) {
+    const __m512i low = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(first.v));
+    const __m512i high = _mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh(second.v));
+    return {_mm512_castsi512_ps(_mm512_or_si512(low, _mm512_slli_epi32(high, 16)))};
+  }
+  static Vec multiply(const Word& a, const Vec& b, const Vec& sum) {
+    return {_mm512_dpbf16_ps(sum.v, (__m512bh)_mm512_set1_epi32(int(a)), (__m512bh)b.v)};
+  }
+};
+
+constexpr AttentionKernels bf16_kernels = {{nullptr, forward<bf16, Bf16Words>, nullptr},
+                                           {nullptr, backward<bf16, Bf16Words>, nullptr}};
+}  // namespace avx512_bf16
+}  // namespace layersync
+LAYERSYNC_TARGET_END
+
+const layersync::AttentionKernels layersync::attention_kernels_avx512_bf16 = layersync::avx512_bf16::bf16_kernels;
+#endif

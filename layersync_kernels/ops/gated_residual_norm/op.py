@@ -1,0 +1,261 @@
+"""gated_residual_norm: r = x + gate·branch, y = norm(r)·(1 + scale) + shift, and at a teacher block cos(student, r).
+
+Story of the op: the end of one half-block and the start of the next in one pass. Forward reads x and branch and writes
+r and y (4 MD) and keeps 8 bytes a row (mean and 1/σ). Backward reads the gradients of r and y, r and branch, and writes
+those of x and branch (6 MD), with the sums over rows for gate, shift and scale as ordered partials:
+
+    a   = dy·(1 + scale)                       x̂ = (r − mean)/σ
+    dr += (a − mean(a) − x̂·mean(a·x̂))/σ       dx = dr, dbranch = gate·dr
+    dgate = Σ branch·dr, dshift = Σ dy, dscale = Σ x̂·dy      over the rows of a group
+
+Any part can be left out: without branch it is a modulated norm (2 and 3 MD), without norm the end of a block.
+
+An alignment rides along. Its gradient for a student row s with teacher t is a combination of both rows,
+
+    ds = p·t + q·s,    p = g/(‖s‖‖t‖),  q = −g·c/‖s‖²,
+
+so it travels in this factored form, and no (M, D) gradient is written, read back and added: the student's op hands out
+a `slot` shaped like r, whose "gradient" is the teacher itself, and `factors` (3, M), whose gradient is (p, q, 1). The
+student's backward pass adds p·t + q·r to the gradient that it reads anyway. A slot therefore serves one pair: autograd
+would add up what two teachers send. A third row of `factors` counts them, and two of them give NaN, not a wrong number.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import _library
+from .._autograd import FusedFunction, differentiable_once
+
+
+def _fake_forward(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    student: Tensor | None,
+    norm: bool,
+    rms: bool,
+    eps: float,
+    align_eps: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.numel() // x.shape[-1] if x.shape[-1] else 0
+    return (
+        x.new_empty((0,) if branch is None else x.shape),
+        x.new_empty(x.shape if norm else (0,), dtype=dtype),
+        x.new_empty((2, rows) if norm else (0,), dtype=torch.float32),
+        x.new_empty((0,) if student is None else (3, rows), dtype=torch.float32),
+    )
+
+
+def _fake_backward(
+    d_residual: Tensor | None,
+    d_normed: Tensor | None,
+    residual: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    stats: Tensor | None,
+    other: Tensor | None,
+    factors: Tensor | None,
+    rms: bool,
+    groups: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    sums = (groups, residual.shape[-1])
+
+    def empty(wanted: bool) -> Tensor:
+        return residual.new_empty(sums if wanted else (0,), dtype=torch.float32)
+
+    affine = groups > 0 and d_normed is not None
+    moved = d_normed is not None or other is not None
+    return (
+        residual.new_empty(residual.shape if moved else (0,)),
+        residual.new_empty((0,)) if branch is None else branch.new_empty(branch.shape),
+        empty(groups > 0 and gate is not None),
+        empty(affine),
+        empty(affine),
+    )
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
+    from . import triton
+
+    return triton.forward(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
+    from . import triton
+
+    return triton.backward(*args)
+
+
+# x: (..., D) with D > 0; branch and student, if given, of the same shape; student has x's dtype, branch has `dtype` if
+# a norm is wanted. x's dtype is `dtype` or float32. gate, shift, scale: (G, D), rows of any stride, all of one dtype,
+# float32 or `dtype`; each serves M/G rows in a row. align_eps: see cosine_alignment. Returns, contiguous:
+#   residual: like x, or (0,) without branch.
+#   normed: (..., D) of `dtype`, or (0,) without norm.
+#   stats: (2, M) float32, mean (0 where rms) and 1/sqrt(variance + eps), or (0,).
+#   alignment: (3, M) float32, cosine and both reciprocal norms (student, residual) as cosine_alignment's stats, or (0,).
+FORWARD = _library.declare(
+    "gated_residual_norm_forward",
+    "(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? student, bool norm, bool rms, "
+    "float eps, float align_eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
+    _fake_forward,
+    _triton_forward,
+)
+# Gradients of the two outputs as far as there are any, at any stride: d_residual has residual's dtype; d_normed that of
+# branch where there is one. residual: the forward's, or x without branch. other (..., D) of residual's dtype and factors
+# (2, M) float32: factors[0]·other + factors[1]·residual is added to the gradient of the residual. groups: G, or 0 where
+# no gradient of gate, shift or scale is wanted. Returns, contiguous:
+#   d_x: like residual; or (0,) where it equals d_residual, which is without d_normed and other.
+#   d_branch: like branch, or (0,) without branch.
+#   d_gate, d_shift, d_scale: (G, D) float32, or (0,): d_gate without gate, the other two without d_normed.
+BACKWARD = _library.declare(
+    "gated_residual_norm_backward",
+    "(Tensor? d_residual, Tensor? d_normed, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale, "
+    "Tensor? stats, Tensor? other, Tensor? factors, bool rms, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _fake_backward,
+    _triton_backward,
+)
+
+
+class GatedResidualNorm(FusedFunction):
+    """The fused op with its gradient. Saves r, branch, gate, scale and 8 bytes a row; at a teacher block 12 more."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        branch: Tensor | None,
+        gate: Tensor | None,
+        shift: Tensor | None,
+        scale: Tensor | None,
+        student: Tensor | None,
+        student_slot: Tensor | None,
+        student_factors: Tensor | None,
+        tap: bool,
+        norm: bool,
+        rms: bool,
+        eps: float,
+        align_eps: float,
+        dtype: torch.dtype,
+        backend: str,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """(residual, normed, stats, alignment) of the raw op, the cosine, and the two halves of a tap."""
+        outputs = FORWARD[backend](x, branch, gate, shift, scale, student, norm, rms, eps, align_eps, dtype)
+        residual, normed, stats, alignment = outputs
+        leading = x.shape[:-1]
+        cosine = x.new_empty((0,), dtype=torch.float32) if student is None else alignment[0].clone().view(leading)
+        slot = x.new_zeros((1,) * x.dim()).expand(x.shape) if tap else x.new_empty((0,))
+        factors = x.new_zeros((3, leading.numel()) if tap else (0,), dtype=torch.float32)
+        return residual, normed, stats, alignment, cosine, slot, factors
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        """Keep what the backward pass reads."""
+        x, branch, gate, shift, scale, student, _, _, ctx.tap, norm, rms, _, _, _, backend = inputs
+        residual, _, stats, alignment, *_ = output
+        ctx.mark_non_differentiable(stats, alignment)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(
+            x if branch is None else residual,
+            branch,
+            gate,
+            scale,
+            stats if norm else None,
+            None if student is None else alignment,
+        )
+        modulations = [m for m in (gate, shift, scale) if m is not None]
+        ctx.groups = modulations[0].shape[0] if modulations else 0
+        ctx.rms, ctx.backend = rms, backend
+        ctx.shift_dtype = None if shift is None else shift.dtype
+
+    @staticmethod
+    def backward(
+        ctx: Any,
+        d_residual: Tensor | None,
+        d_normed: Tensor | None,
+        _stats: None,
+        _alignment: None,
+        d_cosine: Tensor | None,
+        d_slot: Tensor | None,
+        d_factors: Tensor | None,
+    ) -> tuple[Tensor | None, ...]:
+        """Gradients of x, branch, gate, shift, scale, and the student's in factored form."""
+        residual, branch, gate, scale, stats, alignment = ctx.saved_tensors
+        none: tuple[None, ...] = (None,) * 7
+        slot = factors = None
+        # Dynamo hands in a gradient for every output, be it one that was not asked for.
+        d_residual = None if branch is None else d_residual
+        d_normed = None if stats is None else d_normed
+        d_slot, d_factors = (d_slot, d_factors) if ctx.tap else (None, None)
+        if d_cosine is not None and alignment is not None:
+            cosine, rnorm_student, rnorm_teacher = alignment.unbind(0)
+            g = d_cosine.reshape(-1).to(torch.float32) * rnorm_student
+            # Where the cosine was set to 0, so are the reciprocal norms, and the gradient. g comes first: it keeps rows
+            # near 1e30 in range.
+            slot = residual.detach()
+            factors = torch.stack([g * rnorm_teacher, -g * cosine * rnorm_student, torch.ones_like(g)])
+        if d_residual is None and d_normed is None and d_slot is None:
+            return None, None, None, None, None, None, slot, factors, *none
+        if d_slot is not None:
+            assert d_factors is not None
+            d_factors = torch.where(d_factors[2] == 1, d_factors[:2], torch.nan)
+        wanted = ctx.needs_input_grad
+        groups = ctx.groups if any(wanted[2:5]) else 0
+        dx, d_branch, d_gate, d_shift, d_scale = BACKWARD[ctx.backend](
+            d_residual, d_normed, residual, branch, gate, scale, stats, d_slot, d_factors, ctx.rms, groups
+        )
+        if d_normed is None and d_slot is None:
+            dx = d_residual
+        inputs = [x for x in (d_residual, d_normed, residual, branch, gate, scale) if x is not None]
+
+        def give(index: int, gradient: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+            if not wanted[index] or gradient is None:
+                return None
+            return differentiable_once(gradient if dtype is None else gradient.to(dtype), *inputs)
+
+        affine = d_normed is not None
+        return (
+            give(0, dx),
+            give(1, d_branch),
+            give(2, d_gate, None if gate is None else gate.dtype),
+            give(3, d_shift if affine else None, ctx.shift_dtype),
+            give(4, d_scale if affine else None, None if scale is None else scale.dtype),
+            None,
+            slot,
+            factors,
+            *none,
+        )
+
+
+def gated_residual_norm(
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    student: tuple[Tensor, Tensor, Tensor] | None,
+    *,
+    tap: bool,
+    norm: bool,
+    rms: bool,
+    eps: float,
+    align_eps: float,
+    dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Run the fused op on a resolved backend. Arguments as FORWARD's; student: the (hidden, slot, factors) of a tap.
+
+    Returns:
+        (residual, normed, cosine, (slot, factors)); those that were not asked for are empty.
+    """
+    hidden, slot, factors = student if student is not None else (None, None, None)
+    residual, normed, _, _, cosine, out_slot, out_factors = GatedResidualNorm.run(
+        x, branch, gate, shift, scale, hidden, slot, factors, tap, norm, rms, eps, align_eps, dtype, backend
+    )
+    return residual, normed, cosine, (out_slot, out_factors)

@@ -1,0 +1,50 @@
+"""Trading time for activation memory: what a block computes again in its backward pass."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+RECOMPUTE = ("none", "light", "full")
+
+_KEPT_BY_LIGHT = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "layersync_cpp::attention_forward")
+
+
+def check_mode(mode: str) -> str:
+    """`mode`, if it is one of `RECOMPUTE`.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if mode not in RECOMPUTE:
+        raise ValueError(f"unknown recompute={mode!r}; expected one of {', '.join(RECOMPUTE)}")
+    return mode
+
+
+def _light_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    kept = op.name().startswith(_KEPT_BY_LIGHT)
+    return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def recomputed(mode: str, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    """Call a function such that its backward pass computes part of its activations again.
+
+    Args:
+        mode: "none"; "light": norms, gates and activations, which are a few percent of the time, while the results of
+            matrix products and attention are kept; "full": everything but its inputs.
+        function: pure but for random numbers, which are drawn again.
+        args: its arguments.
+        kwargs: its keyword arguments.
+
+    Works eagerly and inside of torch.compile.
+    """
+    if mode == "none" or not torch.is_grad_enabled():
+        return function(*args, **kwargs)
+    options: dict[str, Any] = {}
+    if mode == "light":
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _light_policy)
+    return checkpoint(function, *args, use_reentrant=False, **options, **kwargs)

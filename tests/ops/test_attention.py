@@ -1,0 +1,285 @@
+"""Packed self-attention: the C++ kernels against torch's scaled_dot_product_attention in fp64 and in the same dtype."""
+
+import functools
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from layersync_kernels.ops import _dispatch, _native
+from layersync_kernels.ops.attention import op, self_attention, self_attention_reference
+
+from .backends import assert_as_exact_as
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+
+needs_cpp = pytest.mark.skipif(not _native.cpp().loaded, reason=f"the C++ extension is {_native.cpp().reason}")
+
+
+def run(qkv, heads, backend, grad):
+    """Output and gradient of one call, on a fresh leaf that keeps the strides."""
+    leaf = qkv.detach().requires_grad_()
+    out = self_attention(leaf, heads, backend)
+    return out.detach(), *torch.autograd.grad(out, leaf, grad)
+
+
+def check(qkv, heads, grad):
+    actual = run(qkv, heads, "cpp", grad)
+    baseline = run(qkv, heads, "reference", grad)
+    truth = run(qkv.double(), heads, "reference", grad.double())
+    assert actual[0].dtype == actual[1].dtype == qkv.dtype
+    assert actual[0].is_contiguous()
+    assert actual[1].is_contiguous()
+    assert_as_exact_as(actual[0], baseline[0], truth[0])
+    # q, k and v have gradients of different magnitudes, k's and q's of differences of dP: sums over E of v·d_out.
+    *_, v = qkv.double().chunk(3, -1)
+    terms = (v.abs().amax() * grad.double().abs().amax() * qkv.double().abs().amax()).item() if v.numel() else 0.0
+    for a, b, t in zip(*(x[1].chunk(3, -1) for x in (actual, baseline, truth)), strict=True):
+        assert_as_exact_as(a, b, t, terms=terms)
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("batch", "tokens", "heads", "width"),
+    [
+        (2, 1, 2, 8),  # one token: P = 1
+        (2, 2, 1, 1),
+        (1, 5, 3, 7),  # odd tokens and channels: the last of a pair is alone
+        (2, 24, 2, 16),
+        (1, 25, 1, 33),
+        (2, 64, 2, 64),  # whole panels
+        (1, 67, 2, 72),  # a panel and a bit
+        (1, 300, 1, 80),  # sums of several parts
+        (1, 130, 1, 130),
+    ],
+)
+def test_cpp_values_and_gradients(dtype, batch, tokens, heads, width, poisoned_memory):
+    qkv = torch.randn(batch, tokens, 3 * heads * width).to(dtype)
+    check(qkv, heads, torch.randn(batch, tokens, heads * width).to(dtype))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FLOATS)
+def test_cpp_sharp_and_shifted_scores(dtype):
+    """Scores of ±50 must not be rounded to the dtype, nor a shift of all values drown the gradient of scores."""
+    qkv = torch.randn(1, 60, 3 * 2 * 32)
+    qkv[..., :128] *= 4
+    check(qkv.to(dtype), 2, torch.randn(1, 60, 64).to(dtype))
+    qkv = torch.randn(1, 60, 3 * 2 * 32)
+    qkv[..., 128:] += 6
+    check(qkv.to(dtype), 2, torch.randn(1, 60, 64).to(dtype))
+
+
+@needs_cpp
+def test_cpp_long_sums_do_not_gather_errors():
+    check(torch.randn(1, 2048, 3 * 16), 1, torch.randn(1, 2048, 16))
+
+
+@needs_cpp
+def test_cpp_scores_beyond_the_range_of_exp():
+    """Row maxima are subtracted: scores of ±1e4 neither overflow nor divide by zero."""
+    qkv = torch.randn(1, 9, 3 * 8)
+    qkv[..., :16] *= 100
+    for result in run(qkv, 1, "cpp", torch.randn(1, 9, 8)):
+        assert result.isfinite().all()
+    torch.testing.assert_close(self_attention(qkv, 1, "cpp"), self_attention_reference(qkv, 1))
+
+
+STRIDED = {
+    "slice of wider channels": lambda x: torch.cat([x, x], -1)[..., : x.shape[-1]],
+    "batch second": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "without the class token": lambda x: torch.cat([x[:, :1], x], 1)[:, 1:],
+    "channels first": lambda x: x.transpose(1, 2).contiguous().transpose(1, 2),
+    "one sample for all": lambda x: x[:1].expand_as(x),
+    "one token for all": lambda x: x[:, :1].expand_as(x),
+    "one value for all": lambda x: x[:1, :1, :1].expand_as(x),
+}
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("view", STRIDED)
+def test_cpp_inputs_and_gradients_of_any_stride(view, dtype, poisoned_memory):
+    qkv, grad = torch.randn(3, 7, 3 * 2 * 10).to(dtype), torch.randn(3, 7, 20).to(dtype)
+    for a, g in ((STRIDED[view](qkv), grad), (qkv, STRIDED[view](grad))):
+        actual, expected = run(a, 2, "cpp", g), run(a.contiguous(), 2, "cpp", g.contiguous())
+        for x, y in zip(actual, expected, strict=True):
+            assert torch.equal(x, y)
+
+
+@needs_cpp
+@pytest.mark.parametrize("shape", [(0, 4, 24), (2, 0, 24), (2, 4, 0), (0, 0, 0)])
+def test_cpp_nothing_in_nothing_out(shape):
+    out, gradient = run(torch.randn(shape), 2, "cpp", torch.randn(*shape[:2], shape[2] // 3))
+    assert out.shape == (*shape[:2], shape[2] // 3)
+    assert gradient.shape == shape
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("part", ["q", "k", "v"])
+def test_cpp_nan_reaches_what_the_reference_says(part, dtype):
+    """A NaN in q poisons its row, one in k all rows of its head, one in v a channel of all rows; nothing elsewhere."""
+    qkv, grad = torch.randn(2, 20, 3 * 2 * 8).to(dtype), torch.randn(2, 20, 16).to(dtype)
+    qkv[1, 3, 16 * "qkv".index(part) + 2] = float("nan")
+    actual, expected = run(qkv, 2, "cpp", grad), run(qkv.float(), 2, "reference", grad.float())
+    for a, e in zip(actual, expected, strict=True):
+        assert torch.equal(a.isnan(), e.isnan())
+
+
+@needs_cpp
+def test_cpp_results_do_not_depend_on_threads_or_batch():
+    qkv, grad = torch.randn(3, 50, 3 * 4 * 24).bfloat16(), torch.randn(3, 50, 96).bfloat16()
+    first = run(qkv, 4, "cpp", grad)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            for a, e in zip(run(qkv, 4, "cpp", grad), first, strict=True):
+                assert torch.equal(a, e)
+    finally:
+        torch.set_num_threads(threads)
+    for a, e in zip(run(qkv[1:2], 4, "cpp", grad[1:2]), first, strict=True):
+        assert torch.equal(a, e[1:2])
+
+
+@needs_cpp
+def test_cpp_opcheck():
+    qkv, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 8)
+    torch.library.opcheck(op.FORWARD["cpp"], (qkv, 2))
+    torch.library.opcheck(op.BACKWARD["cpp"], (grad, qkv, 2))
+
+
+@needs_cpp
+def test_cpp_raw_ops_refuse_inputs_that_the_edge_would_have_caught():
+    qkv, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 8)
+    for args in ((qkv, 3), (qkv, 0), (qkv[0], 2), (qkv.double(), 2)):
+        with pytest.raises(RuntimeError, match="layersync_kernels"):
+            op.FORWARD["cpp"](*args)
+    for bad in (grad[:1], grad[..., :4], grad.bfloat16(), grad[0]):
+        with pytest.raises(RuntimeError, match="layersync_kernels"):
+            op.BACKWARD["cpp"](bad, qkv, 2)
+
+
+@needs_cpp
+@pytest.mark.parametrize("backend", ["cpp", "auto"])
+def test_fullgraph_compile_equals_eager_and_does_not_recompile(backend):
+    torch._dynamo.reset()
+
+    @functools.partial(torch.compile, fullgraph=True, backend="aot_eager", dynamic=True)
+    def step(qkv):
+        return self_attention(2 * qkv, 2, backend)
+
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for batch, tokens in ((2, 3), (4, 5), (6, 700)):
+            qkv = torch.randn(batch, tokens, 24, requires_grad=True)
+            grad = torch.randn(batch, tokens, 8)
+            compiled, eager = step(qkv), self_attention(2 * qkv, 2, backend)
+            assert torch.equal(compiled, eager)
+            a, e = (torch.autograd.grad(out, qkv, grad)[0] for out in (compiled, eager))
+            assert torch.equal(a, e)
+
+
+@needs_cpp
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_cpp_checkpointing(use_reentrant):
+    qkv = torch.randn(2, 6, 24, requires_grad=True)
+    block = functools.partial(self_attention, num_heads=2, backend="cpp")
+    (expected,) = torch.autograd.grad(block(qkv).sum(), qkv)
+    torch.utils.checkpoint.checkpoint(block, qkv, use_reentrant=use_reentrant).sum().backward()
+    assert torch.equal(qkv.grad, expected)
+
+
+@needs_cpp
+def test_cpp_functional_gradient():
+    qkv = torch.randn(2, 6, 24)
+    gradient = torch.func.grad(lambda x: self_attention(x, 2, "cpp").square().sum())(qkv)
+    expected = torch.func.grad(lambda x: self_attention(x, 2, "reference").square().sum())(qkv)
+    torch.testing.assert_close(gradient, expected)
+
+
+@needs_cpp
+def test_cpp_second_derivatives_are_an_error():
+    qkv = torch.randn(2, 6, 24, requires_grad=True)
+    (gradient,) = torch.autograd.grad(self_attention(qkv, 2, "cpp").square().sum(), qkv, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.sum().backward()
+
+
+@needs_cpp
+def test_cpp_saves_its_input_alone():
+    qkv = torch.randn(2, 6, 24, requires_grad=True)
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        self_attention(qkv, 2, "cpp")
+    assert saved == [qkv.data_ptr()]
+
+
+@needs_cpp
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_cpp_memory_grows_with_tokens_not_with_their_square():
+    """Scores of 2 heads of 6,000 tokens would take 288 MB."""
+    program = """
+import torch
+from layersync_kernels.ops.attention import self_attention
+def peak():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
+torch.set_num_threads(2)
+self_attention(torch.randn(1, 8, 48, requires_grad=True), 2, "cpp").sum().backward()
+qkv = torch.randn(1, 6000, 48, requires_grad=True)
+before = peak()
+self_attention(qkv, 2, "cpp").sum().backward()
+print(peak() - before)
+"""
+    report = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert float(report.stdout) < 48
+
+
+@needs_cpp
+@pytest.mark.parametrize("isa", ["generic", "avx2"])
+def test_lower_instruction_sets_pass_the_same_tests(isa):
+    environment = {**os.environ, "LAYERSYNC_CPU_ISA": isa}
+    facts = subprocess.run(
+        [sys.executable, "-c", "from layersync_kernels.ops import _native; print(_native.cpp().facts.cpu_isa())"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if facts.stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa} kernels: {facts.stdout or facts.stderr}")
+    numbers = "cpp_values or cpp_sharp or cpp_scores or cpp_inputs or cpp_nothing or cpp_nan"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", numbers]
+    report = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert report.returncode == 0, report.stdout[-3000:]
+
+
+@pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])
+def test_the_reference_is_attention(dtype):
+    qkv = torch.randn(2, 5, 3 * 2 * 4).to(dtype)
+    q, k, v = qkv.double().view(2, 5, 3, 2, 4).permute(2, 0, 3, 1, 4)
+    expected = torch.softmax(q @ k.transpose(-1, -2) / 2, -1) @ v
+    actual = self_attention(qkv, 2, "reference")
+    assert actual.dtype == dtype
+    tolerance = 4 * torch.finfo(dtype).eps
+    torch.testing.assert_close(actual.double(), expected.transpose(1, 2).reshape(2, 5, 8), rtol=0, atol=tolerance)
+
+
+def test_auto_takes_the_reference_where_the_kernels_cannot_run():
+    qkv = torch.randn(2, 5, 24, dtype=torch.float64)
+    assert _dispatch.resolve("auto", "cpu", torch.float64) == "reference"
+    assert torch.equal(self_attention(qkv, 2), self_attention_reference(qkv, 2))
+
+
+@pytest.mark.parametrize(
+    ("shape", "heads", "match"),
+    [
+        ((5, 24), 2, r"must be \(B, N, 3·H·E\), got \(5, 24\)"),
+        ((2, 5, 25), 2, r"3 · 2 heads · head width, got 25 in \(2, 5, 25\)"),
+        ((2, 5, 24), 3, r"3 · 3 heads · head width, got 24"),
+        ((2, 5, 24), 0, r"3 · 0 heads"),
+    ],
+)
+def test_bad_input_is_explained(shape, heads, match):
+    with pytest.raises(ValueError, match=match):
+        self_attention(torch.randn(shape), heads)
