@@ -22,5 +22,6 @@ constexpr int kTileVectors = 2;
 }  // namespace layersync
 LAYERSYNC_TARGET_END
 
-const layersync::AttentionKernels layersync::attention_kernels_avx2 = layersync::avx2::kernels<layersync::avx2::Fp32Words>;
+const layersync::AttentionKernels layersync::attention_kernels_avx2 =
+    layersync::avx2::kernels<layersync::avx2::Fp32Words>;
 #endif

@@ -22,5 +22,6 @@ constexpr int kTileVectors = 4;
 }  // namespace layersync
 LAYERSYNC_TARGET_END
 
-const layersync::AttentionKernels layersync::attention_kernels_avx512 = layersync::avx512::kernels<layersync::avx512::Fp32Words>;
+const layersync::AttentionKernels layersync::attention_kernels_avx512 =
+    layersync::avx512::kernels<layersync::avx512::Fp32Words>;
 #endif

@@ -109,7 +109,8 @@ using TileKernel = void (*)(const Left<Words>&, int64_t, const typename Words::W
 template <bool accumulate, class Words>
 constexpr TileKernel<Words> tile_kernels[4] = {
     multiply_tile<1, accumulate, Words>, multiply_tile<kTileVectors < 2 ? 1 : 2, accumulate, Words>,
-    multiply_tile<kTileVectors < 3 ? 1 : 3, accumulate, Words>, multiply_tile<kTileVectors < 4 ? 1 : 4, accumulate, Words>};
+    multiply_tile<kTileVectors < 3 ? 1 : 3, accumulate, Words>,
+    multiply_tile<kTileVectors < 4 ? 1 : 4, accumulate, Words>};
 
 // out (rows, columns), rows whole panels apart, = or += left · right. Whole tiles of `out` are written. Long sums are
 // made of shorter ones, whose errors do not add up.
@@ -130,7 +131,7 @@ void multiply(const Left<Words>& left, int64_t rows, const Panels<Words>& right,
   }
 }
 
-// exp(scale * (score - the row's largest)) in place of the scores and, rounded, into `out`; returns their sum. What lies
+// exp(scale * (score - the row's largest)), rounded, into `out`, which may be the scores; returns their sum. What lies
 // behind the row, up to a whole vector, becomes 0.
 template <class T>
 float exponentials(float* scores, int64_t width, float scale, T* out) {
@@ -215,7 +216,8 @@ struct HeadRows {
   void put_steps(const Panels<Words>& panels) const {
     for (int64_t token = 0; token < tokens; token += Words::values) {
       prefetch(token + kAhead, Words::values);
-      panels.put_step(token / Words::values, (*this)[token], token + 1 < tokens ? (*this)[token + 1] : nullptr, head_dim);
+      const T* next = token + 1 < tokens ? (*this)[token + 1] : nullptr;
+      panels.put_step(token / Words::values, (*this)[token], next, head_dim);
     }
   }
 

@@ -48,8 +48,8 @@ struct RowGroup {
   }
 };
 
-// RowLayout::offset without its 64-bit division, which takes a hundred instructions and the registers of a call; launchers
-// refuse 2^31 rows. Mostly rows have one stride, and there is nothing to divide.
+// RowLayout::offset without its 64-bit division, which takes a hundred instructions and the registers of a call:
+// launchers refuse 2^31 rows. Mostly rows have one stride, and there is nothing to divide.
 __device__ inline int64_t row_offset(const RowLayout& layout, int64_t row) {
   if (row < layout.inner) return row * layout.inner_stride;
   const uint32_t outer = uint32_t(row) / uint32_t(layout.inner);

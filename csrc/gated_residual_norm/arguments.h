@@ -20,7 +20,8 @@ inline Modulation modulation_inputs(const std::optional<Tensor>& gate, const std
                                     const std::optional<Tensor>& scale, const Rows& x, ScalarType dtype) {
   Modulation modulation{as_rows(gate), as_rows(shift), as_rows(scale)};
   bool first = true;
-  for (const auto& [name, tensor] : {std::pair{"gate", &gate}, std::pair{"shift", &shift}, std::pair{"scale", &scale}}) {
+  using Named = std::pair<const char*, const std::optional<Tensor>*>;
+  for (const auto& [name, tensor] : {Named{"gate", &gate}, Named{"shift", &shift}, Named{"scale", &scale}}) {
     if (!tensor->has_value()) continue;
     const Tensor& given = **tensor;
     if (first) modulation.dtype = given.scalar_type(), modulation.groups = given.dim() == 2 ? given.size(0) : 0;
@@ -98,12 +99,13 @@ inline GatedBackwardInputs gated_backward_inputs(const std::optional<Tensor>& d_
                            : d_normed.has_value() ? d_normed->scalar_type()
                                                   : residual.scalar_type();
   check_stream_dtypes(residual.scalar_type(), dtype);
-  for (const auto& [name, tensor] : {std::pair{"d_residual", &d_residual}, std::pair{"other", &other}}) {
+  using Named = std::pair<const char*, const std::optional<Tensor>*>;
+  for (const auto& [name, tensor] : {Named{"d_residual", &d_residual}, Named{"other", &other}}) {
     if (!tensor->has_value()) continue;
     check_equal_sizes(name, **tensor, "residual", residual);
     check_dtype(name, (*tensor)->scalar_type(), "residual", residual.scalar_type());
   }
-  for (const auto& [name, tensor] : {std::pair{"d_normed", &d_normed}, std::pair{"branch", &branch}}) {
+  for (const auto& [name, tensor] : {Named{"d_normed", &d_normed}, Named{"branch", &branch}}) {
     if (!tensor->has_value()) continue;
     check_equal_sizes(name, **tensor, "residual", residual);
     check_dtype(name, (*tensor)->scalar_type(), "the half-block", dtype);

@@ -10,33 +10,116 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..functional import layersync_loss
+from .. import functional
 from ..ops import _dispatch
 
-Loss = Callable[[Tensor, Tensor], Tensor]
+Function = Callable[..., Tensor | tuple[Tensor, ...]]
 MODES = ("forward", "backward", "both")
 
-# Bytes that an ideal kernel moves, in tensors of the size of the student.
-_TENSORS_MOVED = {"forward": 2, "backward": 3, "both": 5}
+
+@dataclass(frozen=True)
+class Op:
+    """An op that is timed.
+
+    Attributes:
+        eager: its formula as training repositories write it.
+        fused: the same with a `backend` keyword.
+        inputs: (rows, width) to the sizes of its inputs.
+        constants: how many of the last inputs need no gradient.
+        moved: (rows, width)-sized tensors that an ideal kernel reads and writes forward and backward, or None for an op
+            with matrix products.
+    """
+
+    eager: Function
+    fused: Function
+    inputs: Callable[[int, int], list[tuple[int, ...]]]
+    constants: int = 0
+    moved: tuple[int, int] | None = None
+
+
+def eager_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """The alignment loss, upcast to fp32."""
+    student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
+    return -(student * teacher).sum(dim=-1).mean()
+
+
+def _fp64_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    return -torch.cosine_similarity(student, teacher, dim=-1, eps=1e-12).mean()
+
+
+def _eager_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=1e-6) * (1 + scale.unsqueeze(1)) + shift.unsqueeze(1)
+
+
+def _eager_residual_norm(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor
+) -> tuple[Tensor, Tensor]:
+    residual = x + gate.unsqueeze(1) * branch
+    return residual, _eager_norm(residual, shift, scale)
+
+
+def _eager_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2: Tensor) -> Tensor:
+    return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
+
+
+_HEAD = 64
+_TOKENS = 256
+
+
+def _eager_attention(qkv: Tensor) -> Tensor:
+    q, k, v = qkv.unflatten(-1, (3, -1, _HEAD)).permute(2, 0, 3, 1, 4).unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _fused_attention(qkv: Tensor, *, backend: str) -> Tensor:
+    return functional.self_attention(qkv, qkv.shape[-1] // (3 * _HEAD), backend=backend)
+
+
+def _samples(rows: int) -> tuple[int, int]:
+    tokens = min(rows, _TOKENS)
+    return rows // tokens, tokens
+
+
+OPS = {
+    "cosine_alignment": Op(
+        eager_loss, functional.layersync_loss, lambda m, d: [(m, d), (m, d)], constants=1, moved=(2, 3)
+    ),
+    "modulated_layer_norm": Op(
+        _eager_norm,
+        functional.modulated_layer_norm,
+        lambda m, d: [(*_samples(m), d), *[(_samples(m)[0], d)] * 2],
+        moved=(2, 3),
+    ),
+    "gated_residual_norm": Op(
+        _eager_residual_norm,
+        functional.gated_residual_norm,
+        lambda m, d: [*[(*_samples(m), d)] * 2, *[(_samples(m)[0], d)] * 3],
+        moved=(4, 6),
+    ),
+    "gelu_mlp": Op(
+        _eager_mlp, functional.gelu_mlp, lambda m, d: [(*_samples(m), d), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    ),
+    "self_attention": Op(_eager_attention, _fused_attention, lambda m, d: [(*_samples(m), 3 * d)]),
+}
 
 
 @dataclass(frozen=True)
 class Case:
-    """cosine_alignment on (rows, width) tokens.
+    """An op on (rows, width) tokens.
 
     Attributes:
-        rows: batch times tokens.
-        width: channels.
-        dtype: of student and teacher.
+        op: a name of `OPS`.
+        rows: batch times tokens; from 256 on a multiple of 256, the tokens of a sample.
+        width: channels; for self_attention a multiple of 64.
+        dtype: of all inputs.
         device: "cpu" or "cuda".
     """
 
+    op: str
     rows: int
     width: int
     dtype: torch.dtype
     device: str
-
-    op = "cosine_alignment"
 
     @property
     def name(self) -> str:
@@ -45,7 +128,7 @@ class Case:
 
     @property
     def tensor_bytes(self) -> int:
-        """Bytes of the student, called MD."""
+        """Bytes of a (rows, width) tensor, called MD."""
         return self.rows * self.width * self.dtype.itemsize
 
     @property
@@ -53,61 +136,92 @@ class Case:
         """Calls that are timed together: one, or as many as make a tiny case outlast the clock and cold caches."""
         return 1 if self.rows * self.width >= 1 << 16 else 100
 
-    def ideal_bytes(self, mode: str) -> int:
-        """Bytes that an ideal kernel reads and writes."""
-        return _TENSORS_MOVED[mode] * self.tensor_bytes
+    def ideal_bytes(self, mode: str) -> int | None:
+        """Bytes that an ideal kernel reads and writes, where memory is what limits it."""
+        moved = OPS[self.op].moved
+        if moved is None:
+            return None
+        return {"forward": moved[0], "backward": moved[1], "both": sum(moved)}[mode] * self.tensor_bytes
 
-    def inputs(self, seed: int) -> tuple[Tensor, Tensor]:
-        """Student (requires grad) and teacher, related as hidden states of one model are."""
+    def inputs(self, seed: int) -> list[Tensor]:
+        """Tokens of unit variance, related as hidden states of one model are, weights as they are initialised."""
         generator = torch.Generator().manual_seed(seed)
-        shape = (self.rows, self.width)
-        teacher = torch.randn(shape, generator=generator)
-        student = 0.5 * teacher + torch.randn(shape, generator=generator)
-        student, teacher = (x.to(self.device, self.dtype) for x in (student, teacher))
-        return student.requires_grad_(), teacher
-
-
-def eager_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """The formula as training repositories write it, upcast to fp32."""
-    student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
-    return -(student * teacher).sum(dim=-1).mean()
+        op = OPS[self.op]
+        drawn: list[Tensor] = []
+        for shape in op.inputs(self.rows, self.width):
+            tensor = torch.randn(shape, generator=generator)
+            if drawn and drawn[0].shape == shape:
+                tensor += 0.5 * drawn[0]
+            elif drawn:
+                tensor *= shape[-1] ** -0.5
+            drawn.append(tensor)
+        drawn = [x.to(self.device, self.dtype) for x in drawn]
+        for x in drawn[: len(drawn) - op.constants]:
+            x.requires_grad_()
+        return drawn
 
 
 PROVIDERS = ("eager", "compile", "cpp", "triton", "cuda")
 
 
-def provider(name: str, case: Case) -> Loss:
-    """The loss as a provider computes it.
+def eager(case: Case) -> Function:
+    """The op in plain PyTorch."""
+    return OPS[case.op].eager
+
+
+def exact(case: Case) -> Function:
+    """The op in plain PyTorch, for fp64 inputs."""
+    return _fp64_loss if case.op == "cosine_alignment" else OPS[case.op].eager
+
+
+def provider(name: str, case: Case) -> Function:
+    """The op as a provider computes it.
 
     Raises:
         RuntimeError: the provider cannot run on the case's device; says why.
         ValueError: unknown provider.
     """
     if name == "eager":
-        return eager_loss
+        return eager(case)
     if name == "compile":
         torch._dynamo.reset()  # a graph per case, specialised to its shape: the best that the compiler does
-        return torch.compile(eager_loss, dynamic=False)
+        return torch.compile(eager(case), dynamic=False)
     if name not in PROVIDERS:
         raise ValueError(f"unknown provider {name!r}; expected one of {', '.join(PROVIDERS)}")
     if name == "triton" and case.device == "cpu":
         raise RuntimeError("Triton needs a GPU to be timed")
+    if case.op == "self_attention" and name != "cpp":
+        raise RuntimeError("self_attention is torch's own but for the C++ kernels")
     _dispatch.choose(name, case.device, case.dtype)
-    return functools.partial(layersync_loss, backend=name)
+    return functools.partial(OPS[case.op].fused, backend=name)
 
 
-# In order of importance: a run that is cut short has the figures that matter. The sizes are SiT-XL/2's width at a small
-# batch, at a large one (256 images x 256 tokens on a GPU), SiT-S and B, and a tiny one that times the call itself.
-_CPU = ((8192, 1152), (32768, 1152), (8192, 384), (8192, 768), (2, 8))
-_CUDA = ((65536, 1152), (16384, 1152), (65536, 768), (65536, 384), (2, 8))
-_CPU_DTYPES = (torch.float32, torch.bfloat16)
-_CUDA_DTYPES = (torch.bfloat16, torch.float32, torch.float16)
+# In order of importance: a run that is cut short has the figures that matter. The sizes are SiT-XL/2's width at small
+# batches, at a large one (256 images x 256 tokens on a GPU), SiT-S and B, and a tiny one that times the call itself.
+_CPU = (
+    ("cosine_alignment", ((8192, 1152), (32768, 1152), (8192, 384), (8192, 768), (2, 8))),
+    ("gated_residual_norm", ((4096, 1152), (2048, 384))),
+    ("modulated_layer_norm", ((4096, 1152), (2048, 384))),
+    ("gelu_mlp", ((2048, 384),)),
+    ("self_attention", ((2048, 384),)),
+)
+_CUDA = (
+    ("gated_residual_norm", ((65536, 1152), (16384, 1152))),
+    ("cosine_alignment", ((65536, 1152), (16384, 1152), (65536, 768), (65536, 384), (2, 8))),
+    ("modulated_layer_norm", ((65536, 1152),)),
+    ("gelu_mlp", ((16384, 1152),)),
+)
+_DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32, torch.float16)}
 
 
-def cases(device: str, *, quick: bool = False) -> list[Case]:
-    """The suite for a device, by importance; `quick` keeps one size, and a small one on the CPU."""
-    sizes: tuple[tuple[int, int], ...] = _CUDA if device == "cuda" else _CPU
-    if quick:
-        sizes = sizes[:1] if device == "cuda" else ((1024, 1152),)
-    dtypes = _CUDA_DTYPES if device == "cuda" else _CPU_DTYPES
-    return [Case(rows, width, dtype, device) for rows, width in sizes for dtype in dtypes]
+def cases(device: str, *, ops: tuple[str, ...] = tuple(OPS), quick: bool = False) -> list[Case]:
+    """The suite for a device, by importance; `quick` keeps one size of each op, and a small one on the CPU."""
+    suite = []
+    for op, sizes in _CUDA if device == "cuda" else _CPU:
+        if op not in ops:
+            continue
+        kept: tuple[tuple[int, int], ...] = sizes
+        if quick:
+            kept = sizes[:1] if device == "cuda" else ((1024, 384),)
+        suite += [Case(op, rows, width, dtype, device) for rows, width in kept for dtype in _DTYPES[device]]
+    return suite

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,27 +13,37 @@ import torch
 import tyro
 from rich.console import Console
 
-from .cases import MODES, PROVIDERS, Case, cases
+from ..errors import UserError
+from .cases import MODES, OPS, PROVIDERS, cases
 from .engine import machine_facts, measure
 from .report import append_json, print_problems, print_table
 
 
 @dataclass
 class BenchConfig:
-    """Check, then time the fused ops against eager PyTorch and torch.compile, and the trainer with and without them."""
+    """Check, then time the fused ops against eager PyTorch and torch.compile, and the trainer with and without them;
+    count the bytes that a training step moves and keeps."""
 
-    what: tyro.conf.Positional[Literal["all", "ops", "trainer"]] = "all"
-    """What to time."""
+    what: tyro.conf.Positional[Literal["all", "ops", "trainer", "traffic"]] = "all"
+    """What to time; traffic is counted, on the CPU, with the same result on every machine."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where; auto: the GPU if there is one."""
+    ops: tuple[str, ...] = tuple(OPS)
+    """Ops to time."""
     providers: tuple[Literal["eager", "compile", "cpp", "triton", "cuda"], ...] = PROVIDERS  # type: ignore[assignment]
-    """Ways to compute the loss."""
+    """Ways to compute them."""
     modes: tuple[Literal["forward", "backward", "both"], ...] = MODES  # type: ignore[assignment]
     """Passes to time."""
     size: tuple[int, int] | None = None
-    """Rows and width of one case, in place of the suite."""
+    """Rows and width, in place of the sizes of the suite."""
     rounds: int = 15
     """Measured rounds of every case and mode."""
+    model: str = "SiT-S/2"
+    """Whose traffic is counted, on latents (4, 32, 32)."""
+    batch: int = 8
+    """Images in the step whose traffic is counted."""
+    precision: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
+    """Of the step whose traffic is counted; bf16 is autocast."""
     quick: bool = False
     """One small case: does the suite run at all?"""
     json: Path | None = None
@@ -59,13 +70,24 @@ def main(argv: Sequence[str] | None = None) -> int:
         trainer.print_table(rows, console)
         if config.json is not None:
             append_json(rows, config.json)
+    if config.what in ("all", "traffic"):
+        from . import traffic
+
+        for precision in config.precision:
+            rows = traffic.measure(*(("SiT-S/8", 2) if config.quick else (config.model, config.batch)), precision)
+            traffic.print_tables(rows, console)
+            if config.json is not None:
+                append_json(rows, config.json)
     return int(wrong)
 
 
 def _ops(config: BenchConfig, device: str, console: Console) -> bool:
-    suite = cases(device, quick=config.quick)
+    if unknown := set(config.ops) - set(OPS):
+        raise UserError(f"--ops {' '.join(sorted(unknown))}: expected some of {', '.join(OPS)}")
+    suite = cases(device, ops=config.ops, quick=config.quick)
     if config.size is not None:
-        suite = [Case(*config.size, dtype, device) for dtype in dict.fromkeys(case.dtype for case in suite)]
+        rows, width = config.size
+        suite = list(dict.fromkeys(dataclasses.replace(case, rows=rows, width=width) for case in suite))
     wrong = False
     for case in suite:
         measured = measure(case, config.providers, modes=config.modes, rounds=3 if config.quick else config.rounds)

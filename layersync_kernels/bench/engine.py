@@ -1,12 +1,13 @@
 """Times the providers of a case against each other.
 
 Providers take turns inside every round, so that a slow spell of the machine hits them alike and ratios hold where
-single times do not; inputs rotate through more memory than the caches hold; a provider is timed only after its loss and
-gradient have been checked against fp64, and a copy of one tensor runs in the same rounds as the yardstick of bandwidth.
+single times do not; inputs rotate through more memory than the caches hold; a provider is timed only after its outputs
+and gradients have been checked against fp64, and a copy of one tensor runs in the same rounds as the yardstick of bandwidth.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import platform
 import statistics
@@ -17,7 +18,8 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from .cases import MODES, Case, Loss, eager_loss, provider
+from .._memory import keep_freed_memory
+from .cases import MODES, Case, Function, eager, exact, provider
 
 _ROTATE_BYTES = 256 << 20
 _MAX_SETS = 16
@@ -29,7 +31,8 @@ class Row:
 
     Attributes:
         p20_ms, p50_ms, p80_ms: quantiles of the time, milliseconds.
-        gb_per_s: ideal bytes over the median time.
+        bytes_moved: what an ideal kernel reads and writes; None for an op with matrix products.
+        gb_per_s: that over the median time.
         copy_fraction: that, over the bandwidth of copying one tensor in the same rounds.
         saved_bytes: bytes kept for the backward pass beyond the inputs.
         peak_bytes: most memory allocated beyond the inputs (GPU only).
@@ -42,7 +45,7 @@ class Row:
     mode: str
     provider: str
     device: str
-    bytes_moved: int = 0
+    bytes_moved: int | None = None
     p20_ms: float | None = None
     p50_ms: float | None = None
     p80_ms: float | None = None
@@ -101,33 +104,47 @@ def relative_error(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> list[fl
     return [((a.double() - t).norm() / t.norm().clamp_min(1e-300)).item() for a, t in pairs]
 
 
-def check(case: Case, loss: Loss) -> str | None:
-    """Compare loss and gradient with fp64; None when both are right, else what is wrong.
+def _outputs(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+    outputs = function(*inputs)
+    return outputs if isinstance(outputs, tuple) else (outputs,)
 
-    A provider may be twice as far off as the eager formula, plus two ulp of fp32 for the loss and of the dtype for the
-    gradient. The largest case that is checked has 8,192 rows: fp64 copies of more would not fit everywhere.
+
+def _gradients_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+    """What arrives at the outputs: one at a loss, noise at hidden states."""
+    generator = torch.Generator().manual_seed(2)
+    return [
+        torch.ones_like(x) if x.dim() == 0 else torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        for x in outputs
+    ]
+
+
+def check(case: Case, function: Function) -> str | None:
+    """Compare outputs and gradients with fp64; None when all are right, else what is wrong.
+
+    A provider may be twice as far off as the eager formula, plus two ulp of the dtype, of fp32 for a loss. The largest
+    case that is checked has 8,192 rows: fp64 copies of more would not fit everywhere.
     """
-    small = Case(min(case.rows, 8192), case.width, case.dtype, case.device)
-    student, teacher = small.inputs(seed=1)
+    small = dataclasses.replace(case, rows=min(case.rows, 8192))
+    inputs = small.inputs(seed=1)
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
 
-    def run(function: Loss, s: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
-        value = function(s, t)
-        return value.detach(), torch.autograd.grad(value, s)[0]
+    def run(f: Function, given: Sequence[Tensor]) -> list[Tensor]:
+        outputs = _outputs(f, given)
+        gradients = torch.autograd.grad(outputs, [x for x in given if x.requires_grad], _gradients_of(outputs))
+        return [*(x.detach() for x in outputs), *gradients]
 
-    def fp64_loss(s: Tensor, t: Tensor) -> Tensor:
-        return -torch.cosine_similarity(s, t, dim=-1, eps=1e-12).mean()
-
-    truth = run(fp64_loss, student.detach().double().requires_grad_(), teacher.double())
-    allowed = relative_error(run(eager_loss, student, teacher), truth)
-    errors = relative_error(run(loss, student, teacher), truth)
-    floors = (2 * torch.finfo(torch.float32).eps, 2 * torch.finfo(case.dtype).eps)
-    for what, error, allow, floor in zip(("loss", "gradient"), errors, allowed, floors, strict=True):
-        if not error <= 2 * allow + floor:
+    truth = run(exact(case), wide)
+    allowed = relative_error(run(eager(case), inputs), truth)
+    actual = run(function, inputs)
+    count = len(actual) - sum(x.requires_grad for x in inputs)
+    names = [f"output {i + 1}" for i in range(count)] + [f"gradient {i + 1}" for i in range(len(actual) - count)]
+    for what, tensor, error, allow in zip(names, actual, relative_error(actual, truth), allowed, strict=True):
+        if not error <= 2 * allow + 2 * torch.finfo(tensor.dtype).eps:
             return f"wrong {what}: relative error {error:.2g}, eager has {allow:.2g}"
     return None
 
 
-def saved_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
+def saved_bytes(function: Function, inputs: Sequence[Tensor]) -> int:
     """Bytes that the autograd graph keeps beyond the inputs' own storages."""
     storages: dict[int, int] = {}
 
@@ -137,9 +154,9 @@ def saved_bytes(loss: Loss, student: Tensor, teacher: Tensor) -> int:
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss(student, teacher)
-    inputs = {x.untyped_storage().data_ptr() for x in (student, teacher)}
-    return sum(nbytes for pointer, nbytes in storages.items() if pointer not in inputs)
+        _outputs(function, inputs)
+    own = {x.untyped_storage().data_ptr() for x in inputs}
+    return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
 
 
 class _Timer:
@@ -164,17 +181,25 @@ class _Timer:
         return begin.elapsed_time(end)
 
 
-def _timed(timer: _Timer, loss: Loss, mode: str, student: Tensor, teacher: Tensor, repeats: int) -> float:
+def _timed(
+    timer: _Timer, function: Function, mode: str, inputs: Sequence[Tensor], gradients: Sequence[Tensor], repeats: int
+) -> float:
     turns = range(repeats)
-    student.grad = None
+
+    def forward() -> tuple[Tensor, ...]:
+        return _outputs(function, inputs)
+
+    for x in inputs:
+        x.grad = None
     if mode == "forward":
-        milliseconds = timer(lambda: [loss(student, teacher) for _ in turns])
+        milliseconds = timer(lambda: [forward() for _ in turns])
     elif mode == "backward":
-        values = [loss(student, teacher) for _ in turns]
-        milliseconds = timer(lambda: [value.backward() for value in values])
+        results = [forward() for _ in turns]
+        milliseconds = timer(lambda: [torch.autograd.backward(outputs, gradients) for outputs in results])
     else:
-        milliseconds = timer(lambda: [loss(student, teacher).backward() for _ in turns])
-    student.grad = None
+        milliseconds = timer(lambda: [torch.autograd.backward(forward(), gradients) for _ in turns])
+    for x in inputs:
+        x.grad = None
     return milliseconds / repeats
 
 
@@ -205,50 +230,57 @@ def measure(
     Yields:
         one row per mode and provider, and one for the copy.
     """
+    if case.device == "cpu":
+        keep_freed_memory()  # else page faults are half of the time, by their luck
     facts = machine_facts(case.device)
-    losses: dict[str, Loss] = {}
+    functions: dict[str, Function] = {}
     problems: dict[str, str] = {}
     for name in providers:
         try:
-            losses[name] = provider(name, case)
-            problem = check(case, losses[name])
+            functions[name] = provider(name, case)
+            problem = check(case, functions[name])
         except RuntimeError as error:
             problem = str(error)
         if problem is not None:
-            losses.pop(name, None)
+            functions.pop(name, None)
             problems[name] = problem
 
-    sets = [case.inputs(seed) for seed in range(min(_MAX_SETS, max(2, -(-_ROTATE_BYTES // (2 * case.tensor_bytes)))))]
-    target = torch.empty_like(sets[0][1])
+    first = case.inputs(0)
+    size = sum(x.numel() * x.element_size() for x in first)
+    sets = [first, *map(case.inputs, range(1, min(_MAX_SETS, max(2, -(-_ROTATE_BYTES // size)))))]
+    gradients = _gradients_of(_outputs(eager(case), first))
+    source = torch.empty((case.rows, case.width), dtype=case.dtype, device=case.device).normal_()
+    target = torch.empty_like(source)
     timer = _Timer(case.device)
-    saved = {name: saved_bytes(loss, *sets[0]) for name, loss in losses.items()}
+    saved = {name: saved_bytes(function, first) for name, function in functions.items()}
     for mode in modes:
-        times: dict[str, list[float]] = {name: [] for name in ("copy", *losses)}
+        times: dict[str, list[float]] = {name: [] for name in ("copy", *functions)}
         peaks: dict[str, int] = {}
         began = time.perf_counter()
         for turn in range(warmup + rounds):
             if turn >= warmup + 5 and time.perf_counter() - began > seconds:
                 break
-            student, teacher = sets[turn % len(sets)]
-            milliseconds = {"copy": timer(lambda: target.copy_(teacher))}  # noqa: B023 (called at once)
-            for name, loss in losses.items():
+            inputs = sets[turn % len(sets)]
+            milliseconds = {"copy": timer(lambda: target.copy_(source))}
+            for name, function in functions.items():
                 if case.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
-                milliseconds[name] = _timed(timer, loss, mode, student, teacher, case.repeats)
+                milliseconds[name] = _timed(timer, function, mode, inputs, gradients, case.repeats)
                 if case.device == "cuda":
                     peaks[name] = torch.cuda.max_memory_allocated() - before
             if turn >= warmup:
                 for name, value in milliseconds.items():
                     times[name].append(value)
         copy_speed = 2 * case.tensor_bytes / statistics.median(times["copy"])
-        for name in ("copy", *losses):
+        for name in ("copy", *functions):
             moved = 2 * case.tensor_bytes if name == "copy" else case.ideal_bytes(mode)
             median = statistics.median(times[name])
             yield Row(
                 case.op, case.name, mode, name, case.device, moved,
                 p20_ms=_quantile(times[name], 0.2), p50_ms=median, p80_ms=_quantile(times[name], 0.8),
-                gb_per_s=moved / median / 1e6, copy_fraction=moved / median / copy_speed,
+                gb_per_s=None if moved is None else moved / median / 1e6,
+                copy_fraction=None if moved is None else moved / median / copy_speed,
                 saved_bytes=saved.get(name), peak_bytes=peaks.get(name),
                 vs_eager=_speedup(times, name, "eager"), vs_compile=_speedup(times, name, "compile"),
                 machine=facts,

@@ -1,31 +1,49 @@
-"""Images per second of the reference trainer, by where the LayerSync loss comes from."""
+"""Images per second of the reference trainer, by what computes its blocks and the LayerSync loss."""
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 from rich.console import Console
 
 from ..sit.config import ModelConfig, OptimConfig, TrainConfig
 from ..sit.data import MemorySet
-from ..sit.throughput import PROVIDERS, measure_throughput, provider_config
+from ..sit.throughput import PublishedTrainer, measure_throughput, provider_config
 from .engine import machine_facts
 from .report import new_table
 
-# A step of SiT-S/2 at batch 8 takes about two seconds on two cores; SiT-XL/2 at 64 is what a GPU of 80 GB trains with.
+# A step of SiT-S/2 at batch 8 takes a second or two on two cores; SiT-XL/2 at 64 is what a GPU of 80 GB trains with.
 _SETTINGS = {"cpu": ("SiT-S/2", 8), "cuda": ("SiT-XL/2", 64)}
 _QUICK = ("SiT-S/8", 2)
+_AGAINST = ("off", "eager", "compile", "published")
+
+
+def contenders(config: TrainConfig) -> dict[str, TrainConfig]:
+    """What is timed on a device: `throughput.PROVIDERS`, and on a CPU the fused and the eager blocks in fp32 too.
+
+    A GPU of 80 GB does not hold the fp32 ones beside the others.
+    """
+    names = ("fused", "off", "eager", "compile")
+    configs = {name: provider_config(config, name) for name in names}
+    if config.device == "cpu":
+        configs["published"] = provider_config(config, "published")
+        wide = dataclasses.replace(config, precision="fp32")
+        configs |= {f"{name} fp32": provider_config(wide, name) for name in ("fused", "eager")}
+    return configs
 
 
 def measure(device: str, *, quick: bool = False) -> list[dict[str, object]]:
-    """Optimiser steps on random latents (4, 32, 32), all providers in turns.
+    """Optimiser steps on random latents (4, 32, 32), all contenders in turns.
 
     Args:
         device: "cpu" or "cuda".
         quick: a small model and few steps.
 
     Returns:
-        one row per provider with `images_per_s` (median over rounds), its `low` and `high`, and its ratio to plain SiT
-        without LayerSync, to the eager loss and to torch.compile: `vs_plain`, `vs_eager`, `vs_compile`.
+        one row per contender with `images_per_s` (median over rounds), its `low` and `high`, and how many times the
+        rate of others it has, round by round: `vs_off` (without LayerSync), `vs_eager` (of its own precision),
+        `vs_compile`, `vs_published`.
     """
     model, batch = _QUICK if quick else _SETTINGS[device]
     samples = MemorySet(
@@ -37,12 +55,19 @@ def measure(device: str, *, quick: bool = False) -> list[dict[str, object]]:
         latent=True,
     )
     config = TrainConfig(model=ModelConfig(model=model), optim=OptimConfig(batch_size=batch), device=device)
-    configs = {name: provider_config(config, name) for name in PROVIDERS}
     steps = 10 if device == "cuda" else 1
-    speeds = measure_throughput(configs, steps=steps, rounds=2 if quick else 7, warmup=2, data=samples)
+    speeds = measure_throughput(
+        contenders(config),
+        trainers={"published": PublishedTrainer},
+        steps=steps,
+        rounds=2 if quick else 10,
+        warmup=2,
+        data=samples,
+    )
     facts = machine_facts(device)
-    return [
-        {
+    rows = []
+    for name, speed in speeds.items():
+        row: dict[str, object] = {
             "op": "trainer",
             "case": f"{model} batch {batch}",
             "provider": name,
@@ -50,20 +75,19 @@ def measure(device: str, *, quick: bool = False) -> list[dict[str, object]]:
             "images_per_s": speed.median,
             "low": min(speed.rounds),
             "high": max(speed.rounds),
-            "vs_plain": speed.over(speeds["plain"]),
-            "vs_eager": speed.over(speeds["eager"]),
-            "vs_compile": speed.over(speeds["compile"]),
-            "machine": facts,
         }
-        for name, speed in speeds.items()
-    ]
+        for other in _AGAINST:
+            own = "eager fp32" if other == "eager" and name.endswith("fp32") else other
+            row[f"vs_{other}"] = speed.over(speeds[own]) if own in speeds else None
+        rows.append(row | {"machine": facts})
+    return rows
 
 
 def print_table(rows: list[dict[str, object]], console: Console) -> None:
     """The rows of `measure`."""
     title = f"trainer, {rows[0]['case']}, {rows[0]['device']}: optimiser steps"
-    table = new_table(title, "loss", "images/s", "slowest", "fastest", "x plain SiT", "x eager", "x compile")
+    table = new_table(title, "blocks and loss", "images/s", "slowest", "fastest", *(f"x {name}" for name in _AGAINST))
     for row in rows:
-        numbers = (row[key] for key in ("images_per_s", "low", "high", "vs_plain", "vs_eager", "vs_compile"))
-        table.add_row(str(row["provider"]), *(f"{number:.3f}" for number in numbers))
+        numbers = (row[key] for key in ("images_per_s", "low", "high", *(f"vs_{name}" for name in _AGAINST)))
+        table.add_row(str(row["provider"]), *("" if number is None else f"{number:.3f}" for number in numbers))
     console.print(table)

@@ -30,16 +30,23 @@ def row_offset(row, rows, inner, outer_stride, inner_stride, VECTOR: tl.constexp
 
 
 @triton.jit
-def load_tile(starts, live, start: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def load_tile(starts, live, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     # Channels start to start + BLOCK of the rows at `starts`; 0 beyond the width and in rows that are not live.
     column = start + tl.arange(0, BLOCK)[None, :]
     return tl.load(starts[:, None] + column, mask=live[:, None] & (column < WIDTH), other=0.0)
 
 
 @triton.jit
-def store_tile(starts, value, live, start: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+def store_tile(starts, value, live, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     column = start + tl.arange(0, BLOCK)[None, :]
     tl.store(starts[:, None] + column, value, mask=live[:, None] & (column < WIDTH))
+
+
+@triton.jit
+def store_sums(sums, values, start, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
+    # The sums over the rows of `values` into one row at `sums`.
+    starts = sums + tl.zeros((1,), tl.int32)
+    store_tile(starts, tl.sum(values, axis=0)[None, :], tl.full((1,), 1, tl.int1), start, WIDTH, BLOCK)
 
 
 class Operand(NamedTuple):
@@ -124,16 +131,15 @@ def sum_kernel(
         sums = second
     if which == 2:
         sums = third
-    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
-    start = partials + (which * groups + group) * parts * WIDTH
+    first_column = tl.program_id(0) * BLOCK
+    first_row = partials + (which * groups + group) * parts * WIDTH
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     part = 0
     while part < parts:  # not range(): the interpreter of Triton 3.6 cannot count to a tensor beside numpy 2.4
-        row = part + tl.arange(0, ROWS)[:, None]
-        total += tl.load(start + row.to(tl.int64) * WIDTH + column, mask=(row < parts) & (column < WIDTH), other=0.0)
+        row = part + tl.arange(0, ROWS)
+        total += load_tile(first_row + row * WIDTH, row < parts, first_column, WIDTH, BLOCK)
         part += ROWS
-    total = tl.sum(total, axis=0)[None, :]
-    tl.store(sums + group * WIDTH + column, total, mask=column < WIDTH)
+    store_sums(sums + group * WIDTH, total, first_column, WIDTH, BLOCK)
 
 
 def add_partials(partials: Tensor, sums: Sequence[Tensor]) -> None:

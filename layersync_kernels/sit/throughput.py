@@ -1,4 +1,4 @@
-"""How many images per second the trainer does, by where the LayerSync loss comes from."""
+"""How many images per second the trainer does, by what computes its blocks and the LayerSync loss."""
 
 from __future__ import annotations
 
@@ -6,17 +6,34 @@ import dataclasses
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from .build import resolve_device
-from .config import TrainConfig
+from .build import build_alignment, resolve_device
+from .config import LayerSyncConfig, TrainConfig
 from .data import SampleSet, load_data
 from .train import Trainer
 
-PROVIDERS = ("fused", "eager", "compile", "plain")
+PROVIDERS = ("fused", "off", "eager", "compile", "published")
+
+
+class PublishedTrainer(Trainer):
+    """The trainer with the optimiser and the moving average of the published code: loops over parameters."""
+
+    def __init__(self, config: TrainConfig, data: SampleSet) -> None:
+        super().__init__(config, data)
+        optim = config.optim
+        self.optimizer = torch.optim.AdamW(
+            self._params, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+        )
+
+    @torch.no_grad()
+    def _average(self) -> None:
+        for average, parameter in zip(self._averages, self._params, strict=True):
+            average.mul_(self.config.optim.ema_decay).add_(parameter, alpha=1 - self.config.optim.ema_decay)
 
 
 @dataclass(frozen=True)
@@ -36,24 +53,31 @@ class Throughput:
 
 
 def provider_config(config: TrainConfig, provider: str) -> TrainConfig:
-    """`config` with the loss of a provider.
+    """`config` as a provider trains it.
 
-    fused: the configured backend. eager: plain PyTorch. compile: plain PyTorch, blocks under torch.compile. plain: no
-    LayerSync at all.
+    fused: as it is. off: without LayerSync. eager: blocks and loss in plain PyTorch. compile: that, with the blocks under
+    torch.compile. published: that of `eager` in fp32, for a `PublishedTrainer`.
     """
+    replace = dataclasses.replace
     if provider == "fused":
         return config
-    if provider == "plain":
-        return dataclasses.replace(config, layersync=dataclasses.replace(config.layersync, layersync=("off",)))
+    if provider == "off":
+        return replace(config, layersync=replace(config.layersync, layersync=("off",)))
     if provider not in PROVIDERS:
         raise ValueError(f"no provider {provider!r}; expected one of {PROVIDERS}")
-    reference = dataclasses.replace(config.layersync, loss_backend="reference")
-    return dataclasses.replace(config, layersync=reference, compile="on" if provider == "compile" else config.compile)
+    plain = replace(
+        config,
+        model=replace(config.model, kernels="eager"),
+        layersync=replace(config.layersync, loss_backend="reference"),
+        compile="on" if provider == "compile" else "off",
+    )
+    return replace(plain, precision="fp32") if provider == "published" else plain
 
 
 def measure_throughput(
     configs: Mapping[str, TrainConfig],
     *,
+    trainers: Mapping[str, type[Trainer]] | None = None,
     steps: int = 5,
     rounds: int = 5,
     warmup: int = 2,
@@ -62,8 +86,12 @@ def measure_throughput(
 ) -> dict[str, Throughput]:
     """Times optimiser steps of several configurations, in turns, so that a slow spell of the machine hits them alike.
 
+    Configurations that differ in LayerSync alone share a trainer: two of the same differ by a percent or two, by where
+    their memory happens to lie, which is more than LayerSync costs.
+
     Args:
         configs: name to configuration.
+        trainers: name to the class of its trainer, where that is not `Trainer`.
         steps: optimiser steps per round.
         rounds: times each configuration gets its turn.
         warmup: untimed steps at first.
@@ -72,12 +100,17 @@ def measure_throughput(
     """
     if steps < 1 or rounds < 1 or warmup < 0:
         raise ValueError(f"steps={steps}, rounds={rounds}, warmup={warmup}; expected at least 1, 1 and 0")
-    trainers = {}
+    shared: dict[object, tuple[Trainer, Iterator[tuple[Tensor, Tensor]]]] = {}
+    contenders = {}
     for name, config in configs.items():
-        own = data if data is not None else load_data(config.data, resolve_device(config.device))
-        trainer = Trainer(config, own)
-        batches = own.batches(config.optim.batch_size, seed=config.seed)
-        trainers[name] = (trainer, batches)
+        kind = (trainers or {}).get(name, Trainer)
+        key = kind, dataclasses.replace(config, layersync=LayerSyncConfig())
+        if key not in shared:
+            own = data if data is not None else load_data(config.data, resolve_device(config.device))
+            shared[key] = kind(config, own), own.batches(config.optim.batch_size, seed=config.seed)
+        trainer, batches = shared[key]
+        trainer.alignment = build_alignment(config.layersync, len(trainer.model.blocks))
+        contenders[name] = (trainer, batches, trainer.alignment)
         for _ in range(warmup):
             trainer.step(*(tensor.to(trainer.device) for tensor in next(batches)))
     rates: dict[str, list[float]] = {name: [] for name in configs}
@@ -85,7 +118,9 @@ def measure_throughput(
     for number in range(rounds):
         if number > 0 and time.perf_counter() > end:
             break
-        for name, (trainer, batches) in trainers.items():
+        turns = list(contenders.items())
+        for name, (trainer, batches, alignment) in turns if number % 2 == 0 else reversed(turns):
+            trainer.alignment = alignment
             ready = [[tensor.to(trainer.device) for tensor in next(batches)] for _ in range(steps)]
             _synchronize(trainer.device)
             began = time.perf_counter()

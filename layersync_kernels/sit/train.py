@@ -19,6 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .._memory import keep_freed_memory
 from ..errors import CheckpointError, ConfigError, TrainingDiverged
 from .build import build_alignment, build_model, build_transport, resolve_device, resolve_precision
 from .checkpoint import (
@@ -114,6 +115,8 @@ class Trainer:
         self.device = resolve_device(config.device)
         if config.threads is not None:
             torch.set_num_threads(config.threads)
+        if self.device.type == "cpu":
+            keep_freed_memory()
         self.autocast_dtype = resolve_precision(config.precision, self.device)
         if self.device.type == "cuda":
             torch.set_float32_matmul_precision("high")  # TF32 for what autocast leaves in fp32

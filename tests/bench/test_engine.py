@@ -7,22 +7,24 @@ import torch
 
 from layersync_kernels import layersync_loss
 from layersync_kernels.bench import cli, engine
-from layersync_kernels.bench.cases import Case, cases, eager_loss, provider
+from layersync_kernels.bench.cases import OPS, Case, cases, eager_loss, provider
 
-SMALL = Case(64, 32, torch.float32, "cpu")
+SMALL = Case("cosine_alignment", 64, 32, torch.float32, "cpu")
 
 
-def test_a_right_provider_passes_the_gate():
-    for dtype in (torch.float32, torch.bfloat16):
-        assert engine.check(Case(64, 32, dtype, "cpu"), layersync_loss) is None
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("op", OPS)
+def test_a_right_provider_passes_the_gate(op, dtype):
+    case = Case(op, 512, 64, dtype, "cpu")
+    assert engine.check(case, provider("cpp", case)) is None
 
 
 @pytest.mark.parametrize(
     ("wrong", "what"),
     [
-        (lambda s, t: layersync_loss(s, t) * (1 + 1e-5), "loss"),
-        (lambda s, t: layersync_loss(s, t) + 1e-4 * (s - s.detach()).sum(), "gradient"),
-        (lambda s, t: layersync_loss(s, t) * float("nan"), "loss"),
+        (lambda s, t: layersync_loss(s, t) * (1 + 1e-5), "output 1"),
+        (lambda s, t: layersync_loss(s, t) + 1e-4 * (s - s.detach()).sum(), "gradient 1"),
+        (lambda s, t: layersync_loss(s, t) * float("nan"), "output 1"),
     ],
 )
 def test_a_wrong_provider_is_named_and_not_timed(wrong, what, monkeypatch):
@@ -63,11 +65,13 @@ def test_a_provider_that_cannot_run_says_so():
 def test_the_suites_cover_the_sizes_of_the_claims():
     names = {case.name for case in cases("cpu")}
     assert {"8192x1152 float32", "8192x1152 bfloat16", "32768x1152 float32"} <= names
+    assert {case.op for case in cases("cpu", quick=True)} == set(OPS)
+    assert {(case.rows, case.width) for case in cases("cpu", ops=("gated_residual_norm",))} >= {(4096, 1152)}
     assert cases("cuda")[0].name == "65536x1152 bfloat16"
 
 
 def test_the_command_writes_json_lines_and_fails_on_a_wrong_result(tmp_path, monkeypatch, capsys):
-    arguments = ["ops", "--device", "cpu", "--size", "64", "32", "--providers", "eager", "cpp", "--modes", "both"]
+    arguments = ["ops", "--device", "cpu", "--ops", "cosine_alignment", "--size", "64", "32", "--providers", "eager", "cpp", "--modes", "both"]
     path = tmp_path / "results" / "rows.jsonl"
     assert cli.main([*arguments, "--rounds", "2", "--json", str(path)]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -75,14 +79,14 @@ def test_the_command_writes_json_lines_and_fails_on_a_wrong_result(tmp_path, mon
     assert "64x32 float32" in capsys.readouterr().out
     monkeypatch.setattr(engine, "provider", lambda name, case: lambda s, t: 2 * layersync_loss(s, t))
     assert cli.main([*arguments, "--rounds", "2"]) == 1
-    assert "wrong loss" in capsys.readouterr().out
+    assert "wrong output 1" in capsys.readouterr().out
 
 
 def test_the_trainer_rows_have_every_provider_and_ratio():
     from layersync_kernels.bench import trainer
 
     rows = {row["provider"]: row for row in trainer.measure("cpu", quick=True)}
-    assert set(rows) == {"fused", "eager", "compile", "plain"}
-    assert rows["plain"]["vs_plain"] == 1
+    assert set(rows) == {"fused", "off", "eager", "compile", "published", "fused fp32", "eager fp32"}
+    assert rows["off"]["vs_off"] == rows["eager"]["vs_eager"] == rows["eager fp32"]["vs_eager"] == 1
     for row in rows.values():
         assert row["low"] <= row["images_per_s"] <= row["high"]

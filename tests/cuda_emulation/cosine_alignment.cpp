@@ -21,8 +21,8 @@ int main(int argc, char** argv) {
   const RowGrid grid = row_grid(rows, cosine_row_threads(width, s.type, t.type), integer("max_blocks"));
   const Buffer loss(size_t(none ? rows : 1) * 4), scale(4), partials(grid.blocks * sizeof(float2));
   const Buffer cosine(size_t(rows) * 4), rnorm_s(size_t(rows) * 4), rnorm_t(size_t(rows) * 4);
-  const CosineForwardParams forward{s.rows.data, t.rows.data, s.rows.layout, t.rows.layout, rows, int(width), grid, weights,
-                                    float(number("eps")), cosine.as(), rnorm_s.as(), rnorm_t.as(),
+  const CosineForwardParams forward{s.rows.data, t.rows.data, s.rows.layout, t.rows.layout, rows, int(width), grid,
+                                    weights, float(number("eps")), cosine.as(), rnorm_s.as(), rnorm_t.as(),
                                     none ? loss.as() : nullptr, none ? nullptr : partials.as<float2>(), scale.as()};
   const auto forward_kernel = cosine_forward_kernel_for(s.type, t.type, grid.row_threads);
   emulation::launch(grid.blocks, kRowBlockThreads, seed, [=] { forward_kernel(forward); });

@@ -51,7 +51,8 @@ void backward(int64_t rows, int width, int dtype, unsigned seed) {
   const RowRuns runs = run_rows ? row_runs(rows / groups, run_rows) : gated_row_runs(rows, rows / groups);
   const int64_t all_runs = groups * runs.per_group;
   const size_t partial = sums ? size_t(all_runs * width) * 4 : 0, result = sums ? size_t(groups * width) * 4 : 0;
-  const Buffer partials[] = {Buffer(gate.type < 0 ? 0 : partial), Buffer(norm ? partial : 0), Buffer(norm ? partial : 0)};
+  const Buffer partials[] = {Buffer(gate.type < 0 ? 0 : partial), Buffer(norm ? partial : 0),
+                             Buffer(norm ? partial : 0)};
   const Buffer results[] = {Buffer(gate.type < 0 ? 0 : result), Buffer(norm ? result : 0), Buffer(norm ? result : 0)};
   GatedBackwardParams params{d_residual.rows,
                              d_normed.rows,

@@ -81,10 +81,9 @@ def test_runs_cover_every_row_once_and_none_is_empty(rows, programs):
 
 
 @runs_here
-@pytest.mark.parametrize("groups", [1, 3])
-def test_many_partials_are_summed_in_several_steps(groups):
-    # At least 40 runs of 16 rows, 32 partials a step: the loop over partials, with a rest, and a last run of 5 rows.
-    rows, width = 40 * 16 + 5, 24
+def test_many_partials_are_summed_in_several_steps():
+    # 34 runs of 16 rows, 32 partials a step: the loop over partials, with a rest, and a last run of 5 rows.
+    groups, rows, width = 2, 33 * 16 + 5, 24
     dy, r = torch.randn(groups, rows, width, device=DEVICE), torch.randn(groups, rows, width, device=DEVICE)
     scale = torch.randn(groups, width, device=DEVICE)
     _, _, stats, _ = gated_residual_norm.forward(r, None, None, None, scale, None, True, False, 1e-6, 1e-6, r.dtype)

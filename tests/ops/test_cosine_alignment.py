@@ -2,9 +2,6 @@
 
 import functools
 import itertools
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -14,7 +11,15 @@ from torch.profiler import profile
 from layersync_kernels import layersync_loss
 from layersync_kernels.ops.cosine_alignment import op
 
-from .backends import ALL, FUSED, HAS_GPU, assert_as_exact_as, device_of
+from .backends import (
+    ALL,
+    FUSED,
+    HAS_GPU,
+    STRIDED,
+    assert_as_exact_as,
+    device_of,
+    run_on_lower_instruction_set,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -84,19 +89,6 @@ def test_any_leading_dimensions(backend):
             expected = -F.cosine_similarity(student, teacher, dim=-1)
             torch.testing.assert_close(loss.cpu(), expected.mean() if reduction == "mean" else expected)
             assert gradient.shape == shape
-
-
-def _wide(x):
-    return torch.cat([x, x], dim=-1)[..., : x.shape[-1]]
-
-
-STRIDED = {
-    "without the class token": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
-    "batch second": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "slice of wider channels": _wide,
-    "every other token": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
-    "one token for all": lambda x: x[:, :1].expand_as(x),
-}
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -461,27 +453,7 @@ def test_fp64_runs_through_the_reference():
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_lower_instruction_sets_pass_the_same_tests(isa):
-    """The kernels are chosen at run time; a machine with AVX-512 must not leave the other two untested."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        __file__,
-        "-k",
-        "cpp and not instruction",
-    ]
-    environment = {**os.environ, "LAYERSYNC_CPU_ISA": isa}
-    facts = subprocess.run(
-        [sys.executable, "-c", "from layersync_kernels.ops import _native; print(_native.cpp().facts.cpu_isa())"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if facts.stdout.strip() != isa:
-        pytest.skip(f"this machine has no {isa} kernels: {facts.stdout or facts.stderr}")
-    report = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert report.returncode == 0, report.stdout[-3000:]
+    run_on_lower_instruction_set(isa, __file__, "cpp and not instruction")
 
 
 def test_a_call_costs_a_fraction_of_the_eager_formula():

@@ -34,7 +34,7 @@ from layersync_kernels.sit.config import (
 )
 from layersync_kernels.sit.data import MemorySet
 from layersync_kernels.sit.runlog import Meter, read_records
-from layersync_kernels.sit.throughput import PROVIDERS, measure_throughput, provider_config
+from layersync_kernels.sit.throughput import PROVIDERS, PublishedTrainer, measure_throughput, provider_config
 from layersync_kernels.sit.train import Trainer
 
 
@@ -503,11 +503,41 @@ def test_meter_averages_between_reads():
 
 def test_throughput_of_every_provider():
     configs = {name: provider_config(tiny_config(), name) for name in PROVIDERS if name != "compile"}
-    assert configs["plain"].layersync.layersync == ("off",)
+    assert configs["off"].layersync.layersync == ("off",)
     assert configs["eager"].layersync.loss_backend == "reference"
-    rates = measure_throughput(configs, steps=1, rounds=2, warmup=1, data=tiny_data())
+    assert configs["eager"].model.kernels == "eager"
+    assert configs["published"].precision == "fp32"
+    rates = measure_throughput(
+        configs, trainers={"published": PublishedTrainer}, steps=1, rounds=2, warmup=1, data=tiny_data()
+    )
     assert all(0 < min(rate.rounds) <= rate.median for rate in rates.values())
     assert rates["eager"].over(rates["eager"]) == 1
     assert provider_config(tiny_config(), "compile").compile == "on"
     with pytest.raises(ValueError, match="no provider"):
         provider_config(tiny_config(), "magic")
+
+
+def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
+    from layersync_kernels.sit import throughput
+
+    made = []
+    monkeypatch.setattr(throughput, "Trainer", lambda *args: made.append(Trainer(*args)) or made[-1])
+    seen = []
+    step = Trainer.step
+    monkeypatch.setattr(Trainer, "step", lambda self, *batch: (seen.append(self.alignment is None), step(self, *batch)))
+    configs = {name: provider_config(tiny_config(), name) for name in ("fused", "off")}
+    measure_throughput(configs, steps=1, rounds=2, warmup=0, data=tiny_data())
+    assert len(made) == 1
+    assert seen == [False, True, True, False]
+
+
+def test_the_published_average_and_optimiser_give_the_same_weights():
+    trainers = [kind(tiny_config(kernels="eager"), tiny_data()) for kind in (Trainer, PublishedTrainer)]
+    for trainer in trainers:
+        batches = trainer.data.batches(trainer.config.optim.batch_size, seed=0)
+        for _ in range(3):
+            trainer.step(*next(batches))
+    for name in ("model", "ema"):
+        states = [getattr(trainer, name).state_dict() for trainer in trainers]
+        for key, value in states[0].items():
+            torch.testing.assert_close(value, states[1][key], msg=lambda text, key=key: f"{key}: {text}")

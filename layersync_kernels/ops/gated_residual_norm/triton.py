@@ -29,6 +29,7 @@ from .._triton import (
     runs_of,
     smallest_square,
     store_alignment,
+    store_sums,
     store_tile,
     tile_for,
 )
@@ -157,11 +158,6 @@ def forward_kernel(
             if shift is not None:
                 y += load_tile(shift, inside, start, WIDTH, BLOCK).to(tl.float32)
             store_tile(normed, y, inside, start, WIDTH, BLOCK)
-
-
-@triton.jit
-def _store_sums(start_of_row, sums, everywhere, start: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    store_tile(start_of_row, tl.sum(sums, axis=0)[None, :], everywhere, start, WIDTH, BLOCK)
 
 
 @triton.jit(
@@ -323,13 +319,12 @@ def backward_kernel(
         gate_sums, shift_sums, scale_sums = new_gate_sums, new_shift_sums, new_scale_sums
         step += ROWS
 
-    place = tl.zeros((1,), tl.int64) + program * WIDTH
     for start in tl.static_range(0, WIDTH, BLOCK):
         if d_gate is not None:
-            _store_sums(d_gate + place, gate_sums[start // BLOCK], everywhere, start, WIDTH, BLOCK)
+            store_sums(d_gate + program * WIDTH, gate_sums[start // BLOCK], start, WIDTH, BLOCK)
         if d_scale is not None:
-            _store_sums(d_shift + place, shift_sums[start // BLOCK], everywhere, start, WIDTH, BLOCK)
-            _store_sums(d_scale + place, scale_sums[start // BLOCK], everywhere, start, WIDTH, BLOCK)
+            store_sums(d_shift + program * WIDTH, shift_sums[start // BLOCK], start, WIDTH, BLOCK)
+            store_sums(d_scale + program * WIDTH, scale_sums[start // BLOCK], start, WIDTH, BLOCK)
 
 
 def run_tile_for(width: int) -> Tile:

@@ -11,7 +11,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import MULTIPROCESSORS, Tile, add_partials, device_of, load_tile, operand, runs_of, store_tile
+from .._triton import (
+    MULTIPROCESSORS,
+    Tile,
+    add_partials,
+    device_of,
+    load_tile,
+    operand,
+    runs_of,
+    store_sums,
+    store_tile,
+)
 
 _SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _CUBIC = tl.constexpr(0.044715)
@@ -81,8 +91,7 @@ def backward_kernel(
         if sums is not None:
             total += gradient
     if sums is not None:
-        place = sums + tl.zeros((1,), tl.int64) + part * WIDTH
-        store_tile(place, tl.sum(total, axis=0)[None, :], tl.full((1,), 1, tl.int1), first, WIDTH, BLOCK)
+        store_sums(sums + part * WIDTH, total, first, WIDTH, BLOCK)
 
 
 def tile_for(width: int) -> Tile:

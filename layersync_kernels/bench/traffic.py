@@ -1,0 +1,169 @@
+"""Bytes and kernels of a training step of SiT, counted: by which kernels the blocks run on, and with LayerSync."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from ..analysis import KINDS, StepCount, block_count, count_step, ideal_block
+from ..losses import LayerSyncLoss, default_pair
+from ..sit.model import sit_models
+from ..sit.transport import create_transport
+from .cases import eager_loss
+from .engine import machine_facts
+from .report import new_table
+
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
+_LATENT = (4, 32, 32)
+_OUTSIDE = tuple(kind for kind in KINDS if kind not in ("products", "attention"))
+
+
+@dataclass(frozen=True)
+class Provider:
+    """A way to run the model.
+
+    Attributes:
+        kernels, recompute: as `sit.SiT` takes them.
+        aligned: with LayerSync; eager kernels have the eager loss.
+    """
+
+    kernels: str
+    recompute: str = "none"
+    aligned: bool = False
+
+
+PROVIDERS = {
+    "eager": Provider("eager"),
+    "eager + LayerSync": Provider("eager", aligned=True),
+    "fused": Provider("fused"),
+    "fused + LayerSync": Provider("fused", aligned=True),
+    "fused, recompute light": Provider("fused", recompute="light"),
+}
+
+
+def training_step(
+    provider: Provider, model: str, batch: int, autocast: torch.dtype | None, depth: int, **options: Any
+) -> Callable[[], Tensor]:
+    """The forward pass of a training step on random latents (4, 32, 32), up to the loss.
+
+    Args:
+        provider: how to run the model.
+        model: name of `sit.model.sit_models`.
+        batch: images.
+        autocast: dtype, or None for none.
+        depth: blocks.
+        options: of `sit.SiT`, beyond those.
+    """
+    torch.manual_seed(0)
+    options = {"input_size": _LATENT[1], **options}
+    network = sit_models[model](depth=depth, kernels=provider.kernels, recompute=provider.recompute, **options).train()
+    transport = create_transport()
+    alignment = LayerSyncLoss([default_pair(depth)]) if provider.aligned else None
+    samples = torch.randn(batch, network.in_channels, network.input_size, network.input_size)
+    inputs: dict[str, Any] = {"y": torch.arange(batch) % network.num_classes}
+    if alignment is not None:
+        inputs["capture"] = alignment.captures if provider.kernels == "fused" else alignment.layers
+
+    def forward() -> Tensor:
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            terms = transport.training_losses(network, samples, inputs)
+            loss = terms["loss"].mean()
+            if alignment is None:
+                return loss
+            if provider.kernels == "fused":
+                return loss + alignment(terms["states"])
+            ((student, teacher),) = alignment.pairs
+            return loss + 0.2 * eager_loss(terms["states"][student], terms["states"][teacher].detach())
+
+    return forward
+
+
+def measure(model: str, batch: int, precision: str) -> list[dict[str, object]]:
+    """Count a step of every provider, and one block of it. Runs on the CPU, on any machine the same.
+
+    Args:
+        model: name of `sit.model.sit_models`.
+        batch: images.
+        precision: key of `PRECISIONS`.
+
+    Returns:
+        a row per provider and one, "ideal", of a block alone. MD is batch · tokens · width · 4 bytes.
+    """
+    autocast = PRECISIONS[precision]
+    network = sit_models[model](depth=1)
+    elements = batch * (_LATENT[1] // network.patch_size) ** 2 * network.hidden_size
+    depth = sit_models[model].keywords["depth"]
+    steps = {name: count_step(training_step(p, model, batch, autocast, depth)) for name, p in PROVIDERS.items()}
+    common = {
+        "op": "traffic",
+        "case": f"{model} batch {batch}, {precision}",
+        "device": "cpu",
+        "md_bytes": 4 * elements,
+        "machine": machine_facts("cpu"),
+    }
+    rows = []
+    for name, provider in PROVIDERS.items():
+        step, row = steps[name], {**common, "provider": name}
+        row |= {f"step_{key}": value for key, value in _facts(step).items()}
+        row["traffic_vs_eager"] = step.outside.total / steps["eager"].outside.total
+        row["saved_vs_eager"] = step.saved_bytes / steps["eager"].saved_bytes
+        if provider.aligned:  # the blocks are those of the same kernels without it
+            row["alignment_bytes"] = (step - steps[provider.kernels]).outside.total
+        else:
+            block = block_count(functools.partial(training_step, provider, model, batch, autocast))
+            row |= {f"block_{key}": value for key, value in _facts(block).items()}
+        rows.append(row)
+    ideal = ideal_block(elements, branch=autocast or torch.float32)
+    return [*rows, {**common, "provider": "ideal", **{f"block_{key}": value for key, value in _facts(ideal).items()}}]
+
+
+def _facts(count: StepCount) -> dict[str, object]:
+    return {
+        "bytes": count.outside.total,
+        "bytes_read": count.outside.read,
+        "bytes_written": count.outside.written,
+        "bytes_by_kind": {kind: count.kind(kind).total for kind in _OUTSIDE},
+        "kernels": count.outside.kernels,
+        "kernels_inside": count.inside.kernels,
+        "saved_bytes": count.saved_bytes,
+        "saved_weight_bytes": count.weight_bytes,
+    }
+
+
+def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
+    """The rows of `measure`: one table for a block, one for the step."""
+    first = rows[0]
+    md = first["md_bytes"]
+    where = f"{first['case']}, outside of matrix products and attention"
+    title = f"traffic of one block, {where}: MD = {md / 1e6:.2f} MB, forward and backward"
+    table = new_table(title, "blocks", *_OUTSIDE, "all", "kernels", "saved")
+    for row in rows:
+        if "block_bytes" in row:
+            parts = (row["block_bytes_by_kind"][kind] / md for kind in _OUTSIDE)
+            numbers = (*parts, row["block_bytes"] / md)
+            saved = f"{row['block_saved_bytes'] / md:.2f}"
+            table.add_row(row["provider"], *(f"{n:.2f}" for n in numbers), str(row["block_kernels"]), saved)
+    console.print(table)
+    columns = ("MB moved", "% eager", "LayerSync MD", "kernels", "inside", "saved MB", "% eager", "weights' MB")
+    table = new_table(f"traffic of a training step, {where}", "step", *columns)
+    for row in rows:
+        if "step_bytes" in row:
+            table.add_row(row["provider"], *_step_cells(row, md))
+    console.print(table)
+
+
+def _step_cells(row: dict[str, Any], md: int) -> Iterator[str]:
+    yield f"{row['step_bytes'] / 1e6:.1f}"
+    yield f"{100 * row['traffic_vs_eager']:.1f}"
+    yield f"{row['alignment_bytes'] / md:.2f}" if "alignment_bytes" in row else ""
+    yield f"{row['step_kernels']}"
+    yield f"{row['step_kernels_inside']}"
+    yield f"{row['step_saved_bytes'] / 1e6:.1f}"
+    yield f"{100 * row['saved_vs_eager']:.1f}"
+    yield f"{row['step_saved_weight_bytes'] / 1e6:.1f}"
