@@ -23,7 +23,7 @@ KINDS = {
     "products": "matrix products and convolutions",
     "attention": "scaled dot-product attention",
     "rows": "norms, elementwise arithmetic, sums and all else: in a block, the adaLN boundaries",
-    "activation": "GELU and its derivative",
+    "gelu": "GELU and its derivative",
     "alignment": "the fused alignment loss",
     "bias": "sums over the rows of a matrix: gradients of biases",
     "layout": "copies, concatenations and fills",
@@ -173,7 +173,7 @@ def ideal_block(elements: int, stream: torch.dtype = torch.float32, branch: torc
     return StepCount(
         {
             Op("rows", "gated_residual_norm"): Moved(4, 2 * (3 * wide + 3 * half), 2 * (2 * wide + 2 * half)),
-            Op("activation", "gelu"): Moved(2, 12 * half, 8 * half),
+            Op("gelu", "gelu"): Moved(2, 12 * half, 8 * half),
         },
         saved_bytes=2 * wide + 12 * half,
     )
@@ -285,7 +285,7 @@ def _kind(name: str, inputs: list[Tensor], args: tuple[Any, ...], written: list[
     if "dot_product" in name or name.startswith("attention_"):
         return "attention"
     if "gelu" in name:
-        return "activation"
+        return "gelu"
     if name.startswith("cosine_alignment"):
         return "alignment"
     if name == "sum" and inputs[0].dim() == 2 and len(args) > 1 and list(args[1]) == [0]:

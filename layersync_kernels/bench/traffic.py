@@ -43,7 +43,7 @@ PROVIDERS = {
     "eager + LayerSync": Provider("eager", aligned=True),
     "fused": Provider("fused"),
     "fused + LayerSync": Provider("fused", aligned=True),
-    "fused, recompute light": Provider("fused", recompute="light"),
+    "fused, recompute": Provider("fused", recompute="light"),
 }
 
 
@@ -138,20 +138,19 @@ def _facts(count: StepCount) -> dict[str, object]:
 
 def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
     """The rows of `measure`: one table for a block, one for the step."""
-    first = rows[0]
-    md = first["md_bytes"]
-    where = f"{first['case']}, outside of matrix products and attention"
-    title = f"traffic of one block, {where}: MD = {md / 1e6:.2f} MB, forward and backward"
-    table = new_table(title, "blocks", *_OUTSIDE, "all", "kernels", "saved")
-    for row in rows:
-        if "block_bytes" in row:
-            parts = (row["block_bytes_by_kind"][kind] / md for kind in _OUTSIDE)
-            numbers = (*parts, row["block_bytes"] / md)
-            saved = f"{row['block_saved_bytes'] / md:.2f}"
-            table.add_row(row["provider"], *(f"{n:.2f}" for n in numbers), str(row["block_kernels"]), saved)
+    case, md = rows[0]["case"], rows[0]["md_bytes"]
+    blocks = [row for row in rows if "block_bytes" in row]
+    kinds = [kind for kind in _OUTSIDE if any(row["block_bytes_by_kind"][kind] for row in blocks)]
+    console.print(f"traffic, {case}: bytes moved outside of matrix products and attention", highlight=False)
+    table = new_table(f"one block more, in MD of {md / 1e6:.2f} MB", "blocks", *kinds, "all", "kernels", "saved")
+    for row in blocks:
+        parts = [row["block_bytes_by_kind"][kind] for kind in kinds]
+        moved = (f"{nbytes / md:.2f}" for nbytes in (*parts, row["block_bytes"]))
+        table.add_row(row["provider"], *moved, str(row["block_kernels"]), f"{row['block_saved_bytes'] / md:.2f}")
     console.print(table)
-    columns = ("MB moved", "% eager", "LayerSync MD", "kernels", "inside", "saved MB", "% eager", "weights' MB")
-    table = new_table(f"traffic of a training step, {where}", "step", *columns)
+    columns = ("MB", "% eager", "LayerSync", "kernels", "saved MB", "% eager")
+    title = "the whole step; LayerSync in MD; kernels outside + inside; saved activations (% eager) + weights' copies"
+    table = new_table(title, "step", *columns)
     for row in rows:
         if "step_bytes" in row:
             table.add_row(row["provider"], *_step_cells(row, md))
@@ -162,8 +161,6 @@ def _step_cells(row: dict[str, Any], md: int) -> Iterator[str]:
     yield f"{row['step_bytes'] / 1e6:.1f}"
     yield f"{100 * row['traffic_vs_eager']:.1f}"
     yield f"{row['alignment_bytes'] / md:.2f}" if "alignment_bytes" in row else ""
-    yield f"{row['step_kernels']}"
-    yield f"{row['step_kernels_inside']}"
-    yield f"{row['step_saved_bytes'] / 1e6:.1f}"
+    yield f"{row['step_kernels']} + {row['step_kernels_inside']}"
+    yield f"{row['step_saved_bytes'] / 1e6:.1f} + {row['step_saved_weight_bytes'] / 1e6:.1f}"
     yield f"{100 * row['saved_vs_eager']:.1f}"
-    yield f"{row['step_saved_weight_bytes'] / 1e6:.1f}"

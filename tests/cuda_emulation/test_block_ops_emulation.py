@@ -389,6 +389,13 @@ def test_row_strides_and_alignments(seams, stream):
         strided.check_forward(seams)
         # The gradients of a slice of a cat.
         strided.check_backward(seams, d_residual=of_r, d_normed=of_h, other=of_r, factors=rows_of(2, 12))
+    # One tensor alone that is not aligned.
+    unaligned = {"x": views(r)[1], "branch": views(h)[1], "student": views(r)[1]}
+    for name, tensor in unaligned.items():
+        replace(case, **{name: tensor}).check_forward(seams)
+    given = gradients(case, *EVERYTHING)
+    for name in ("d_residual", "d_normed", "other"):
+        case.check_backward(seams, **given | {name: views(given[name].dtype)[1]})
     # adaLN's six parts are slices of one tensor.
     modulation = rows_of(3, 3 * 136 + 3, dtype=h, seed=25)
     for offset in (0, 1):

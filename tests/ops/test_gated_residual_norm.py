@@ -83,7 +83,7 @@ def run(name, inputs, backend, grads=None, autocast=None):
 
 
 def terms(name, inputs, grads):
-    """Bounds of what is subtracted on the way to each result: the row mean from a row, two row means from a gradient."""
+    """Bounds of what is subtracted on the way to each result: a row mean from a row, two of them from a gradient."""
     wide = {n: torch.zeros(1) if tensor is None else tensor.double() for n, tensor in inputs.items()}
     expand = {n: wide[n].unsqueeze(1) if wide[n].dim() == 2 else wide[n] for n in SEAM[2:]}
     r = wide["x"] + (expand["gate"] * wide["branch"] if "branch" in OPS[name][1] else 0)
@@ -423,9 +423,9 @@ def test_saves_at_most_8_bytes_a_row_beyond_residual_branch_and_modulation(backe
         saved[tensor.data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-            residual, normed = gated_residual_norm(*inputs, backend=backend)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast(device, dtype=autocast, enabled=autocast is not None):
+        residual, normed = gated_residual_norm(*inputs, backend=backend)
     assert {residual.data_ptr(), inputs[1].data_ptr()} <= saved.keys()
     assert not {normed.data_ptr(), inputs[0].data_ptr()} & saved.keys()
     known = {tensor.data_ptr() for tensor in (residual, *inputs)}
