@@ -1,4 +1,4 @@
-"""Exact counts of a training step that no machine changes: bytes moved, kernels launched, bytes kept for the backward pass.
+"""Exact counts of a training step, the same on every machine: bytes moved, kernels launched, bytes kept for backward.
 
 A dispatch mode sees every op of the forward and backward pass and counts what an ideal kernel for it would move: the
 distinct elements of its tensor inputs are read once, its outputs are written once, views move nothing. The memory held
@@ -35,8 +35,8 @@ KINDS = {
 _INSIDE = ("products", "attention")
 
 _PRODUCTS = {
-    "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "convolution_backward", "dot", "linear", "matmul", "mm",
-    "mv",
+    "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "convolution_backward", "dot", "linear", "matmul",
+    "mm", "mv",
 }  # fmt: skip
 _LAYOUT = {
     "cat", "clone", "constant_pad_nd", "copy_", "fill", "fill_", "full", "full_like", "new_full", "new_ones",
@@ -97,7 +97,9 @@ class StepCount:
     weight_bytes: int = 0
 
     def __sub__(self, other: StepCount) -> StepCount:
-        differences = {op: _added(self.ops.get(op, Moved()), other.ops.get(op, Moved()), -1) for op in {**self.ops, **other.ops}}
+        differences = {
+            op: _added(self.ops.get(op, Moved()), other.ops.get(op, Moved()), -1) for op in {**self.ops, **other.ops}
+        }
         return StepCount(
             {op: moved for op, moved in differences.items() if any(moved)},
             self.saved_bytes - other.saved_bytes,
@@ -184,7 +186,7 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.ops: dict[Op, Moved] = {}
         self.saved_bytes = self.weight_bytes = 0
-        # A weak reference keeps a storage's address from being given away, but not its memory: one address, one storage.
+        # A weak reference keeps the address of a storage from being given away, but not its memory.
         self._made: dict[int, tuple[StorageWeakRef, int]] = {}
         self._weights: set[int] = set()
 
@@ -297,11 +299,7 @@ def _kind(name: str, inputs: list[Tensor], args: tuple[Any, ...], written: list[
 
 def _gradient_of_leaf() -> bool:
     """Whether the op belongs to a node of the backward pass that casts or stores the gradient of a leaf."""
-    node = torch._C._current_autograd_node()
-    if node is None:
-        return False
-    name = node.name()
-    if name == "ToCopyBackward0":
+    node: Any = torch._C._current_autograd_node()
+    if node is not None and node.name() == "ToCopyBackward0":
         ((node, _),) = node.next_functions
-        name = "" if node is None else node.name()
-    return name == "torch::autograd::AccumulateGrad"
+    return node is not None and node.name() == "torch::autograd::AccumulateGrad"

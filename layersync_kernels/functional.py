@@ -238,9 +238,7 @@ def modulated_layer_norm(
     Source: DiT (Peebles and Xie 2022, arXiv:2212.09748), adaLN. Mean and variance are fp32; a NaN or infinity stays in
     its token.
     """
-    return _seam(
-        "modulated_layer_norm", x, None, None, shift, scale, norm="layer", eps=eps, backend=backend
-    ).normed
+    return _seam("modulated_layer_norm", x, None, None, shift, scale, norm="layer", eps=eps, backend=backend).normed
 
 
 def modulated_rms_norm(
@@ -257,7 +255,7 @@ def modulated_rms_norm(
 
 
 def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
-    """x + gate·branch, the end of a half-block, in one pass; its backward reads and writes two tensors each.
+    """X + gate·branch, the end of a half-block, in one pass; its backward reads and writes two tensors each.
 
     Args:
         x: (..., D) residual stream.
@@ -326,11 +324,18 @@ def aligned_residual_norm(
     of the teacher. The teacher is a constant (stop-gradient), as in LayerSync.
 
     Args:
-        x, branch, gate, shift, scale, eps, norm, backend: as in `gated_residual_norm`.
+        x: as in `gated_residual_norm`.
+        branch: likewise.
+        gate: likewise.
+        shift: likewise.
+        scale: likewise.
         student: the tap of a shallower block, from the same backend. A tap serves one call; a second one makes the
             student's gradient NaN.
         tap: whether this residual is a student.
+        eps: as in `gated_residual_norm`.
+        norm: likewise.
         align_eps: a token whose norm is below it has cosine 0 and gradient 0.
+        backend: as in `gated_residual_norm`.
 
     Returns:
         A Seam. Its cosine equals `-layersync_loss(student, residual, reduction="none")`.
@@ -372,8 +377,12 @@ def _seam(
             )
     if norm not in ("layer", "rms", None):
         raise ValueError(f"{op}: unknown norm={norm!r}; expected 'layer' or 'rms'")
-    given = {"gate": gate, "shift": shift, "scale": scale}
-    modulations = {name: _as_modulation(op, name, m, x) for name, m in given.items() if m is not None}
+    for label, value in (("eps", eps), ("align_eps", align_eps)):
+        if not value > 0:
+            raise ValueError(f"{op}: {label} must be positive, got {value}")
+    modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
+    for name, m in modulations.items():
+        _check_tokens(op, name, m, x)
     promote = torch.promote_types
     stream = x.dtype
     if branch is not None:
@@ -384,6 +393,7 @@ def _seam(
         out = torch.get_autocast_dtype(x.device.type)
     name = _dispatch.resolve(backend, x.device.type, promote(out, stream))
     if name == "reference" or x.numel() == 0:
+        modulations = {name: _as_modulation(op, name, m, x) for name, m in modulations.items()}
         return _reference_seam(
             op, x.to(stream), branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtype=out
         )
@@ -393,7 +403,11 @@ def _seam(
     wide = stream if stream in (half, torch.float32) else torch.float32
     if wide != stream and norm is None:
         half = wide
-    groups = dict(zip(modulations, in_equal_groups([as_groups(m, x.shape[:-1]) for m in modulations.values()])))  # noqa: B905
+    per_sample = (x.shape[0], x.shape[-1])
+    groups = modulations
+    if any(m.shape != per_sample for m in groups.values()):
+        full = [as_groups(_as_modulation(op, key, m, x), x.shape[:-1]) for key, m in groups.items()]
+        groups = dict(zip(groups, in_equal_groups(full), strict=True))
     kinds = {m.dtype for m in groups.values()}
     if kinds - {half} and kinds != {torch.float32}:
         groups = {key: m.to(torch.float32) for key, m in groups.items()}
@@ -406,9 +420,7 @@ def _seam(
         dtype=half, backend=name,
     )  # fmt: skip
     residual, normed = residual.to(stream), normed.to(out)
-    return Seam(
-        residual, normed, None if student is None else cosine, Tap(residual.detach(), *link) if tap else None
-    )
+    return Seam(residual, normed, None if student is None else cosine, Tap(residual.detach(), *link) if tap else None)
 
 
 def _reference_seam(
@@ -448,7 +460,6 @@ def _check_tokens(op: str, name: str, tensor: Tensor, like: Tensor | None = None
 
 def _as_modulation(op: str, name: str, modulation: Tensor, x: Tensor) -> Tensor:
     """Give a modulation as many dimensions as x has, each equal to x's or 1, the last one D."""
-    _check_tokens(op, name, modulation, x)
     *leading, width = x.shape
     dims: list[int] | None = None
     if modulation.shape[-1] == width:
@@ -549,12 +560,15 @@ def _linear_inputs(
             if bias.shape != (width,):
                 raise ValueError(f"{op}: bias{suffix} {tuple(bias.shape)} must have the shape ({width},)")
     device = x.device.type
-    tensors = [x, *weights, *biases]
     if torch.is_autocast_enabled(device):
         dtype = torch.get_autocast_dtype(device)
-        tensors = [t if t is None or t.dtype == torch.float64 else t.to(dtype) for t in tensors]
-    dtypes = {t.dtype for t in tensors if t is not None}
+
+        def cast(tensor: Tensor) -> Tensor:
+            return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
+
+        x, weights = cast(x), tuple(map(cast, weights))
+        biases = tuple(None if bias is None else cast(bias) for bias in biases)
+    dtypes = {t.dtype for t in (x, *weights, *biases) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"{op}: x, weights and biases must have one dtype outside autocast, got {dtypes}")
-    x, weights, biases = tensors[0], tuple(tensors[1 : 1 + len(weights)]), tuple(tensors[1 + len(weights) :])
     return x.reshape(-1, x.shape[-1]), weights, biases, _dispatch.resolve(backend, device, x.dtype)

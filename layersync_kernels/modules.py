@@ -87,7 +87,15 @@ class ModulatedNorm(nn.Module):
             return Seam(stream.residual, self(stream.residual, shift, scale), None, None)
         assert stream.gate is not None
         return aligned_residual_norm(
-            *stream, shift, self.fold(scale), student=student, tap=tap, eps=self.eps, norm=self.norm
+            stream.residual,
+            stream.branch,
+            stream.gate,
+            shift,
+            self.fold(scale),
+            student=student,
+            tap=tap,
+            eps=self.eps,
+            norm=self.norm,
         )
 
 

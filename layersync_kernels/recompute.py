@@ -11,7 +11,13 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 RECOMPUTE = ("none", "light", "full")
 
-_KEPT_BY_LIGHT = ("aten::mm", "aten::addmm", "aten::bmm", "aten::_scaled_dot_product", "layersync_cpp::attention_forward")
+_KEPT_BY_LIGHT = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::_scaled_dot_product",
+    "layersync_cpp::attention_forward",
+)
 
 
 def check_mode(mode: str) -> str:

@@ -9,8 +9,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from layersync_kernels.analysis import Moved, Op, block_count, count_step, ideal_block
-from layersync_kernels.bench.traffic import PROVIDERS, Provider, training_step
-from layersync_kernels.ops import _dispatch, _native
+from layersync_kernels.bench.traffic import Provider, training_step
+from layersync_kernels.ops import _native
 
 FLOAT = 4
 
@@ -29,14 +29,14 @@ def count_no_grad(function):
     """Counts of `function` alone."""
     parameter = torch.zeros((), requires_grad=True)
 
-    def forward():
+    def forward(function):
         with torch.no_grad():
             function()
         return parameter * 1.0
 
-    count = count_step(forward)
-    idle = count_step(lambda: parameter * 1.0)
-    return count - idle
+    count = count_step(functools.partial(forward, function))
+    parameter.grad = None
+    return count - count_step(functools.partial(forward, lambda: None))
 
 
 def test_a_step_counted_by_hand():
@@ -46,12 +46,14 @@ def test_a_step_counted_by_hand():
     count = count_step(lambda: (x.view(4, 8).view(8, 4) * scale).sum())
 
     assert count.ops == {
-        Op("rows", "aten::mul"): Moved(2, (32 + 4 + 1 + 4) * FLOAT, (32 + 32) * FLOAT),  # the sum's gradient is expanded
+        Op("rows", "aten::mul"): Moved(
+            2, (32 + 4 + 1 + 4) * FLOAT, (32 + 32) * FLOAT
+        ),  # the sum's gradient is expanded
         Op("rows", "aten::sum"): Moved(1, 32 * FLOAT, FLOAT),
         Op("layout", "aten::ones_like"): Moved(1, 0, FLOAT),
     }
-    assert (count.outside, count.inside) == (Moved(4, 74 * FLOAT, 66 * FLOAT), Moved())
-    assert count.outside.total == 140 * FLOAT
+    assert (count.outside, count.inside) == (Moved(4, 73 * FLOAT, 66 * FLOAT), Moved())
+    assert count.outside.total == 139 * FLOAT
     assert (count.saved_bytes, count.weight_bytes) == (0, 0)  # the scale was there before
     assert x.grad is not None
 
@@ -82,7 +84,7 @@ def test_views_and_fresh_memory_move_nothing():
         (lambda x: x.add_(1), 32, 32),
         (lambda x: x[0].add_(x[1]), 8, 4),
         (lambda x: x.zero_(), 0, 32),
-        (lambda x: x.copy_(x[:1]), 4, 32),
+        (lambda x: torch.empty_like(x).copy_(x[:1]), 4, 32),
         (lambda x: torch.add(x, 1, out=x[:0].new_empty(8, 4)), 32, 32),
         (lambda x: torch.cat([x, x[:2]]), 40, 40),
         (lambda x: x.split([2, 6]), 0, 0),
@@ -104,8 +106,8 @@ def test_matrix_products_and_attention_are_counted_apart():
     assert count.kind("products").kernels == 2
     assert count.kind("attention").kernels == 2
     assert count.inside.kernels == 4
-    assert set(ops_of(count, "mm", "bmm")) <= {"mm", "bmm"}
-    assert not any("mm" in op.name or "attention" in op.name for op in count.ops if op.kind not in ("products", "attention"))
+    outside = {op.name for op in count.ops if op.kind not in ("products", "attention")}
+    assert not any("mm" in name or "attention" in name for name in outside)
 
 
 def test_what_is_kept_for_the_backward_pass():
@@ -130,7 +132,7 @@ def test_a_checkpoint_keeps_its_input_alone_and_its_second_forward_is_counted():
 
     plain = count_step(lambda: function(x * 2).sum())
     kept = count_step(lambda: checkpoint(function, x * 2, use_reentrant=False).sum())
-    assert plain.saved_bytes == 3 * 16 * 8 * FLOAT
+    assert plain.saved_bytes == 2 * 16 * 8 * FLOAT  # of three: one is the input, and exp and the second sin share one
     assert kept.saved_bytes == 16 * 8 * FLOAT
     assert ops_of(plain, "sin", "exp") == {"sin": Moved(2, 1024, 1024), "exp": Moved(1, 512, 512)}
     assert ops_of(kept, "sin", "exp") == {"sin": Moved(3, 1536, 1536), "exp": Moved(2, 1024, 1024)}  # it stops early
@@ -168,8 +170,10 @@ def test_a_loss_that_cannot_be_differentiated_is_refused():
 BATCH, TOKENS, WIDTH = 4, 64, 128
 ELEMENTS = BATCH * TOKENS * WIDTH
 MD = FLOAT * ELEMENTS
-COMPILED = _native.cpp().facts is not None and _native.cpp().facts.cpu_isa() != "generic"
-needs_kernels = pytest.mark.skipif(not COMPILED, reason="the C++ kernels are not built for this machine")
+needs_kernels = pytest.mark.skipif(
+    not _native.cpp().loaded or _native.cpp().facts.cpu_isa() == "generic",
+    reason="no C++ kernels for this machine",
+)
 
 
 @functools.cache
@@ -205,12 +209,14 @@ def test_an_eager_block_moves_ninety_tensors_and_twelve_around_attention():
 @needs_kernels
 def test_a_fused_block_moves_what_its_kernels_must_to_the_byte():
     moved, row = block(FUSED), FLOAT * BATCH * WIDTH
-    # Per boundary 4 + 6 MD; mean and 1/σ, written and read; gate, shift and scale, gate and scale again, three sums.
-    boundary = 10 * MD + 4 * FLOAT * BATCH * TOKENS + 8 * row
-    condition = 2 * row + 3 * row + 3 * row  # SiLU, its backward, and one gradient more to add up
-    assert moved.kind("rows") == Moved(7, 2 * (6 * MD + 2 * FLOAT * BATCH * TOKENS + 5 * row) + 5 * row, 2 * (4 * MD + 2 * FLOAT * BATCH * TOKENS + 3 * row) + 3 * row)
-    assert moved.kind("rows").total == 2 * boundary + condition
-    assert moved.kind("gelu").total == 24 * MD + FLOAT * 4 * WIDTH  # 4 MD of it save the activation between the passes
+    # A boundary forward: x and branch, gate, shift and scale → residual, norm, two statistics of each row. Backward:
+    # two gradients, residual and branch, gate, scale, statistics → two gradients, and those of gate, shift and scale.
+    statistics = 2 * FLOAT * BATCH * TOKENS
+    read = 2 * MD + 3 * row + 4 * MD + 2 * row + statistics
+    written = 2 * MD + statistics + 2 * MD + 3 * row
+    # Then SiLU of the condition, its backward, and one more gradient of the condition to add up.
+    assert moved.kind("rows") == Moved(4 + 3, 2 * read + 5 * row, 2 * written + 3 * row)
+    assert moved.kind("gelu").total == 24 * MD + FLOAT * 4 * WIDTH  # 4 MD write the activation again: it is not kept
     assert moved.kind("bias").total == 5 * MD + FLOAT * 5 * WIDTH + 6 * row + FLOAT * 6 * WIDTH
     assert moved.kind("layout").total == 12 * row  # the six parts of the modulation's gradient
     assert moved.kind("casts", "weights") == Moved()
@@ -252,7 +258,7 @@ def test_saved_bytes_stay_within_their_limits(provider, precision, limit):
 
 @needs_kernels
 def test_a_fused_block_saves_fourteen_tensors_and_a_few_floats_a_row():
-    modulation = FLOAT * 6 * BATCH * WIDTH
+    modulation = FLOAT * 7 * BATCH * WIDTH  # with SiLU of the condition
     statistics = 2 * 2 * FLOAT * BATCH * TOKENS
     assert block(FUSED).saved_bytes == ideal_block(ELEMENTS).saved_bytes + modulation + statistics
 
@@ -260,7 +266,8 @@ def test_a_fused_block_saves_fourteen_tensors_and_a_few_floats_a_row():
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("kernels", ["eager", "fused"])
 def test_saved_bytes_agree_with_what_autograd_packs(kernels, precision):
-    forward = training_step(Provider(kernels), "SiT-P/2", BATCH, torch.bfloat16 if precision == "bf16" else None, 2, input_size=16)
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    forward = training_step(Provider(kernels), "SiT-P/2", BATCH, autocast, 2, input_size=16)
     packed = {}
 
     def pack(tensor):
@@ -274,7 +281,3 @@ def test_saved_bytes_agree_with_what_autograd_packs(kernels, precision):
     count = count_step(forward)
     assert loss.requires_grad
     assert count.saved_bytes + count.weight_bytes == sum(storage.nbytes() for storage in packed.values())
-
-
-def test_every_provider_of_the_table_runs():
-    assert {"eager", "fused", "fused + LayerSync"} <= set(PROVIDERS)

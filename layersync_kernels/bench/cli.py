@@ -22,7 +22,8 @@ from .report import append_json, print_problems, print_table
 @dataclass
 class BenchConfig:
     """Check, then time the fused ops against eager PyTorch and torch.compile, and the trainer with and without them;
-    count the bytes that a training step moves and keeps."""
+    count the bytes that a training step moves and keeps.
+    """
 
     what: tyro.conf.Positional[Literal["all", "ops", "trainer", "traffic"]] = "all"
     """What to time; traffic is counted, on the CPU, with the same result on every machine."""
@@ -86,8 +87,8 @@ def _ops(config: BenchConfig, device: str, console: Console) -> bool:
         raise UserError(f"--ops {' '.join(sorted(unknown))}: expected some of {', '.join(OPS)}")
     suite = cases(device, ops=config.ops, quick=config.quick)
     if config.size is not None:
-        rows, width = config.size
-        suite = list(dict.fromkeys(dataclasses.replace(case, rows=rows, width=width) for case in suite))
+        count, width = config.size
+        suite = list(dict.fromkeys(dataclasses.replace(case, rows=count, width=width) for case in suite))
     wrong = False
     for case in suite:
         measured = measure(case, config.providers, modes=config.modes, rounds=3 if config.quick else config.rounds)

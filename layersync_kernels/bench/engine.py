@@ -2,7 +2,8 @@
 
 Providers take turns inside every round, so that a slow spell of the machine hits them alike and ratios hold where
 single times do not; inputs rotate through more memory than the caches hold; a provider is timed only after its outputs
-and gradients have been checked against fp64, and a copy of one tensor runs in the same rounds as the yardstick of bandwidth.
+and gradients have been checked against fp64, and a copy of one tensor runs in the same rounds as the yardstick of
+bandwidth.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import math
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 
 import torch
@@ -189,15 +190,19 @@ def _timed(
     def forward() -> tuple[Tensor, ...]:
         return _outputs(function, inputs)
 
+    def backward(results: Iterable[tuple[Tensor, ...]]) -> None:
+        for outputs in results:
+            torch.autograd.backward(outputs, gradients)
+
     for x in inputs:
         x.grad = None
     if mode == "forward":
         milliseconds = timer(lambda: [forward() for _ in turns])
     elif mode == "backward":
         results = [forward() for _ in turns]
-        milliseconds = timer(lambda: [torch.autograd.backward(outputs, gradients) for outputs in results])
+        milliseconds = timer(lambda: backward(results))
     else:
-        milliseconds = timer(lambda: [torch.autograd.backward(forward(), gradients) for _ in turns])
+        milliseconds = timer(lambda: backward(forward() for _ in turns))
     for x in inputs:
         x.grad = None
     return milliseconds / repeats

@@ -96,10 +96,13 @@ def measure(model: str, batch: int, precision: str) -> list[dict[str, object]]:
         a row per provider and one, "ideal", of a block alone. MD is batch · tokens · width · 4 bytes.
     """
     autocast = PRECISIONS[precision]
-    network = sit_models[model](depth=1)
-    elements = batch * (_LATENT[1] // network.patch_size) ** 2 * network.hidden_size
-    depth = sit_models[model].keywords["depth"]
-    steps = {name: count_step(training_step(p, model, batch, autocast, depth)) for name, p in PROVIDERS.items()}
+    with torch.device("meta"):
+        network = sit_models[model](input_size=_LATENT[1])
+    elements = batch * network.pos_embed[0].numel()
+    steps = {
+        name: count_step(training_step(provider, model, batch, autocast, network.depth))
+        for name, provider in PROVIDERS.items()
+    }
     common = {
         "op": "traffic",
         "case": f"{model} batch {batch}, {precision}",

@@ -150,7 +150,7 @@ class FinalLayer(nn.Module):
     def forward(
         self, stream: Stream, c: Tensor, *, student: Tap | None = None, tap: bool = False
     ) -> tuple[Tensor, Seam]:
-        """Stream (N, T, D) and condition c (N, D) → (N, T, patch²·C), channels last within a patch, and its entrance."""
+        """Stream (N, T, D) and condition c (N, D) → (N, T, patch²·C), channels last in a patch, and its entrance."""
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
         seam = self.norm_final.enter(stream, shift, scale, student, tap)
         return self.linear(seam.normed), seam
@@ -247,9 +247,7 @@ class SiT(nn.Module):
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, class_dropout_prob)
         self.pos_embed = nn.Parameter(torch.empty(1, grid * grid, hidden_size), requires_grad=False)
         block: type[nn.Module] = AdaLNZeroBlock if kernels == "fused" else SiTBlock
-        self.blocks = nn.ModuleList(
-            block(hidden_size, num_heads, mlp_ratio, recompute=recompute) for _ in range(depth)
-        )
+        self.blocks = nn.ModuleList(block(hidden_size, num_heads, mlp_ratio, recompute=recompute) for _ in range(depth))
         final_layer = FinalLayer if kernels == "fused" else PlainFinalLayer
         self.final_layer = final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()

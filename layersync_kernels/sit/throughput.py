@@ -55,8 +55,8 @@ class Throughput:
 def provider_config(config: TrainConfig, provider: str) -> TrainConfig:
     """`config` as a provider trains it.
 
-    fused: as it is. off: without LayerSync. eager: blocks and loss in plain PyTorch. compile: that, with the blocks under
-    torch.compile. published: that of `eager` in fp32, for a `PublishedTrainer`.
+    fused: as it is. off: without LayerSync. eager: blocks and loss in plain PyTorch. compile: that, with the blocks
+    under torch.compile. published: that of `eager` in fp32, for a `PublishedTrainer`.
     """
     replace = dataclasses.replace
     if provider == "fused":

@@ -71,7 +71,8 @@ def test_the_suites_cover_the_sizes_of_the_claims():
 
 
 def test_the_command_writes_json_lines_and_fails_on_a_wrong_result(tmp_path, monkeypatch, capsys):
-    arguments = ["ops", "--device", "cpu", "--ops", "cosine_alignment", "--size", "64", "32", "--providers", "eager", "cpp", "--modes", "both"]
+    arguments = ["ops", "--device", "cpu", "--ops", "cosine_alignment", "--size", "64", "32"]
+    arguments += ["--providers", "eager", "cpp", "--modes", "both"]
     path = tmp_path / "results" / "rows.jsonl"
     assert cli.main([*arguments, "--rounds", "2", "--json", str(path)]) == 0
     rows = [json.loads(line) for line in path.read_text().splitlines()]

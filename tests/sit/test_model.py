@@ -57,9 +57,10 @@ def test_published_names_give_models_of_the_published_size(name):
     assert [name for name, parameter in model.named_parameters() if not parameter.requires_grad] == ["pos_embed"]
 
 
+@pytest.mark.parametrize("kernels", ["fused", "eager"])
 @pytest.mark.parametrize("golden", GOLDEN["outputs"], ids=["latents", "images"])
-def test_outputs_are_the_published_ones(golden):
-    model = filled(**golden["config"])
+def test_outputs_are_the_published_ones(golden, kernels):
+    model = filled(**golden["config"], kernels=kernels)
     x, _, _ = batch(model)
     t, y = torch.tensor([0.0, 0.25, 0.6, 1.0]), torch.tensor([0, 4, 2, 5])
     with torch.no_grad():
@@ -70,9 +71,10 @@ def test_outputs_are_the_published_ones(golden):
         torch.testing.assert_close(output.flatten()[:: golden["stride"]], torch.tensor(expected), rtol=1e-4, atol=1e-4)
 
 
-def test_a_seed_gives_the_published_initialisation():
+@pytest.mark.parametrize("kernels", ["fused", "eager"])
+def test_a_seed_gives_the_published_initialisation(kernels):
     torch.manual_seed(0)
-    model = SiT(**GOLDEN["outputs"][0]["config"])
+    model = SiT(**GOLDEN["outputs"][0]["config"], kernels=kernels)
     for name, expected in GOLDEN["initialisation"].items():
         values = model.get_parameter(name).detach().flatten()
         values = values[:: values.numel() // 4]
@@ -142,7 +144,7 @@ def test_int32_labels_are_labels():
 
 
 def test_capture_returns_the_raw_output_of_the_asked_blocks_only():
-    model, outputs = filled(**TINY), {}
+    model, outputs = filled(**TINY, kernels="eager"), {}
     x, t, y = batch(model)
     plain = model(x, t, y)
     for number, block in enumerate(model.blocks, start=1):

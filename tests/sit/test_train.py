@@ -232,8 +232,8 @@ def test_nothing_is_captured_in_steps_that_layersync_skips(monkeypatch):
     batches = trainer.data.batches(5, seed=0)
     for _ in range(7):
         trainer.step(*next(batches))
-    layers = trainer.alignment.layers
-    assert asked == [layers, (), layers, (), layers, (), ()]
+    captures = trainer.alignment.captures
+    assert asked == [captures, (), captures, (), captures, (), ()]
 
 
 @pytest.mark.parametrize(
@@ -532,7 +532,7 @@ def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
 
 
 def test_the_published_average_and_optimiser_give_the_same_weights():
-    trainers = [kind(tiny_config(kernels="eager"), tiny_data()) for kind in (Trainer, PublishedTrainer)]
+    trainers = [kind(tiny_config(model={"kernels": "eager"}), tiny_data()) for kind in (Trainer, PublishedTrainer)]
     for trainer in trainers:
         batches = trainer.data.batches(trainer.config.optim.batch_size, seed=0)
         for _ in range(3):

@@ -75,7 +75,9 @@ def _fake_backward(
     moved = d_normed is not None or other is not None
     return (
         residual.new_empty(residual.shape if moved else (0,)),
-        residual.new_empty((0,)) if branch is None else branch.new_empty(branch.shape),
+        (residual if d_normed is None else d_normed).new_empty((0,))
+        if branch is None
+        else branch.new_empty(branch.shape),
         empty(groups > 0 and gate is not None),
         empty(affine),
         empty(affine),
@@ -94,13 +96,13 @@ def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
     return triton.backward(*args)
 
 
-# x: (..., D) with D > 0; branch and student, if given, of the same shape; student has x's dtype, branch has `dtype` if
-# a norm is wanted. x's dtype is `dtype` or float32. gate, shift, scale: (G, D), rows of any stride, all of one dtype,
-# float32 or `dtype`; each serves M/G rows in a row. align_eps: see cosine_alignment. Returns, contiguous:
+# x: (..., D) with D > 0; branch and student, if given, of the same shape; student has x's dtype, branch has `dtype`
+# where a norm is wanted. x's dtype is `dtype` or float32. gate, shift, scale: (G, D), rows of any stride, all of one
+# dtype, float32 or `dtype`; each serves M/G rows in a row. align_eps: see cosine_alignment. Returns, contiguous:
 #   residual: like x, or (0,) without branch.
 #   normed: (..., D) of `dtype`, or (0,) without norm.
 #   stats: (2, M) float32, mean (0 where rms) and 1/sqrt(variance + eps), or (0,).
-#   alignment: (3, M) float32, cosine and both reciprocal norms (student, residual) as cosine_alignment's stats, or (0,).
+#   alignment: (3, M) float32, cosine and both reciprocal norms (student, residual) as in cosine_alignment, or (0,).
 FORWARD = _library.declare(
     "gated_residual_norm_forward",
     "(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? student, bool norm, bool rms, "
@@ -109,16 +111,17 @@ FORWARD = _library.declare(
     _triton_forward,
 )
 # Gradients of the two outputs as far as there are any, at any stride: d_residual has residual's dtype; d_normed that of
-# branch where there is one. residual: the forward's, or x without branch. other (..., D) of residual's dtype and factors
-# (2, M) float32: factors[0]·other + factors[1]·residual is added to the gradient of the residual. groups: G, or 0 where
-# no gradient of gate, shift or scale is wanted. Returns, contiguous:
+# branch where there is one. residual: the forward's, or x without branch. other (..., D) of residual's dtype and
+# factors (2, M) float32: factors[0]·other + factors[1]·residual is added to the gradient of the residual. groups: G, or
+# 0 where no gradient of gate, shift or scale is wanted. Returns, contiguous:
 #   d_x: like residual; or (0,) where it equals d_residual, which is without d_normed and other.
 #   d_branch: like branch, or (0,) without branch.
 #   d_gate, d_shift, d_scale: (G, D) float32, or (0,): d_gate without gate, the other two without d_normed.
 BACKWARD = _library.declare(
     "gated_residual_norm_backward",
     "(Tensor? d_residual, Tensor? d_normed, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale, "
-    "Tensor? stats, Tensor? other, Tensor? factors, bool rms, int groups) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    "Tensor? stats, Tensor? other, Tensor? factors, bool rms, SymInt groups) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
     _triton_backward,
 )

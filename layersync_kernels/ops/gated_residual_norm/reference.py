@@ -22,7 +22,7 @@ def gated_residual_norm_reference(
     align_eps: float,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """r = x + gate·branch; y = norm(r)·(1 + scale) + shift; cosine(student, r). Arithmetic in fp32, fp64 for fp64.
+    """R = x + gate·branch; y = norm(r)·(1 + scale) + shift; cosine(student, r). Arithmetic in fp32, fp64 for fp64.
 
     Args:
         x: (..., D) residual stream; r has its dtype.

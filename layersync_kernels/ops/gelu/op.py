@@ -1,8 +1,8 @@
 """Linear layers with tanh-GELU: the GEMMs are the library's, the activation is one pass forward and one backward.
 
 Story of the op: forward keeps the pre-activation u alone. Backward reads the gradient of the activation and u, and
-writes the gradient of u, with the sum over rows for the bias, and where the second linear layer needs it, the activation
-once more: recomputing it there costs one write, and saves the largest tensor of the block.
+writes the gradient of u, with the sum over rows for the bias, and where the second linear layer needs it, the
+activation once more: recomputing it there costs one write, and saves the largest tensor of the block.
 """
 
 from __future__ import annotations
