@@ -126,7 +126,7 @@ build() {
 
 # Every kernel on sizes that reach each of its paths; run under compute-sanitizer.
 readonly exercise='import sys, torch
-from layersync_kernels import layersync_loss
+from layersync_kernels import functional, layersync_loss
 backends, device = sys.argv[1].split(","), sys.argv[2]
 torch.manual_seed(0)
 for backend in backends:
@@ -141,6 +141,24 @@ for backend in backends:
                 loss = layersync_loss(*leaves, mask=mask[:, 1:], **options)
                 gradients = torch.autograd.grad(loss.sum(), leaves)
                 assert all(x.isfinite().all() for x in (loss, *gradients)), (backend, width, dtypes)
+    for width in (1, 77, 384, 1152, 2100, 5000, 9000):
+        for stream, half in ((torch.float32, torch.bfloat16), (torch.float16, torch.float16), (torch.float32,) * 2):
+            def draw(*shape, dtype=half):
+                return torch.randn(*shape, width, device=device).to(dtype).requires_grad_()
+            x, s = draw(3, 12, dtype=stream), draw(3, 12, dtype=stream)
+            for shape in ((), (3,), (3, 12)):
+                branch, gate, shift, scale = draw(3, 12), draw(*shape), draw(*shape), draw(*shape)
+                options = {"norm": "rms" if shape else "layer", "backend": backend}
+                student = functional.aligned_residual_norm(s, branch, gate, shift, scale, tap=True, **options)
+                teacher = functional.aligned_residual_norm(x, branch, gate, shift, scale, student=student.tap, **options)
+                alone = functional.modulated_layer_norm(x, shift, scale, backend=backend)
+                total = sum(t.float().sum() for t in (*teacher[:3], student.residual, student.normed, alone))
+                gradients = torch.autograd.grad(total, (x, s, branch, gate, shift, scale))
+                assert all(g.isfinite().all() for g in gradients), (backend, width, stream, half, shape)
+            weight = draw(40)
+            activation = functional.linear_gelu(draw(12), weight, draw().new_zeros(40), backend=backend)
+            mlp = functional.gelu_mlp(draw(12), weight, None, draw(40).t(), None, backend=backend)
+            torch.autograd.grad(activation.float().sum() + mlp.float().sum(), weight)
 print("exercised", *backends, "on", device)
 '
 
@@ -171,18 +189,19 @@ if [ $dry_run = 1 ]; then
   planned "GPU tests" "${pytest[*]} -m gpu tests"
   stage "exercise on the CPU" 60 "$python" "$work/exercise.py" reference cpu
   planned "memcheck, racecheck" "compute-sanitizer --tool TOOL $python $work/exercise.py cuda cuda"
-  planned "headline benchmark" "${bench[*]} ops --size 65536 1152 --json $results"
+  planned "headline benchmark" "${bench[*]} ops --ops gated_residual_norm cosine_alignment --size 65536 1152"
   stage "benchmark suite" 120 "${bench[@]}" ops --quick --device cpu --json "$results"
   stage "trainer benchmark" 120 "${bench[@]}" trainer --quick --device cpu --json "$results"
 else
   if ! stage build 150 bash -c 'build'; then echo "gpu.sh: going on with Triton alone" | tee -a "$environment"; fi
   stage "GPU tests" 100 "${pytest[@]}" -m gpu tests
-  stage "headline benchmark" 75 "${bench[@]}" ops --size 65536 1152 --json "$results"
+  stage "headline benchmark" 100 "${bench[@]}" ops --ops gated_residual_norm cosine_alignment --size 65536 1152 \
+    --json "$results"
   stage "op tests" 90 "${pytest[@]}" tests/ops -k "triton or cuda"
   stage memcheck 45 bash -c 'sanitize memcheck'
   stage racecheck 45 bash -c 'sanitize racecheck'
-  stage "benchmark suite" 200 "${bench[@]}" ops --json "$results"
   stage "trainer benchmark" 200 "${bench[@]}" trainer --json "$results"
+  stage "benchmark suite" 200 "${bench[@]}" ops --json "$results"
 fi
 
 rm -rf "$work/tree" "$work/exercise.py"

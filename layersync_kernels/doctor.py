@@ -16,7 +16,7 @@ from rich.table import Table
 from . import __version__, _environment
 from .ops import _dispatch, _native
 
-OPS = ("cosine_alignment", "gated_residual_norm", "gelu", "attention")
+OPS = ("cosine_alignment", "gated_residual_norm", "gelu")
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
@@ -51,6 +51,7 @@ def facts() -> Iterator[tuple[str, str]]:
     yield "C++ extension", cpp.reason
     if cpp.facts is not None:
         yield "CPU kernels", f"{cpp.facts.cpu_isa()} (of generic, avx2, avx512)"
+        yield "Self-attention", "these kernels on the CPU, unless they are the generic ones; else PyTorch's"
     yield "CUDA extension", _native.cuda().reason
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from layersync_kernels.bench import cli
+from layersync_kernels.errors import UserError
 
 
 def test_rows_and_tables(tmp_path, capsys, monkeypatch):
@@ -30,3 +31,12 @@ def test_rows_and_tables(tmp_path, capsys, monkeypatch):
     out = capsys.readouterr().out
     assert "SiT-P/8 batch 2, fp32" in out
     assert all(name in out for name in rows)
+
+
+def test_what_cannot_be_counted_is_refused_by_name():
+    for arguments, message in (
+        (["--model", "SiT-Q/2"], "SiT-Q/2: expected one of SiT-XL/2"),
+        (["--batch", "0"], "--batch 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            cli.main(["traffic", *arguments])

@@ -607,9 +607,10 @@ def test_alignment_is_that_of_the_loss_added_by_hand(backend, dtypes, used, pois
     actual, actual_grads = run_pair(function, inputs, grads, device=device_of(backend), autocast=autocast, used=used)
     truth, truth_grads = run_pair(eager_pair, {n: t.double() for n, t in inputs.items()}, grads, used=used)
     assert actual[4].dtype == FP32
+    # The cosine is fp32, but that of rows that were rounded to the dtype of the stream.
+    rounding = torch.finfo(actual[0].dtype).eps / torch.finfo(FP32).eps
     for a, b, t in zip(actual, baseline, truth, strict=True):
-        assert_as_exact_as(a, b, t, terms=16)
-    # Where the cosine alone is used, the teacher's inputs get a gradient of zeros from some, and none from others.
+        assert_as_exact_as(a, b, t, terms=rounding if a is actual[4] else 16)
     assert actual_grads.keys() == truth_grads.keys()
     for n, gradient in actual_grads.items():
         assert_as_exact_as(gradient, baseline_grads[n], truth_grads[n], terms=16)
@@ -814,8 +815,8 @@ def test_eps_reaches_the_kernel(backend):
 
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_lower_instruction_sets_pass_the_same_tests(isa):
-    skipped = " and not ".join(["opcheck", "fullgraph", "graph", "checkpoint", "refuse", "functional", "frozen"])
-    run_on_lower_instruction_set(isa, __file__, f"(cpp or large) and not {skipped}")
+    numbers = "values or modulation or width or rows or strides or nan or large or deterministic or alignment"
+    run_on_lower_instruction_set(isa, __file__, f"(cpp or large) and ({numbers}) and not checkpoint")
 
 
 OTHER = torch.ones(2, 3, 8, device="meta")

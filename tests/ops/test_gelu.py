@@ -58,9 +58,12 @@ def check(name, inputs, backend, grad=None):
     actual = run(name, inputs, backend, grad)
     truth = run(name, {n: None if t is None else t.double() for n, t in inputs.items()}, "reference", grad)
     assert actual.keys() == truth.keys()
+    # Near |u| = 5 the slope has a term 35·(1 − σ), where σ is 1 but for an ulp: an error of 16 ulp of the gradient.
+    d_activation = grad.double() if name == "linear_gelu" else grad.double() @ inputs["weight2"].double()
+    terms = 4 * d_activation.abs().max().item() * max(1.0, inputs["x"].abs().max().item())
     for n, result in actual.items():
         assert result.dtype == baseline[n].dtype
-        assert_as_exact_as(result, baseline[n], truth[n])
+        assert_as_exact_as(result, baseline[n], truth[n], terms=0.0 if n == "output" else terms)
     return actual
 
 
