@@ -72,14 +72,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         if config.json is not None:
             append_json(rows, config.json)
     if config.what in ("all", "traffic"):
-        from . import traffic
-
-        for precision in config.precision:
-            rows = traffic.measure(*(("SiT-S/8", 2) if config.quick else (config.model, config.batch)), precision)
-            traffic.print_tables(rows, console)
-            if config.json is not None:
-                append_json(rows, config.json)
+        _traffic(config, console)
     return int(wrong)
+
+
+def _traffic(config: BenchConfig, console: Console) -> None:
+    from . import traffic
+
+    if config.model not in traffic.sit_models:
+        raise UserError(f"--model {config.model}: expected one of {', '.join(traffic.sit_models)}")
+    if config.batch < 1:
+        raise UserError(f"--batch {config.batch}: expected at least 1")
+    model, batch = ("SiT-P/8", 2) if config.quick else (config.model, config.batch)
+    for precision in config.precision:
+        rows = traffic.measure(model, batch, precision)
+        traffic.print_tables(rows, console)
+        if config.json is not None:
+            append_json(rows, config.json)
 
 
 def _ops(config: BenchConfig, device: str, console: Console) -> bool:

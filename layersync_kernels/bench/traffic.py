@@ -152,7 +152,7 @@ def print_tables(rows: list[dict[str, Any]], console: Console) -> None:
         table.add_row(row["provider"], *moved, str(row["block_kernels"]), f"{row['block_saved_bytes'] / md:.2f}")
     console.print(table)
     columns = ("MB", "% eager", "LayerSync", "kernels", "saved MB", "% eager")
-    title = "the whole step; LayerSync in MD; kernels outside + inside; saved activations (% eager) + weights' copies"
+    title = "the whole step; LayerSync in MD; kernels outside + inside; saved activations + copies of weights"
     table = new_table(title, "step", *columns)
     for row in rows:
         if "step_bytes" in row:
@@ -165,5 +165,5 @@ def _step_cells(row: dict[str, Any], md: int) -> Iterator[str]:
     yield f"{100 * row['traffic_vs_eager']:.1f}"
     yield f"{row['alignment_bytes'] / md:.2f}" if "alignment_bytes" in row else ""
     yield f"{row['step_kernels']} + {row['step_kernels_inside']}"
-    yield f"{row['step_saved_bytes'] / 1e6:.1f} + {row['step_saved_weight_bytes'] / 1e6:.1f}"
+    yield f"{row['step_saved_bytes'] / 1e6:.0f} + {row['step_saved_weight_bytes'] / 1e6:.0f}"
     yield f"{100 * row['saved_vs_eager']:.1f}"

@@ -1,7 +1,6 @@
 """Packed self-attention: the C++ kernels against torch's scaled_dot_product_attention in fp64 and in the same dtype."""
 
 import functools
-import os
 import subprocess
 import sys
 
@@ -11,7 +10,7 @@ import torch
 from layersync_kernels.ops import _dispatch, _native
 from layersync_kernels.ops.attention import op, self_attention, self_attention_reference
 
-from .backends import assert_as_exact_as
+from .backends import assert_as_exact_as, run_on_lower_instruction_set
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -243,17 +242,8 @@ print(peak() - before)
 @needs_cpp
 @pytest.mark.parametrize("isa", ["generic", "avx2"])
 def test_lower_instruction_sets_pass_the_same_tests(isa):
-    environment = {**os.environ, "LAYERSYNC_CPU_ISA": isa}
-    facts = subprocess.run(
-        [sys.executable, "-c", "from layersync_kernels.ops import _native; print(_native.cpp().facts.cpu_isa())"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    if facts.stdout.strip() != isa:
-        pytest.skip(f"this machine has no {isa} kernels: {facts.stdout or facts.stderr}")
     numbers = "cpp_values or cpp_sharp or cpp_scores or cpp_inputs or cpp_nothing or cpp_nan"
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__, "-k", numbers]
-    report = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert report.returncode == 0, report.stdout[-3000:]
+    run_on_lower_instruction_set(isa, __file__, numbers)
 
 
 @pytest.mark.parametrize("dtype", [*FLOATS, torch.float64])

@@ -26,7 +26,7 @@ def as_groups(modulation: Tensor, leading: Sequence[int]) -> Tensor:
 
 def in_equal_groups(modulations: Sequence[Tensor]) -> list[Tensor]:
     """Repeat the rows of (G, D) modulations up to the finest division among them."""
-    groups = max((m.shape[0] for m in modulations), default=1)
+    groups = max(m.shape[0] for m in modulations)
     return [
         m if m.shape[0] == groups else m.unsqueeze(1).expand(-1, groups // m.shape[0], -1).flatten(0, 1)
         for m in modulations

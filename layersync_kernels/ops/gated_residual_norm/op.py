@@ -199,8 +199,8 @@ class GatedResidualNorm(FusedFunction):
         if d_cosine is not None and alignment is not None:
             cosine, rnorm_student, rnorm_teacher = alignment.unbind(0)
             g = d_cosine.reshape(-1).to(torch.float32) * rnorm_student
-            # Where the cosine was set to 0, so are the reciprocal norms, and the gradient. g comes first: it keeps rows
-            # near 1e30 in range.
+            # Where the cosine was set to 0, so are the reciprocal norms, and the gradient. Of rows near 1e30 it may
+            # vanish: it is under 1e-30 there.
             slot = residual.detach()
             factors = torch.stack([g * rnorm_teacher, -g * cosine * rnorm_student, torch.ones_like(g)])
         if d_residual is None and d_normed is None and d_slot is None:

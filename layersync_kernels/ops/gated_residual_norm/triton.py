@@ -433,7 +433,8 @@ def backward(
     moved = d_normed is not None or other is not None
     summed = (groups > 0 and gate is not None, *(groups > 0 and d_normed is not None,) * 2)
     d_x = residual.new_empty(residual.shape if moved else (0,))
-    d_branch = residual.new_empty((0,)) if branch is None else branch.new_empty(branch.shape)
+    half = next((x for x in (branch, d_normed) if x is not None), residual)
+    d_branch = half.new_empty((0,) if branch is None else branch.shape)
     sums = [residual.new_empty((groups, width) if wanted else (0,), dtype=torch.float32) for wanted in summed]
     if rows == 0:
         return d_x, d_branch, sums[0].zero_(), sums[1].zero_(), sums[2].zero_()
