@@ -157,7 +157,7 @@ def extensions() -> tuple[list, dict]:
         modules.append(
             CUDAExtension(
                 "layersync_kernels._cuda",
-                [f"csrc/{op}/cuda.cu" for op in OPS if (ROOT / "csrc" / op / "cuda.cu").exists()],
+                [str(path.relative_to(ROOT)) for op in OPS for path in sorted((ROOT / "csrc" / op).glob("*.cu"))],
                 extra_compile_args={
                     "cxx": flags,
                     "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", abi, "-lineinfo", "-Xfatbin=-compress-all"],

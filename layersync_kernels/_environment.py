@@ -23,6 +23,9 @@ BACKEND = Variable(
 )
 NATIVE = Variable("LAYERSYNC_NATIVE", "1", "0: leave the compiled extension unloaded (read once, at import)")
 CPU_ISA = Variable("LAYERSYNC_CPU_ISA", "best", "cap on the CPU kernels: generic or avx2 (read at the first call)")
+CUBLASLT = Variable(
+    "LAYERSYNC_CUBLASLT", "0", "1: half-precision GELU in the epilogue of cuBLASLt on a GPU (read once, at import)"
+)
 BUILD = Variable(
     "LAYERSYNC_BUILD", "auto", "build: auto, none (pure Python), cpu (no CUDA) or cuda (fail without nvcc)"
 )
@@ -30,4 +33,4 @@ CUDA_ARCHS = Variable("TORCH_CUDA_ARCH_LIST", "by toolkit", 'build: CUDA archite
 CUDA_HOME = Variable("CUDA_HOME", "found", "build: the toolkit to use; else the real home of the nvcc on PATH")
 MAX_JOBS = Variable("MAX_JOBS", "by memory", "build: parallel compilations; default by cores and free memory")
 
-VARIABLES = (BACKEND, NATIVE, CPU_ISA, BUILD, CUDA_ARCHS, CUDA_HOME, MAX_JOBS)
+VARIABLES = (BACKEND, NATIVE, CPU_ISA, CUBLASLT, BUILD, CUDA_ARCHS, CUDA_HOME, MAX_JOBS)

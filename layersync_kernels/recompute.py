@@ -17,6 +17,7 @@ _KEPT_BY_LIGHT = (
     "aten::bmm",
     "aten::_scaled_dot_product",
     "layersync_cpp::attention_forward",
+    "layersync_cuda::linear_gelu_gemm",
 )
 
 
@@ -31,8 +32,10 @@ def check_mode(mode: str) -> str:
     return mode
 
 
-def _light_policy(_context: Any, op: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    kept = op.name().startswith(_KEPT_BY_LIGHT)
+def _light_policy(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    name = op.name()
+    # Autocast's copies of the weights would be made twice, and are no activations.
+    kept = name.startswith(_KEPT_BY_LIGHT) or (name == "aten::_to_copy" and isinstance(args[0], torch.nn.Parameter))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

@@ -45,6 +45,8 @@ class BenchConfig:
     """Images in the step whose traffic is counted."""
     precision: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
     """Of the step whose traffic is counted; bf16 is autocast."""
+    keep_memory: bool = True
+    """On a CPU, keep freed memory in the process, as the trainer does; else every call faults its outputs in."""
     quick: bool = False
     """One small case: does the suite run at all?"""
     json: Path | None = None
@@ -100,7 +102,13 @@ def _ops(config: BenchConfig, device: str, console: Console) -> bool:
         suite = list(dict.fromkeys(dataclasses.replace(case, rows=count, width=width) for case in suite))
     wrong = False
     for case in suite:
-        measured = measure(case, config.providers, modes=config.modes, rounds=3 if config.quick else config.rounds)
+        measured = measure(
+            case,
+            config.providers,
+            modes=config.modes,
+            rounds=3 if config.quick else config.rounds,
+            keep_memory=config.keep_memory,
+        )
         for number, (_, group) in enumerate(itertools.groupby(measured, key=lambda row: row.mode)):
             rows = list(group)
             if number == 0:

@@ -221,6 +221,7 @@ def measure(
     rounds: int = 15,
     warmup: int = 3,
     seconds: float = 60,
+    keep_memory: bool = True,
 ) -> Iterator[Row]:
     """Check and time every provider that can run on a case.
 
@@ -231,12 +232,14 @@ def measure(
         rounds: measured rounds of each mode; every provider is timed once in a round.
         warmup: rounds that are not counted.
         seconds: about how long one mode may take; ends its rounds early, but not before the fifth.
+        keep_memory: on a CPU, let the process keep what it frees, as the trainer does. Otherwise page faults are up to
+            half of the time, of every provider, by their luck.
 
     Yields:
         one row per mode and provider, and one for the copy.
     """
-    if case.device == "cpu":
-        keep_freed_memory()  # else page faults are half of the time, by their luck
+    if keep_memory and case.device == "cpu":
+        keep_freed_memory()
     facts = machine_facts(case.device)
     functions: dict[str, Function] = {}
     problems: dict[str, str] = {}

@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from layersync_kernels.functional import gated_residual_norm, linear_gelu, modulated_layer_norm
+from layersync_kernels.functional import gated_residual_norm, gelu_mlp, linear_gelu, modulated_layer_norm
+from layersync_kernels.ops.gelu import cublaslt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", ["cuda", "triton"])]
 
@@ -151,6 +152,74 @@ def test_gelu_agrees_with_pytorch_behind_the_same_gemm(backend, dtype, hidden):
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(output.double(), exact.detach(), rtol=2 * eps, atol=8 * torch.finfo(torch.float32).eps)
     torch.testing.assert_close(d_bias.double(), wide.grad.sum(0), rtol=eps, atol=1e-4)
+
+
+def mlp_inputs(rows=256, width=1152, hidden=4608, dtype=torch.bfloat16):
+    shapes = (rows, width), (hidden, width), (hidden,), (width, hidden), (width,)
+    return [(torch.randn(s, device="cuda") / s[-1] ** 0.5).to(dtype).requires_grad_() for s in shapes]
+
+
+def mlp_step(inputs, backend, d_output=None):
+    """Output and all five gradients."""
+    output = gelu_mlp(*inputs, backend=backend)
+    d_output = torch.ones_like(output) if d_output is None else d_output
+    return [output, *torch.autograd.grad(output, inputs, d_output)]
+
+
+class TestEpilogues:
+    """GELU in the epilogue of cuBLASLt, which LAYERSYNC_CUBLASLT=1 asks for."""
+
+    @pytest.fixture(autouse=True)
+    def _enabled(self, backend, monkeypatch):
+        if backend != "cuda":
+            pytest.skip("they belong to the backend cuda")
+        monkeypatch.setattr(cublaslt, "ENABLED", True)
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
+    @pytest.mark.parametrize(("make", "step"), [(gelu_inputs, gelu_step), (mlp_inputs, mlp_step)], ids=["one", "mlp"])
+    @pytest.mark.parametrize(("rows", "width", "hidden"), [(256, 1152, 4608), (77, 384, 1536), (1, 64, 8)])
+    def test_agree_with_the_plain_path(self, backend, make, step, rows, width, hidden, dtype, monkeypatch):
+        inputs = make(rows, width, hidden, dtype)
+        d_output = torch.randn_like(step(inputs, backend)[0])
+        found = step(inputs, backend, d_output)
+        monkeypatch.setattr(cublaslt, "ENABLED", False)
+        plain = step(inputs, backend, d_output)
+        exact = step([t.detach().double().requires_grad_() for t in inputs], "reference", d_output.double())
+        for one, other, truth in zip(found, plain, exact, strict=True):
+            scale = truth.abs().max()
+            error, yardstick = ((t.double() - truth).abs().max() / scale for t in (one, other))
+            assert error <= 2 * yardstick + 4 * torch.finfo(dtype).eps, (error, yardstick)
+
+    def test_take_views_that_are_not_aligned(self, backend):
+        x, weight, bias = (t.detach() for t in gelu_inputs())
+        shifted = [F.pad(t.flatten(), (1, 0))[1:].view_as(t) for t in (x, weight, bias)]
+        for one, other in zip(cublaslt.FORWARD(*shifted), cublaslt.FORWARD(x, weight, bias), strict=True):
+            assert torch.equal(one, other)
+
+    def test_name_what_they_cannot_take(self, backend):
+        x, weight, bias = (t.detach() for t in gelu_inputs(hidden=77))
+        with pytest.raises(RuntimeError, match=r"weight of shape \(77, 1152\)"):
+            cublaslt.FORWARD(x, weight, bias)
+
+    def test_graph_replays_with_new_inputs(self, backend):
+        test_graph_replays_with_new_inputs(backend, mlp_inputs, mlp_step)
+
+    def test_do_not_wait_for_the_card(self, backend):
+        test_does_not_wait_for_the_card(backend, mlp_inputs, mlp_step)
+
+    def test_give_the_same_bits_every_time(self, backend):
+        test_same_bits_every_time(backend, mlp_inputs, mlp_step)
+
+    def test_save_the_passes_over_the_activation(self, backend):
+        inputs = [*mlp_inputs()[:3], *(t.detach() for t in mlp_inputs()[3:])]
+        output = gelu_mlp(*inputs, backend=backend)
+        d_output = torch.ones_like(output)
+        with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as profiler:
+            output = gelu_mlp(*inputs, backend=backend)
+            torch.autograd.grad(output, inputs[:3], d_output)
+            torch.cuda.synchronize()
+        on_card = [e.name for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        assert not any("gelu_forward_kernel" in name or "gelu_backward_kernel" in name for name in on_card), on_card
 
 
 def test_per_token_modulation(backend):

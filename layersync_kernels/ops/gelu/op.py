@@ -1,5 +1,7 @@
 """Linear layers with tanh-GELU: the GEMMs are the library's, the activation is one pass forward and one backward.
 
+Where LAYERSYNC_CUBLASLT asks for it, the pass behind a GEMM rides in that GEMM's epilogue (cublaslt.py).
+
 Story of the op: forward keeps the pre-activation u alone. Backward reads the gradient of the activation and u, and
 writes the gradient of u, with the sum over rows for the bias, and where the second linear layer needs it, the
 activation once more: recomputing it there costs one write, and saves the largest tensor of the block.
@@ -14,6 +16,7 @@ from torch import Tensor
 
 from .. import _library
 from .._autograd import FusedFunction, differentiable_once
+from . import cublaslt
 
 
 def _fake_forward(preactivation: Tensor) -> Tensor:
@@ -60,14 +63,21 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.mm(x, weight.t()) if bias is None else torch.addmm(bias, x, weight.t())
 
 
+def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
+    """(activation, pre-activation)."""
+    if cublaslt.supports(backend, x, weight, bias):
+        return cublaslt.FORWARD(x, weight, bias)
+    preactivation = _linear(x, weight, bias)
+    return FORWARD[backend](preactivation), preactivation
+
+
 class LinearGelu(FusedFunction):
     """gelu(x·Wᵀ + b) for x (M, I). Saves x, W and the pre-activation."""
 
     @staticmethod
     def forward(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
         """(activation, pre-activation), both (M, O)."""
-        preactivation = _linear(x, weight, bias)
-        return FORWARD[backend](preactivation), preactivation
+        return _linear_gelu(x, weight, bias, backend)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -104,8 +114,8 @@ class GeluMlp(FusedFunction):
         x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, backend: str
     ) -> tuple[Tensor, Tensor]:
         """(output (M, O), pre-activation (M, H))."""
-        preactivation = _linear(x, weight1, bias1)
-        return _linear(FORWARD[backend](preactivation), weight2, bias2), preactivation
+        activation, preactivation = _linear_gelu(x, weight1, bias1, backend)
+        return _linear(activation, weight2, bias2), preactivation
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
@@ -124,8 +134,12 @@ class GeluMlp(FusedFunction):
             return (None,) * 6
         x, weight1, weight2, preactivation = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        d_activation = torch.mm(d_output, weight2)
-        d_pre, activation, d_bias1 = BACKWARD[ctx.backend](d_activation, preactivation, wanted[3], wanted[2])
+        if cublaslt.supports(ctx.backend, d_output, weight2):
+            d_pre, d_bias1 = cublaslt.BACKWARD(d_output, weight2, preactivation)
+            activation = FORWARD[ctx.backend](preactivation) if wanted[3] else preactivation[:0]
+        else:
+            d_activation = torch.mm(d_output, weight2)
+            d_pre, activation, d_bias1 = BACKWARD[ctx.backend](d_activation, preactivation, wanted[3], wanted[2])
         gradients = (
             torch.mm(d_pre, weight1) if wanted[0] else None,
             torch.mm(d_pre.t(), x) if wanted[1] else None,
