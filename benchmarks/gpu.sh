@@ -201,6 +201,10 @@ else
   stage memcheck 45 bash -c 'sanitize memcheck'
   stage racecheck 45 bash -c 'sanitize racecheck'
   stage "trainer benchmark" 200 "${bench[@]}" trainer --json "$results"
+  for epilogues in 0 1; do
+    stage "gelu_mlp, cuBLASLt epilogues $epilogues" 40 env LAYERSYNC_CUBLASLT=$epilogues "${bench[@]}" ops \
+      --ops gelu_mlp --json "$out/gelu_mlp_cublaslt_$epilogues.jsonl"
+  done
   stage "benchmark suite" 200 "${bench[@]}" ops --json "$results"
 fi
 

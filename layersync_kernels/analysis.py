@@ -282,7 +282,7 @@ def _distinct_elements(tensor: Tensor) -> int:
 
 
 def _kind(name: str, inputs: list[Tensor], args: tuple[Any, ...], written: list[Tensor]) -> str:
-    if name in _PRODUCTS:
+    if name in _PRODUCTS or "gemm" in name:
         return "products"
     if "dot_product" in name or name.startswith("attention_"):
         return "attention"

@@ -540,4 +540,7 @@ def test_the_published_average_and_optimiser_give_the_same_weights():
     for name in ("model", "ema"):
         states = [getattr(trainer, name).state_dict() for trainer in trainers]
         for key, value in states[0].items():
-            torch.testing.assert_close(value, states[1][key], msg=lambda text, key=key: f"{key}: {text}")
+            # Three steps of 0.01; an average or a step that is wrong is off by a tenth of one or more.
+            torch.testing.assert_close(
+                value, states[1][key], rtol=0, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}"
+            )
