@@ -32,10 +32,14 @@ def check_mode(mode: str) -> str:
     return mode
 
 
+@functools.cache  # the policy is asked before every op
+def _is_product(op: Any) -> bool:
+    return op.name().startswith(_KEPT_BY_LIGHT)
+
+
 def _light_policy(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
-    name = op.name()
     # Autocast's copies of the weights would be made twice, and are no activations.
-    kept = name.startswith(_KEPT_BY_LIGHT) or (name == "aten::_to_copy" and isinstance(args[0], torch.nn.Parameter))
+    kept = _is_product(op) or (op is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
