@@ -122,8 +122,8 @@ def _gradients_of(outputs: Sequence[Tensor]) -> list[Tensor]:
 def check(case: Case, function: Function) -> str | None:
     """Compare outputs and gradients with fp64; None when all are right, else what is wrong.
 
-    A provider may be twice as far off as the eager formula, plus eight ulp of the dtype, of fp32 for a loss: orders of a
-    sum differ by that. The largest case that is checked has 8,192 rows: fp64 copies of more would not fit everywhere.
+    A provider may be twice as far off as the eager formula, plus eight ulp of the dtype, of fp32 for a loss: orders of
+    a sum differ by that. The largest case that is checked has 8,192 rows: fp64 copies of more would not fit everywhere.
     """
     small = dataclasses.replace(case, rows=min(case.rows, 8192))
     inputs = small.inputs(seed=1)
