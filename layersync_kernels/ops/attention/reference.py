@@ -1,4 +1,4 @@
-"""torch's own attention on views of the packed tensor: yardstick of the tests, and what runs beside the C++ kernels."""
+"""torch's own attention on views of the packed tensor, differentiated by autograd: the yardstick of the tests."""
 
 from __future__ import annotations
 
