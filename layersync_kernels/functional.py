@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .ops import _dispatch
 from .ops.attention import self_attention
-from .ops.cosine_alignment import cosine_alignment, cosine_alignment_reference
+from .ops.cosine_alignment import cosine_alignment, cosine_alignment_reference, reduce_rows
 from .ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
 from .ops.gated_residual_norm import gated_residual_norm_reference
 from .ops.gated_residual_norm.groups import as_groups, in_equal_groups
@@ -80,8 +80,7 @@ def layersync_loss(
     Source: the LayerSync paper's loss; gradient −(w/Σw)·(t̂ − c·ŝ)/‖s‖.
     """
     _check_pair(student, teacher)
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"layersync_loss: unknown reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
+    _check_reduction(reduction)
     if not eps > 0:
         raise ValueError(f"layersync_loss: eps must be positive, got {eps}")
     weight = None
@@ -96,23 +95,30 @@ def layersync_loss(
     return cosine_alignment(student, teacher, weight, eps, reduction, teacher_grad, name)
 
 
-def cosine_loss(cosine: Tensor, *, mask: Tensor | None = None, token_weight: Tensor | None = None) -> Tensor:
+def cosine_loss(
+    cosine: Tensor, *, mask: Tensor | None = None, token_weight: Tensor | None = None, reduction: str = "mean"
+) -> Tensor:
     """`layersync_loss` from the cosines of the tokens: -Σ w·cosine / Σ w, 0 where all weights are.
 
     Args:
         cosine: (...) fp32, one per token, as `aligned_residual_norm` gives it.
         mask: as in `layersync_loss`.
-        token_weight: as in `layersync_loss`.
+        token_weight: likewise.
+        reduction: likewise.
 
     Returns:
-        a 0-d fp32 tensor. Raises as `layersync_loss` does.
+        fp32: a 0-d tensor, or like `cosine` for "none". Raises as `layersync_loss` does.
     """
-    if mask is None and token_weight is None:
-        return -cosine.mean() if cosine.numel() else -cosine.sum()
-    weight = _row_weights(cosine.unsqueeze(-1), mask, token_weight).to(cosine.dtype).expand(cosine.shape)
-    total = weight.sum()
-    terms = torch.where(weight == 0, 0, weight * cosine)  # a masked token may hold a NaN
-    return torch.where(total == 0, 0, -terms.sum() / torch.where(total == 0, 1, total))
+    _check_reduction(reduction)
+    weight = None
+    if mask is not None or token_weight is not None:
+        weight = _row_weights(cosine.unsqueeze(-1), mask, token_weight).to(cosine.dtype).expand(cosine.shape)
+    return reduce_rows(cosine, weight, reduction)
+
+
+def _check_reduction(reduction: str) -> None:
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"layersync_loss: unknown reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:

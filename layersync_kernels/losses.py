@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +16,9 @@ __all__ = ["LayerSyncLoss", "default_pair"]
 _PUBLISHED_PAIRS = {28: (8, 16), 24: (8, 18), 30: (9, 17)}  # SiT-XL, SiT-L, Wan 2.1 1.3B
 _EPS = 1e-6
 _SCHEDULES = ("constant", "linear", "cosine")
+
+Block = int | str
+"""A block's depth, counted from 1, or a name of its own."""
 
 
 def default_pair(depth: int) -> tuple[int, int]:
@@ -35,11 +38,17 @@ def default_pair(depth: int) -> tuple[int, int]:
     return student, max(student + 1, round(0.66 * depth))
 
 
+def _sorted(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """Each once, numbers ascending, then names."""
+    return tuple(sorted(set(blocks), key=lambda block: (isinstance(block, str), block)))
+
+
 class LayerSyncLoss(nn.Module):
     """Σ over pairs of weight · factor(step) · layersync_loss(student, teacher).
 
     Args:
-        pairs: (student, teacher) block numbers, counted from 1, student before teacher. Every pair counts.
+        pairs: (student, teacher) block numbers, counted from 1, student before teacher; or names, whose order nobody
+            checks. Every pair counts.
         weights: λ, one for all pairs or one each. The paper uses 0.2 (SiT-XL, SiT-L), 0.3 (B), 0.002 (Wan LoRA).
         schedule: "constant"; or "linear" or "cosine" from 1 at `start_step` to 0 at `stop_step`.
         start_step: where the decay begins (not for "constant").
@@ -60,13 +69,13 @@ class LayerSyncLoss(nn.Module):
             to the shallow one), a number of weights other than of pairs, an incomplete schedule.
     """
 
-    layers: tuple[int, ...]
-    captures: tuple[int | tuple[int, int], ...]
+    layers: tuple[Block, ...]
+    captures: tuple[Block | tuple[Block, Block], ...]
     cosine: dict[str, Tensor]
 
     def __init__(
         self,
-        pairs: Sequence[tuple[int, int]],
+        pairs: Sequence[tuple[Block, Block]],
         weights: float | Sequence[float] = 0.2,
         *,
         schedule: str = "constant",
@@ -78,46 +87,54 @@ class LayerSyncLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.pairs = tuple((int(student), int(teacher)) for student, teacher in pairs)
-        self.weights = (
-            (float(weights),) * len(self.pairs) if isinstance(weights, int | float) else tuple(map(float, weights))
-        )
+        self.pairs = tuple((student, teacher) for student, teacher in pairs)
+        self.set_weights(weights)
         self.schedule, self.start_step, self.stop_step, self.every = schedule, start_step, stop_step, every
         self.teacher_grad, self.eps, self.backend = teacher_grad, eps, backend
         self._validate()
-        self.layers = tuple(sorted({block for pair in self.pairs for block in pair}))
+        self.layers = _sorted(block for pair in self.pairs for block in pair)
         self.captures = self._captures()
         self.cosine = {}
 
-    def _captures(self) -> tuple[int | tuple[int, int], ...]:
+    def set_weights(self, weights: float | Sequence[float]) -> None:
+        """Change λ, of all pairs or of each.
+
+        Raises:
+            ValueError: a number of weights other than of pairs.
+        """
+        if isinstance(weights, int | float):
+            weights = (float(weights),) * len(self.pairs)
+        self.weights = tuple(map(float, weights))
+        if len(self.weights) != len(self.pairs):
+            raise ValueError(f"LayerSyncLoss: {len(self.weights)} weights for {len(self.pairs)} pairs; give one each")
+
+    def _captures(self) -> tuple[Block | tuple[Block, Block], ...]:
         if self.teacher_grad or self.backend != "auto" or self.eps != _EPS:
             return self.layers
-        fused: list[tuple[int, int]] = []
+        fused: list[tuple[Block, Block]] = []
         for student, teacher in self.pairs:
             if all(student != s and teacher != t for s, t in fused):
                 fused.append((student, teacher))
-        return *fused, *sorted({block for pair in self.pairs if pair not in fused for block in pair})
+        return *fused, *_sorted(block for pair in self.pairs if pair not in fused for block in pair)
 
     def _validate(self) -> None:
         if not self.pairs:
             raise ValueError("LayerSyncLoss: give at least one (student, teacher) pair of block numbers")
         for student, teacher in self.pairs:
-            if student < 1:
+            if isinstance(student, int) and student < 1:
                 raise ValueError(f"LayerSyncLoss: blocks are counted from 1, got student {student}")
             if student == teacher:
                 raise ValueError(
                     f"LayerSyncLoss: student and teacher are both block {student}; the loss would be constant. "
                     "Give a deeper teacher"
                 )
-            if student > teacher:
+            if isinstance(student, int) and isinstance(teacher, int) and student > teacher:
                 raise ValueError(
                     f"LayerSyncLoss: student {student} lies behind teacher {teacher}; the pair is (shallow, deep): "
                     f"did you mean ({teacher}, {student})?"
                 )
         if len(set(self.pairs)) != len(self.pairs):
             raise ValueError(f"LayerSyncLoss: a pair is given twice in {self.pairs}; raise its weight instead")
-        if len(self.weights) != len(self.pairs):
-            raise ValueError(f"LayerSyncLoss: {len(self.weights)} weights for {len(self.pairs)} pairs; give one each")
         if self.schedule not in _SCHEDULES:
             raise ValueError(f"LayerSyncLoss: unknown schedule {self.schedule!r}; expected one of {_SCHEDULES}")
         if self.every < 1:
@@ -147,20 +164,25 @@ class LayerSyncLoss(nn.Module):
 
     def forward(
         self,
-        states: Mapping[Any, Tensor],
+        states: Mapping[Any, Any],
         *,
         step: int | None = None,
         mask: Tensor | None = None,
         token_weight: Tensor | None = None,
+        reduction: str = "mean",
     ) -> Tensor:
-        """The weighted sum over all pairs, a 0-d fp32 tensor.
+        """The weighted sum over all pairs, fp32.
 
         Args:
             states: block number → (B, N, D) output of that block, for each of `layers`; or pair → (B, N) cosines, for
-                each of `captures`. May be empty in inactive steps.
+                each of `captures`; or pair → its (student, teacher) tokens. May be empty in inactive steps.
             step: the trainer's step, from 0; needed by decaying schedules, `stop_step` and `every`.
             mask: as in `functional.layersync_loss`.
             token_weight: as in `functional.layersync_loss`.
+            reduction: as in `functional.layersync_loss`; "none" needs pairs with the same number of tokens.
+
+        Returns:
+            a 0-d tensor, or (B, N) for "none".
 
         Raises:
             ValueError: a block of a pair was not captured; a step is needed and missing.
@@ -170,28 +192,35 @@ class LayerSyncLoss(nn.Module):
         factor = 1.0 if step is None else self.factor(step)
         self.cosine = {}
         if factor == 0:
-            device = next((state.device for state in states.values()), None)
+            device = next((state.device for state in states.values() if isinstance(state, Tensor)), None)
             return torch.zeros((), device=device)
-        missing = sorted({b for pair in self.pairs if pair not in states for b in pair if b not in states})
+        missing = _sorted(b for pair in self.pairs if pair not in states for b in pair if b not in states)
         if missing:
             raise ValueError(
-                f"LayerSyncLoss: blocks {missing} were not captured, only {sorted(states)}; capture {self.layers}"
+                f"LayerSyncLoss: blocks {list(missing)} were not captured, only {sorted(states, key=str)}; "
+                f"capture {self.layers}"
             )
         terms = []
         for (student, teacher), weight in zip(self.pairs, self.weights, strict=True):
-            if (student, teacher) in states:
-                loss = cosine_loss(states[student, teacher], mask=mask, token_weight=token_weight)
+            state = states[student, teacher] if (student, teacher) in states else (states[student], states[teacher])
+            if isinstance(state, Tensor):
+                cosine = state
             else:
+                # Masked tokens are not read, whatever the reduction; weights come in where it is made.
                 loss = layersync_loss(
-                    states[student],
-                    states[teacher],
+                    *state,
                     mask=mask,
-                    token_weight=token_weight,
+                    token_weight=token_weight if reduction == "mean" else None,
+                    reduction="mean" if reduction == "mean" else "none",
                     teacher_grad=self.teacher_grad,
                     eps=self.eps,
                     backend=self.backend,
                 )
-            self.cosine[f"{student}:{teacher}"] = -loss.detach()
+                cosine = -loss
+            if isinstance(state, Tensor) or reduction != "mean":
+                loss = cosine_loss(cosine, mask=mask, token_weight=token_weight, reduction=reduction)
+                cosine = -cosine_loss(cosine.detach(), mask=mask, token_weight=token_weight)
+            self.cosine[f"{student}:{teacher}"] = cosine.detach()
             terms.append((weight * factor) * loss)
         total = terms[0]
         for term in terms[1:]:

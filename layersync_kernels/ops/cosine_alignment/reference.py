@@ -34,14 +34,27 @@ def cosine_alignment_reference(
     dtype = torch.promote_types(torch.promote_types(student.dtype, teacher.dtype), torch.float32)
     student = student.to(dtype)
     teacher = (teacher if teacher_grad else teacher.detach()).to(dtype)
-    ones = student.new_ones(student.shape[:-1])
-    weight = ones if weight is None else weight.to(dtype) * ones
-    masked = (weight == 0).unsqueeze(-1)
-    student, teacher = student.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
-    terms = -weight * (_unit_rows(student, eps) * _unit_rows(teacher, eps)).sum(dim=-1)
+    if weight is not None:
+        weight = weight.to(dtype).expand(student.shape[:-1])
+        masked = (weight == 0).unsqueeze(-1)
+        student, teacher = student.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
+    return reduce_rows((_unit_rows(student, eps) * _unit_rows(teacher, eps)).sum(dim=-1), weight, reduction)
+
+
+def reduce_rows(cosine: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
+    """−w·cosine per row ("none"), its "sum", or its "mean" over the sum of weights (0 where that is 0).
+
+    Args:
+        cosine: (...), one per row.
+        weight: the same shape, or None for ones. The cosine of a row of weight 0 does not matter and may be NaN.
+        reduction: "none", "sum" or "mean".
+    """
+    terms = cosine if weight is None else torch.where(weight == 0, 0, weight * cosine)
     if reduction == "none":
-        return terms
+        return -terms
     if reduction == "sum":
-        return terms.sum()
+        return -terms.sum()
+    if weight is None:
+        return -terms.mean() if terms.numel() else -terms.sum()
     total = weight.sum()
-    return torch.where(total == 0, 0, terms.sum() / torch.where(total == 0, 1, total))
+    return torch.where(total == 0, 0, -terms.sum() / torch.where(total == 0, 1, total))

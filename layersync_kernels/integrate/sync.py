@@ -1,0 +1,499 @@
+"""`LayerSync`: binds the alignment loss to the blocks of a model that somebody else wrote."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Variable
+
+from ..losses import LayerSyncLoss, default_pair
+from . import tap
+from .blocks import Block, Blocks, unwrapped
+from .tokens import Layout, Pick, Select, align_tokens
+
+logger = logging.getLogger(__name__)
+
+End = int | str | nn.Module
+
+
+class _Pair:
+    """What two blocks returned in the last forward pass. Its methods are the hooks.
+
+    The hooks only keep references, so that they may run any number of times, in graphs and in recomputations. Every
+    attribute that they read is a guard of a compiled graph, hence flags and no counters.
+    """
+
+    def __init__(
+        self,
+        student: Block,
+        teacher: Block,
+        layouts: tuple[Layout, Layout],
+        projector: nn.Module | None,
+        tap_key: int | None,
+    ) -> None:
+        self.active = True
+        self.student, self.teacher, self.layouts = student, teacher, layouts
+        self.projector, self.tap_key = projector, tap_key
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was captured."""
+        self.restore((None, None, False, False, False))
+
+    def captured(self) -> tuple[Any, ...]:
+        """What `restore` takes."""
+        return self.hidden, self.target, self.repeated, self.without_grad, self.reentrant
+
+    def restore(self, captured: tuple[Any, ...]) -> None:
+        """Go back to what was captured then."""
+        self.hidden, self.target, self.repeated, self.without_grad, self.reentrant = captured
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of the model (EMA) and pickles of it carry hooks that do nothing, and none of the activations.
+        return {"active": False}
+
+    def on_student(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the student block."""
+        if not self.active or not self._counts(args):
+            return None
+        recomputing = _recomputing()
+        hidden = output
+        if self.projector is not None or self.tap_key is not None:
+            hidden = self.layouts[0].find(output, self.student.path, unwrapped(module))
+        if self.projector is not None:
+            hidden = self.projector(hidden)
+        elif self.tap_key is not None:
+            if torch.is_grad_enabled():
+                tapped = tap.tap(hidden, self.tap_key)
+                output = self.layouts[0].put(output, tapped, self.student.path, unwrapped(module))
+            hidden = hidden.detach()
+        if not recomputing:
+            if self.target is not None:
+                self.repeated = True
+            self.hidden, self.target = hidden, None  # never one pass's student with another one's teacher
+        return output if self.tap_key is not None else None
+
+    def on_teacher(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        """Forward hook of the teacher block."""
+        if not self.active or not self._counts(args):
+            return None
+        if self.projector is None and self.tap_key is None:
+            if not _recomputing():
+                self.target = output
+            return None
+        target = self.layouts[1].find(output, self.teacher.path, unwrapped(module))
+        if not _recomputing():
+            self.target = target.detach() if self.tap_key is not None else target
+        if self.projector is None or self.hidden is None:
+            return None
+        # DDP looks for used parameters from the model's output, where the projector is not; this puts it there.
+        linked = _Linked.apply(target, self.hidden)
+        return self.layouts[1].put(output, linked, self.teacher.path, unwrapped(module))
+
+    def _counts(self, args: tuple[Any, ...]) -> bool:
+        """Whether a forward pass is one that trains."""
+        if torch.is_grad_enabled():
+            return True
+        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
+            self.reentrant = True
+            return self.tap_key is not None
+        self.without_grad = True
+        return False
+
+
+def _recomputing() -> bool:
+    """Whether a backward pass is under way: a checkpoint runs its block again."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
+
+
+class _Linked(torch.autograd.Function):
+    """The first tensor, in a graph that also leads to the second, with no gradient for that."""
+
+    @staticmethod
+    def forward(tensor: Tensor, other: Tensor) -> Tensor:
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class LayerSync(nn.Module):
+    """LayerSync on a model that stays as it is: hooks keep two blocks' outputs, `loss()` aligns them.
+
+    Make it after wrapping the model (DDP, FSDP2, torch.compile, checkpoints) and before its first forward pass; then
+
+        sync = LayerSync(model, student=8, teacher=16, weight=0.2)
+        loss = task_loss + sync.loss()   # in every step, between forward and backward
+
+    Nothing is computed in the hooks, no forward is patched, no parameter added and no state_dict key changed. Copies of
+    the model (EMA) and files of it hold hooks that do nothing.
+
+    Args:
+        model: the network, wrapped or not. It holds the hooks and is not a submodule of this module.
+        student: the shallow block: its depth, counted from 1; its module path ("blocks.7", counted from 0 as Python
+            does); or the module. Default: `default_pair` for the model's depth.
+        teacher: the deep block, likewise.
+        weight: λ, one for all pairs or one each.
+        pairs: (student, teacher) tuples instead of one student and teacher.
+        mode: "hooks"; or "tap", for models under reentrant checkpoints alone: the alignment's gradient, computed in
+            `loss()`, joins that of the student in its backward pass (one more hidden state in memory; `loss()` must be
+            backpropagated together with the task's loss; no projector, no reduction="none", no teacher_grad).
+        blocks: path, or paths in order, of what holds the blocks, where it is not found by itself.
+        output: which part of a block's output holds the hidden tokens: None finds it in a tensor, a tuple, a mapping or
+            a dataclass with one candidate, and in pairs of streams whose names say so; else an index, a key or
+            attribute, or a callable. A 2-tuple gives the student's and the teacher's.
+        tokens: None for all tokens; a slice, as slice(1, None) without a leading class token; "head" or "tail" for as
+            many first or last tokens as both blocks have; a callable (B, N, D) → (B, n, D). A 2-tuple as above.
+        token_dim: dimension of the tokens in (B, N, D), (N, B, D) or (B, T, P, D), where T serves. A 2-tuple as above.
+            Tokens (N, D) without a batch, as packed sequences are, need none.
+        projector: a module applied to the student's tokens (last dimension), part of the model so that the optimiser,
+            DDP, FSDP, EMA and checkpoints see it; or its path.
+        schedule: as in `LayerSyncLoss`, with `start_step`, `stop_step` and `every`; set `step` before each forward.
+        start_step: as in `LayerSyncLoss`.
+        stop_step: likewise.
+        every: likewise.
+        teacher_grad: as in `functional.layersync_loss`.
+        eps: likewise.
+        backend: likewise.
+
+    Attributes:
+        value: what `loss()` returned last, detached, without a host synchronisation; None before.
+        cosine: mean cosine of each pair, detached 0-d tensors keyed "student:teacher".
+        enabled: False: hooks keep nothing, `loss()` is 0.
+        weight: λ; may be changed at any time.
+        step: the trainer's step, from 0, for schedules.
+
+    Raises:
+        ValueError: blocks that are not there or ambiguous, a student at or behind its teacher, a projector outside of
+            the model, settings that exclude each other.
+        TypeError: arguments of the wrong kind.
+
+    Source: the LayerSync paper, arXiv:2510.12581.
+    """
+
+    value: Tensor | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        student: End | None = None,
+        teacher: End | None = None,
+        weight: float | Sequence[float] = 0.2,
+        *,
+        pairs: Sequence[tuple[End, End]] | None = None,
+        mode: str = "hooks",
+        blocks: str | Sequence[str] | None = None,
+        output: Pick | tuple[Pick, Pick] = None,
+        tokens: Select | tuple[Select, Select] = None,
+        token_dim: int | tuple[int, int] = 1,
+        projector: nn.Module | str | None = None,
+        schedule: str = "constant",
+        start_step: int = 0,
+        stop_step: int | None = None,
+        every: int = 1,
+        teacher_grad: bool = False,
+        eps: float = 1e-6,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if mode not in ("hooks", "tap"):
+            raise ValueError(f"LayerSync: unknown mode={mode!r}; expected 'hooks' or 'tap'")
+        if mode == "tap" and (projector is not None or teacher_grad):
+            raise ValueError("LayerSync: mode='tap' has no projector and no teacher_grad; use mode='hooks'")
+        self.mode = mode
+        found = Blocks(model, blocks)
+        ends = [(found.find(s), found.find(t)) for s, t in self._ends(found, student, teacher, pairs)]
+        self.alignment = LayerSyncLoss(
+            [(s.key, t.key) for s, t in ends],
+            weight,
+            schedule=schedule,
+            start_step=start_step,
+            stop_step=stop_step,
+            every=every,
+            teacher_grad=teacher_grad,
+            eps=eps,
+            backend=backend,
+        )
+        layouts = _layouts(output, tokens, token_dim)
+        head = None if projector is None else _projector(model, found, projector)
+        self._pairs = [_Pair(s, t, layouts, head, tap.new_key() if mode == "tap" else None) for s, t in ends]
+        self._handles = [
+            handle
+            for pair in self._pairs
+            for handle in (
+                pair.student.module.register_forward_hook(pair.on_student),
+                pair.teacher.module.register_forward_hook(pair.on_teacher),
+            )
+        ]
+        parameter = next(model.parameters(), None)
+        self._device = torch.device("cpu") if parameter is None else parameter.device
+        self._said: set[str] = set()
+        self._enabled, self._copied = True, False
+        self._step: int | None = None
+        self.value = None
+        for pair in self._pairs:
+            number, depth = pair.teacher.number, pair.teacher.depth
+            if number is not None and depth is not None and number > 0.8 * depth:
+                self._say(
+                    f"LayerSync: teacher {pair.teacher} is among the last fifth of the blocks, which are busy with the "
+                    f"output; the method's advice is a teacher up to block {int(0.8 * depth)}"
+                )
+        logger.info("%s", self.extra_repr())
+
+    @staticmethod
+    def _ends(
+        found: Blocks, student: End | None, teacher: End | None, pairs: Sequence[tuple[End, End]] | None
+    ) -> Sequence[tuple[End, End]]:
+        if pairs is not None:
+            if student is not None or teacher is not None:
+                raise ValueError("LayerSync: give student and teacher, or pairs, not both")
+            if not all(isinstance(pair, tuple | list) and len(pair) == 2 for pair in pairs):
+                raise TypeError(f"LayerSync: pairs={pairs!r}; expected (student, teacher) tuples, as in [(8, 16)]")
+            return pairs
+        if student is None and teacher is None:
+            found.find(1)  # says why there is none
+            return [default_pair(found.depth)]
+        if student is None or teacher is None:
+            raise ValueError("LayerSync: give both student and teacher, or none for the default of the model's depth")
+        return [(student, teacher)]
+
+    @property
+    def weight(self) -> float | tuple[float, ...]:
+        """λ of the pair, or of each."""
+        weights = self.alignment.weights
+        return weights[0] if len(set(weights)) == 1 else weights
+
+    @weight.setter
+    def weight(self, weight: float | Sequence[float]) -> None:
+        self.alignment.set_weights(weight)
+
+    @property
+    def enabled(self) -> bool:
+        """Whether hidden states are captured and aligned."""
+        return self._enabled
+
+    @enabled.setter
+    def enabled(self, enabled: bool) -> None:
+        self._enabled = bool(enabled)
+        self._activate()
+
+    @property
+    def step(self) -> int | None:
+        """The trainer's step, from 0; set it before the forward pass, so that skipped steps capture nothing."""
+        return self._step
+
+    @step.setter
+    def step(self, step: int) -> None:
+        self._step = step
+        self._activate()
+
+    @property
+    def cosine(self) -> dict[str, Tensor]:
+        """Mean cosine of each pair in the last `loss()`."""
+        return self.alignment.cosine
+
+    @property
+    def active(self) -> bool:
+        """Whether this step is aligned."""
+        return bool(self._handles) and self._enabled and (self._step is None or self.alignment.active(self._step))
+
+    def _activate(self) -> None:
+        active = self.active
+        for pair in self._pairs:
+            pair.active = active
+            if not active:
+                pair.forget()
+
+    def remove(self) -> None:
+        """Take the hooks off; the model is as it was. `loss()` is 0 from now on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._activate()
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy would read the hidden states of the model that it was not made for.
+        return self.__dict__ | {"_pairs": [], "_handles": [], "_copied": True, "value": None}
+
+    def forward(
+        self, mask: Tensor | None = None, reduction: str = "mean", *, token_weight: Tensor | None = None
+    ) -> Tensor:
+        """See `loss`."""
+        return self.loss(mask, reduction, token_weight=token_weight)
+
+    def loss(
+        self, mask: Tensor | None = None, reduction: str = "mean", *, token_weight: Tensor | None = None
+    ) -> Tensor:
+        """λ times the alignment loss of the last forward pass, summed over pairs; forgets the hidden states.
+
+        Args:
+            mask: bool, True for tokens that count: (B, N), (N,) or (B, 1), whatever `token_dim` is; for the selected
+                tokens, or for all before the selection. Packed sequences: (N,).
+            reduction: "mean" over the tokens; "sum" where the trainer divides by a count of its own (a mean over the
+                tokens of all ranks); "none" for one value per token.
+            token_weight: float, like `mask`: per sample (B, 1) for a weight by noise level; for packed sequences,
+                1 / length of a token's sequence makes every sequence count alike.
+
+        Returns:
+            fp32, a 0-d tensor, or (B, N) for "none". 0 after a forward pass without grad (validation), in steps that
+            the schedule skips, and where `enabled` is False.
+
+        Raises:
+            RuntimeError: no forward pass was captured; the message says why that can be.
+            ValueError: tokens of student and teacher that do not fit.
+            TypeError: a block returns no hidden tokens.
+        """
+        if self._copied:
+            raise RuntimeError("LayerSync: this is a copy, without hooks; make a new LayerSync for the copied model")
+        try:
+            self.value, loss = None, self._loss(mask, reduction, token_weight)
+        finally:
+            for pair in self._pairs:
+                pair.forget()
+        self.value = loss.detach()
+        return loss
+
+    def _loss(self, mask: Tensor | None, reduction: str, token_weight: Tensor | None) -> Tensor:
+        if not self.active:
+            self.alignment.cosine = {}
+            return torch.zeros((), device=self._device)
+        if any(pair.hidden is None or pair.target is None for pair in self._pairs):
+            if all(pair.hidden is None and pair.without_grad and not pair.reentrant for pair in self._pairs):
+                self.alignment.cosine = {}
+                return torch.zeros((), device=self._device)
+            raise RuntimeError(self._why_nothing())
+        if any(pair.repeated for pair in self._pairs):
+            self._say("LayerSync: two forward passes before one loss(); the last one counts")
+        hidden = [self._tokens_of(pair) for pair in self._pairs]
+        compute = self._tapped_loss if self.mode == "tap" else self._aligned
+        loss = compute(hidden, mask, reduction, token_weight)
+        if loss.requires_grad and not torch.compiler.is_compiling():
+            loss.register_hook(self._keep_recomputations_out)
+        return loss
+
+    def _tokens_of(self, pair: _Pair) -> tuple[Tensor, Tensor]:
+        """The tensors that hold a pair's tokens, as the blocks laid them out."""
+        student, teacher = pair.hidden, pair.target
+        if pair.tap_key is None:
+            if pair.projector is None:
+                student = pair.layouts[0].find(student, pair.student.path, unwrapped(pair.student.module))
+                teacher = pair.layouts[1].find(teacher, pair.teacher.path, unwrapped(pair.teacher.module))
+            if torch.is_grad_enabled() and not student.requires_grad:
+                self._say(
+                    f"LayerSync: nothing up to student {pair.student} is trained, so the loss is a constant; choose a "
+                    "later student, or train (LoRA) earlier blocks too"
+                )
+        return student, teacher
+
+    def _aligned(
+        self, hidden: list[tuple[Tensor, Tensor]], mask: Tensor | None, reduction: str, token_weight: Tensor | None
+    ) -> Tensor:
+        states = {}
+        for pair, (student, teacher) in zip(self._pairs, hidden, strict=True):
+            name = f"{pair.student.path} <- {pair.teacher.path}"
+            aligned = align_tokens(name, student, teacher, pair.layouts, mask, token_weight)
+            states[pair.student.key, pair.teacher.key] = (aligned.student, aligned.teacher)
+            mask, token_weight = aligned.mask, aligned.token_weight
+        return self.alignment(states, step=self._step, mask=mask, token_weight=token_weight, reduction=reduction)
+
+    def _tapped_loss(
+        self, hidden: list[tuple[Tensor, Tensor]], mask: Tensor | None, reduction: str, token_weight: Tensor | None
+    ) -> Tensor:
+        if not torch.is_grad_enabled():
+            return self._aligned(hidden, mask, reduction, token_weight)
+        if reduction == "none":
+            raise ValueError("LayerSync: mode='tap' gives a scalar; reduction must be 'mean' or 'sum'")
+        students = [student.requires_grad_() for student, _ in hidden]  # leaves: the hooks detached them
+        loss = self._aligned(hidden, mask, reduction, token_weight)
+        # In units in which a half-precision gradient does not underflow; what reaches the loss takes them out again.
+        tokens = max(student.numel() // student.shape[-1] for student in students)
+        unit = 2.0 ** -(tokens.bit_length() if reduction == "mean" else 0)
+        gradients = torch.autograd.grad(loss / unit, students)
+        keys = [pair.tap_key for pair in self._pairs if pair.tap_key is not None]
+        return tap.token(loss.detach(), dict(zip(keys, gradients, strict=True)), unit)
+
+    def _keep_recomputations_out(self, _grad: Tensor) -> None:
+        """At the end of this backward pass, forget what the hooks kept when checkpoints ran the blocks again.
+
+        Eagerly the hooks see for themselves that a backward pass is under way; in compiled blocks they cannot.
+        """
+        before = [pair.captured() for pair in self._pairs]
+
+        def restore() -> None:
+            for pair, captured in zip(self._pairs, before, strict=True):
+                pair.restore(captured)
+
+        Variable._execution_engine.queue_callback(restore)
+
+    def _why_nothing(self) -> str:
+        if any(pair.reentrant for pair in self._pairs):
+            return (
+                "LayerSync: the blocks ran under a reentrant checkpoint, whose first pass records no graph; use "
+                "checkpoint(..., use_reentrant=False), or LayerSync(..., mode='tap')"
+            )
+        for pair in self._pairs:
+            if pair.hidden is not None:
+                return (
+                    f"LayerSync: student {pair.student} ran in the last forward pass, and teacher {pair.teacher} did "
+                    "not run after it: either the pass stopped early, or the teacher comes before the student"
+                )
+        pair = self._pairs[0]
+        return (
+            f"LayerSync: nothing was captured at {pair.student} and {pair.teacher} since the last loss(). Call loss() "
+            "once after each forward pass of the model that LayerSync was made for (a copy of it has no hooks), with "
+            "grad enabled; and make LayerSync before the first forward pass of a compiled model, which ignores later "
+            "hooks, or call torch.compiler.reset() after making it"
+        )
+
+    def _say(self, message: str) -> None:
+        """Warn, once."""
+        if message not in self._said:
+            self._said.add(message)
+            warnings.warn(message, stacklevel=4)
+
+    def extra_repr(self) -> str:
+        """What was resolved, for `print(sync)`."""
+        weights = self.alignment.weights
+        pairs = [f"{p.student} <- {p.teacher} x {w:g}" for p, w in zip(self._pairs, weights, strict=True)]
+        return ", ".join([*pairs, f"mode={self.mode}"])
+
+
+def _layouts(
+    output: Pick | tuple[Pick, Pick], tokens: Select | tuple[Select, Select], token_dim: int | tuple[int, int]
+) -> tuple[Layout, Layout]:
+    """The student's and the teacher's layout from arguments for both, or for each."""
+    sides: list[list[Any]] = []
+    for name, value in (("output", output), ("tokens", tokens), ("token_dim", token_dim)):
+        if isinstance(value, tuple) and len(value) != 2:
+            raise ValueError(f"LayerSync: {name}={value!r}; a tuple holds the student's and the teacher's, two values")
+        sides.append(list(value) if isinstance(value, tuple) else [value, value])
+    student, teacher = (Layout(*side) for side in zip(*sides, strict=True))
+    for layout in (student, teacher):
+        layout.check()
+    if student.select != teacher.select and {"head", "tail"} & {student.select, teacher.select}:
+        raise ValueError(f"LayerSync: tokens={tokens!r}; 'head' and 'tail' are for both sides")
+    return student, teacher
+
+
+def _projector(model: nn.Module, found: Blocks, projector: nn.Module | str) -> nn.Module:
+    """The projector, which has to be part of the model."""
+    if isinstance(projector, str):
+        return found.find(projector).module
+    if not isinstance(projector, nn.Module):
+        raise TypeError(f"LayerSync: projector must be a module or its path, got {type(projector).__name__}")
+    if not any(module is projector for module in model.modules()):
+        raise ValueError(
+            "LayerSync: the projector is not part of the model, so that the optimiser, DDP and checkpoints would miss "
+            "it; do model.projector = projector before all of them, then pass projector=model.projector"
+        )
+    return projector
