@@ -148,6 +148,11 @@ class LayerSyncLoss(nn.Module):
                 f"got start_step={self.start_step}, stop_step={self.stop_step}"
             )
 
+    @property
+    def needs_step(self) -> bool:
+        """Whether the schedule depends on the step."""
+        return self.stop_step is not None or self.every > 1
+
     def factor(self, step: int) -> float:
         """The schedule's factor at a step, in [0, 1]; 0 in the steps that `every` skips."""
         if step % self.every or (self.stop_step is not None and step >= self.stop_step):
@@ -187,7 +192,7 @@ class LayerSyncLoss(nn.Module):
         Raises:
             ValueError: a block of a pair was not captured; a step is needed and missing.
         """
-        if step is None and (self.stop_step is not None or self.every > 1):
+        if step is None and self.needs_step:
             raise ValueError("LayerSyncLoss: this schedule needs to know the step; call it with step=")
         factor = 1.0 if step is None else self.factor(step)
         self.cosine = {}

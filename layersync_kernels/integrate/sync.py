@@ -355,8 +355,9 @@ class LayerSync(nn.Module):
         """
         if self._copied:
             raise RuntimeError("LayerSync: this is a copy, without hooks; make a new LayerSync for the copied model")
+        self.value = None
         try:
-            self.value, loss = None, self._loss(mask, reduction, token_weight)
+            loss = self._loss(mask, reduction, token_weight)
         finally:
             for pair in self._pairs:
                 pair.forget()
@@ -364,6 +365,8 @@ class LayerSync(nn.Module):
         return loss
 
     def _loss(self, mask: Tensor | None, reduction: str, token_weight: Tensor | None) -> Tensor:
+        if self._step is None and self.alignment.needs_step:
+            raise ValueError("LayerSync: the schedule needs to know the step: sync.step = step before the forward pass")
         if not self.active:
             self.alignment.cosine = {}
             return torch.zeros((), device=self._device)
@@ -480,7 +483,7 @@ def _layouts(
     student, teacher = (Layout(*side) for side in zip(*sides, strict=True))
     for layout in (student, teacher):
         layout.check()
-    if student.select != teacher.select and {"head", "tail"} & {student.select, teacher.select}:
+    if student.select != teacher.select and any(layout.select in ("head", "tail") for layout in (student, teacher)):
         raise ValueError(f"LayerSync: tokens={tokens!r}; 'head' and 'tail' are for both sides")
     return student, teacher
 

@@ -1,4 +1,4 @@
-"""LayerSync on small models of our own: blocks, layouts, life of the hooks, errors. The real libraries: test_matrix.py."""
+"""LayerSync on small models: blocks, layouts, life of the hooks, errors. The real libraries are in test_matrix.py."""
 
 import copy
 import dataclasses
@@ -47,10 +47,10 @@ class Model(nn.Module):
 
 
 def hidden_states(model, x):
-    """Outputs of the blocks, by a loop of the test's own."""
+    """Outputs of the blocks, by a loop of the test's own, past the hooks."""
     x, states = model.embed(x), []
     for block in getattr(model, model.name):
-        x = model.unwrap(block(x))
+        x = model.unwrap(block.forward(x))
         states.append(x)
     return states
 
@@ -78,7 +78,7 @@ def check_against_hand(model, sync, x, student=2, teacher=4, weight=0.2, **loss)
     wanted = gradients(
         reference, states[-1].square().mean() + weight * by_hand(states[student - 1], states[teacher - 1])
     )
-    output = model.unwrap(model(x))
+    output = model(x)
     aligned = sync.loss(**loss)
     got = gradients(model, output.square().mean() + aligned)
     torch.testing.assert_close(aligned, expected.detach(), rtol=1e-5, atol=1e-6, check_layout=False)
@@ -495,8 +495,8 @@ def test_switching_off_and_on_recompiles_once_and_validation_once(tokens):
 
 
 @pytest.mark.parametrize("mode", ["hooks", "tap"])
-def test_checkpoints_inside_of_a_fully_compiled_model(mode, tokens, monkeypatch):
-    monkeypatch.setattr(torch._dynamo.config, "skip_fwd_side_effects_in_bwd_under_checkpoint", True)
+@torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
+def test_checkpoints_inside_of_a_fully_compiled_model(mode, tokens):
     model = Model(reentrant=False)
     plain = copy.deepcopy(model)
     model.compile(backend="aot_eager", fullgraph=True)
@@ -766,5 +766,5 @@ def test_a_model_whose_blocks_are_not_found_asks_for_paths():
         LayerSync(nn.Sequential(Block(), Block()), 1, 2)
     with pytest.raises(ValueError, match="DataParallel"):
         LayerSync(nn.DataParallel(Model()), 2, 4)
-    with pytest.raises(TypeError, match="must be an nn.Module"):
+    with pytest.raises(TypeError, match=r"must be an nn\.Module"):
         LayerSync([Block()], 1, 2)
