@@ -238,7 +238,7 @@ class LayerSync(nn.Module):
         parameter = next(model.parameters(), None)
         self._device = torch.device("cpu") if parameter is None else parameter.device
         self._said: set[str] = set()
-        self._enabled, self._copied = True, False
+        self._attached, self._enabled, self._copied = True, True, False
         self._step: int | None = None
         self.value = None
         for pair in self._pairs:
@@ -305,7 +305,7 @@ class LayerSync(nn.Module):
     @property
     def active(self) -> bool:
         """Whether this step is aligned."""
-        return bool(self._handles) and self._enabled and (self._step is None or self.alignment.active(self._step))
+        return self._attached and self._enabled and (self._step is None or self.alignment.active(self._step))
 
     def _activate(self) -> None:
         active = self.active
@@ -318,7 +318,7 @@ class LayerSync(nn.Module):
         """Take the hooks off; the model is as it was. `loss()` is 0 from now on."""
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._attached = [], False
         self._activate()
 
     def __getstate__(self) -> dict[str, Any]:
@@ -414,6 +414,8 @@ class LayerSync(nn.Module):
     ) -> Tensor:
         if not torch.is_grad_enabled():
             return self._aligned(hidden, mask, reduction, token_weight)
+        if torch.compiler.is_compiling():
+            raise RuntimeError("LayerSync: with mode='tap' call loss() outside of what torch.compile sees in one graph")
         if reduction == "none":
             raise ValueError("LayerSync: mode='tap' gives a scalar; reduction must be 'mean' or 'sum'")
         students = [student.requires_grad_() for student, _ in hidden]  # leaves: the hooks detached them

@@ -509,6 +509,23 @@ def test_checkpoints_inside_of_a_fully_compiled_model(mode, tokens):
             torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("mode", ["hooks", "tap"])
+def test_a_compiled_training_step(mode, tokens):
+    model = Model()
+    plain = copy.deepcopy(model)
+    sync = LayerSync(model, 2, 4, mode=mode)
+    step = torch.compile(
+        lambda x: model(x).square().mean() + sync.loss(), backend="aot_eager", fullgraph=mode == "hooks"
+    )
+    for _ in range(2):
+        states = hidden_states(plain, tokens)
+        wanted = gradients(plain, states[-1].square().mean() + 0.2 * by_hand(states[1], states[3]))
+        got = gradients(model, step(tokens))
+        for name, gradient in wanted.items():
+            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(sync.cosine["2:4"], -by_hand(states[1], states[3]).detach())
+
+
 # --- tap
 
 
@@ -600,7 +617,8 @@ def test_the_models_output_leads_to_the_projector_for_ddp(tokens):
     model = Model()
     model.projector = nn.Linear(WIDTH, WIDTH)
     LayerSync(model, 2, 4, projector="projector")
-    nodes, found = [model(tokens).grad_fn], set()
+    output = model(tokens)
+    nodes, found = [output.grad_fn], set()
     while nodes:
         node = nodes.pop()
         found.add(getattr(node, "variable", None))
