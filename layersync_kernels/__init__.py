@@ -1,9 +1,16 @@
 """Fused representation-alignment losses for diffusion transformers: LayerSync on the CPU, Triton and CUDA."""
 
 from .functional import layersync_loss
-from .integrate import LayerSync
+from .integrate import LayerSync, apply_layersync_kernels
 from .losses import LayerSyncLoss, default_pair
 
 __version__ = "0.1.0"
 
-__all__ = ["LayerSync", "LayerSyncLoss", "__version__", "default_pair", "layersync_loss"]
+__all__ = [
+    "LayerSync",
+    "LayerSyncLoss",
+    "__version__",
+    "apply_layersync_kernels",
+    "default_pair",
+    "layersync_loss",
+]

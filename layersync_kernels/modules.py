@@ -195,6 +195,9 @@ class GeluMlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Tokens (B, N, D) → (B, N, D)."""
+        if type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear:
+            # LoRA, quantised or sharded layers in their place: there is more to them than a weight and a bias.
+            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
         return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
 
 

@@ -1,5 +1,6 @@
 """LayerSync in other people's models: a few lines in the training step, no edit of the model."""
 
+from .replace import Replacement, apply_layersync_kernels
 from .sync import LayerSync
 
-__all__ = ["LayerSync"]
+__all__ = ["LayerSync", "Replacement", "apply_layersync_kernels"]

@@ -1,0 +1,336 @@
+"""Fused blocks in a live model that somebody else wrote: the adaLN-Zero blocks of SiT, DiT and REPA.
+
+A block is replaced where two things hold. Its parts are the published ones, and it computes what the published block
+computes: with random parameters, because adaLN-Zero starts as the identity, which any block would pass for.
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+import logging
+import math
+import warnings
+from collections.abc import Hashable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..modules import AdaLNZeroBlock
+from ..recompute import check_mode
+
+if TYPE_CHECKING:
+    from ..sit.model import SiTBlock
+
+__all__ = ["Replacement", "apply_layersync_kernels"]
+
+logger = logging.getLogger(__name__)
+
+_LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+_PARTS: dict[str, type[nn.Module]] = {
+    "norm1": nn.LayerNorm,
+    "norm2": nn.LayerNorm,
+    "adaLN_modulation": nn.Sequential,
+    "adaLN_modulation.0": nn.SiLU,
+    **dict.fromkeys(_LINEARS, nn.Linear),
+}
+_MODULE_STATE = frozenset(vars(nn.Module()))
+_ALREADY_FUSED = "it is fused already"
+# In fp64 other ways of writing the same block differ by 1e-15, GELU without the tanh by 1e-4.
+_TOLERANCE = 1e-6
+
+_Block = TypeVar("_Block", "SiTBlock", AdaLNZeroBlock)
+
+
+class Replacement:
+    """What `apply_layersync_kernels` did to a model. As a context manager it undoes it at the end.
+
+    Attributes:
+        replaced: path in the model → class of the block that was there.
+        left: path in the model → why the block stayed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        swaps: Mapping[str, tuple[nn.Module, AdaLNZeroBlock]],
+        left: Mapping[str, str],
+    ) -> None:
+        self.replaced = {path: type(old).__name__ for path, (old, _) in swaps.items()}
+        self.left = dict(left)
+        self._model = model
+        self._swaps = dict(swaps)
+
+    def undo(self) -> None:
+        """Put the old blocks back, with the parameters as they are now. A second call does nothing.
+
+        The new blocks' hooks and training mode go along; what `.compile()` made of them does not.
+
+        Raises:
+            RuntimeError: a block has been wrapped, sharded or changed since; none is put back then.
+        """
+        for path, (old, new) in self._swaps.items():
+            if not _untouched(self._model, path, old, new):
+                raise RuntimeError(
+                    f"apply_layersync_kernels: cannot undo, {path} was wrapped, sharded or changed after it was "
+                    "replaced; take that back first"
+                )
+        for path, (old, new) in self._swaps.items():
+            _put(self._model, path, new, old)
+        self._swaps.clear()
+
+    def __enter__(self) -> Replacement:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.undo()
+
+    def __str__(self) -> str:
+        lines = [f"replaced {len(self.replaced)} of {len(self.replaced) + len(self.left)} blocks by fused ones"]
+        lines += [f"  {paths}: {name}" for name, paths in _by_value(self.replaced).items()]
+        lines += [f"  {paths} left: {reason}" for reason, paths in _by_value(self.left).items()]
+        return "\n".join(lines)
+
+    def __repr__(self) -> str:
+        return f"<Replacement: {self}>"
+
+
+def apply_layersync_kernels(model: nn.Module, *, recompute: str = "none") -> Replacement:
+    """Replace the adaLN-Zero blocks of a SiT, DiT or REPA model by fused ones, in place.
+
+    The fused blocks share the linear layers of the old ones: the optimiser, the moving average, the keys of the
+    state_dict and the random numbers to come are what they would have been, so it may happen at any time before
+    compile(), FSDP and LoRA, also inside of DDP. Hooks on a block itself stay in force.
+
+    A block is replaced if it is built from the published parts (LayerNorm without weights, attention over qkv and proj
+    with biases, tanh-GELU between fc1 and fc2, SiLU and one linear layer for the six modulations, no dropout) and
+    computes the same outputs and gradients as the published block, which is tried on the CPU in fp64 with random
+    parameters, once per kind of block. Models on the meta device can be replaced as well.
+
+    Args:
+        model: holds the blocks, at any depth and behind any wrapper.
+        recompute: what the fused blocks compute again in the backward pass, see `recompute.recomputed`.
+
+    Returns:
+        what was replaced and what was left, and why. It is also logged, as a warning if blocks were left that are not
+        fused already.
+
+    Raises:
+        TypeError: the model is no nn.Module.
+        ValueError: the model has nothing like a transformer block; an unknown recompute.
+
+    Warns:
+        UserWarning: nothing was replaced, and not because all blocks are fused already.
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"apply_layersync_kernels: model must be an nn.Module, got {type(model).__name__}")
+    check_mode(recompute)
+    blocks = {path: m for path, m in model.named_modules(remove_duplicate=False) if _looks_like_a_block(m)}
+    if not blocks:
+        raise ValueError(
+            f"apply_layersync_kernels: {type(model).__name__} has no transformer block: no module in it has a child "
+            "named attn* next to one named norm1 or adaLN_modulation. Give the model that holds the SiT, DiT or REPA "
+            "blocks"
+        )
+    swaps: dict[str, tuple[nn.Module, AdaLNZeroBlock]] = {}
+    left: dict[str, str] = {}
+    fused: dict[nn.Module, AdaLNZeroBlock] = {}  # a module at two paths stays one
+    proofs: dict[Hashable, str | None] = {}
+    for path, block in blocks.items():
+        obstacle = _obstacle(path, block)
+        if obstacle is None:
+            kind = _kind(block)
+            if kind not in proofs:
+                proofs[kind] = _mismatch(block)
+            obstacle = proofs[kind]
+        if obstacle is not None:
+            left[path] = obstacle
+            continue
+        if block not in fused:
+            fused[block] = _assembled(AdaLNZeroBlock, block, recompute)
+        swaps[path] = block, fused[block]
+    for path, (old, new) in swaps.items():
+        _put(model, path, old, new)
+    replacement = Replacement(model, swaps, left)
+    refused = any(reason != _ALREADY_FUSED for reason in left.values())
+    if refused and not swaps:
+        warnings.warn(f"apply_layersync_kernels: {replacement}", stacklevel=2)
+    else:
+        logger.log(logging.WARNING if refused else logging.INFO, "apply_layersync_kernels: %s", replacement)
+    return replacement
+
+
+def _looks_like_a_block(module: nn.Module) -> bool:
+    names = [name for name, _ in module.named_children()]
+    return any(name.startswith("attn") for name in names) and ("norm1" in names or "adaLN_modulation" in names)
+
+
+def _obstacle(path: str, block: nn.Module) -> str | None:
+    """Why a block cannot be replaced, as far as its parts tell."""
+    if isinstance(block, AdaLNZeroBlock):
+        return _ALREADY_FUSED
+    if path == "":
+        return "it is the model itself; give the module that holds it"
+    if path.rpartition(".")[2] == "_orig_mod" or block._compiled_call_impl is not None:
+        return "it is compiled; call apply_layersync_kernels before compile()"
+    modules = dict(block.named_modules(remove_duplicate=False))
+    missing = [name for name in ("attn", "mlp", *_PARTS) if name not in modules]
+    if missing:
+        return f"it has no {', '.join(name for name in missing if name.rpartition('.')[0] not in missing)}"
+    for name, module in modules.items():
+        if reason := _odd_part(name, module):
+            return reason
+    return _odd_parameters(block) or _odd_behaviour(block, modules)
+
+
+def _sizes(block: Any) -> tuple[int, int, int]:
+    """Channels of the tokens, of the MLP's inside and of the condition."""
+    return block.attn.proj.out_features, block.mlp.fc1.out_features, block.adaLN_modulation[1].in_features
+
+
+def _odd_part(name: str, module: nn.Module) -> str | None:
+    expected = _PARTS.get(name)
+    if expected is not None:
+        if type(module) is not expected:  # LoRA and quantised layers derive from nn.Linear
+            return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not torch.nn's"
+    elif name not in ("", "attn", "mlp"):
+        inert = type(module) is nn.Identity or (type(module) is nn.Dropout and module.p == 0)
+        if not inert and not (name == "mlp.act" and type(module) is nn.GELU and module.approximate == "tanh"):
+            return f"{name} is {type(module).__name__}({module.extra_repr()}), which the published block does not have"
+    return None
+
+
+def _odd_parameters(block: nn.Module) -> str | None:
+    width, inner, condition = _sizes(block)
+    shapes = ((3 * width, width), (width, width), (inner, width), (width, inner), (6 * width, condition))
+    expected: dict[str, tuple[int, ...]] = {}
+    for name, shape in zip(_LINEARS, shapes, strict=True):
+        expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    parameters = dict(block.named_parameters(remove_duplicate=False))
+    found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
+    if found.keys() != expected.keys():
+        return f"its parameters differ from the published ones in {', '.join(sorted(found.keys() ^ expected.keys()))}"
+    for name, parameter in parameters.items():
+        if type(parameter) is not nn.Parameter:
+            return f"{name} is a {type(parameter).__name__}; call apply_layersync_kernels before sharding or quantising"
+        if found[name] != expected[name]:
+            return f"{name} has the shape {found[name]}, not {expected[name]}"
+    if list(found) != list(expected):
+        return f"its parameters come in another order than the published ones: {', '.join(found)}"
+    if buffers := [name for name, _ in block.named_buffers()]:
+        return f"it has the buffers {', '.join(buffers)}"
+    return None
+
+
+def _odd_behaviour(block: Any, modules: Mapping[str, nn.Module]) -> str | None:
+    for name, module in modules.items():
+        if "forward" in vars(module):
+            return f"{name or 'it'} has a forward that was patched onto the instance"
+        if name and any(hooks for key, hooks in vars(module).items() if key.endswith("_hooks")):
+            return f"{name} has hooks, which the fused block would not call; put them on the block"
+    width, heads = _sizes(block)[0], getattr(block.attn, "num_heads", None)
+    if type(heads) is not int or heads < 1 or width % heads:
+        return f"attn.num_heads is {heads}; expected a divisor of {width}"
+    arguments = inspect.signature(block.forward).parameters
+    if len(arguments) != 2:
+        return f"its forward takes ({', '.join(map(str, arguments.values()))}), not (x, c)"
+    return None
+
+
+def _assembled(kind: type[_Block], block: Any, recompute: str) -> _Block:
+    """A block of another class on the linear layers of this one."""
+    with torch.device("meta"):  # its own linear layers need neither memory nor random numbers
+        new = kind(_sizes(block)[0], block.attn.num_heads, recompute=recompute)
+    for name in _LINEARS:
+        new.set_submodule(name, block.get_submodule(name))
+    new.norm1.eps, new.norm2.eps = block.norm1.eps, block.norm2.eps
+    return new
+
+
+def _put(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
+    """Set a block in the place of another, whose hooks and mode it takes over."""
+    for name, value in vars(old).items():
+        if name in _MODULE_STATE and "hook" in name:
+            setattr(new, name, value)  # the very dictionaries: the handles that remove a hook refer to them
+    new.train(old.training)
+    model.set_submodule(path, new)
+
+
+def _untouched(model: nn.Module, path: str, old: nn.Module, new: AdaLNZeroBlock) -> bool:
+    try:
+        here = model.get_submodule(path)
+    except AttributeError:
+        return False
+    same = here is new and type(new) is AdaLNZeroBlock  # FSDP changes the class
+    return same and all(new.get_submodule(name) is old.get_submodule(name) for name in _LINEARS)
+
+
+def _kind(block: nn.Module) -> Hashable:
+    """Equal for blocks that compute the same function of their parameters."""
+    return tuple(
+        (
+            path,
+            type(module),
+            *sorted((k, v if _is_plain(v) else id(v)) for k, v in vars(module).items() if k not in _MODULE_STATE),
+        )
+        for path, module in block.named_modules()
+    )
+
+
+def _is_plain(value: object) -> bool:
+    return isinstance(value, str | int | float | None) or (isinstance(value, tuple) and all(map(_is_plain, value)))
+
+
+def _mismatch(block: nn.Module) -> str | None:
+    """How a block's outputs and gradients differ from those of the published block, for random parameters."""
+    try:
+        # A block that draws random numbers does not match, and must not shift those of the trainer either.
+        with torch.random.fork_rng(devices=[]), torch.inference_mode(False):  # which enables gradients
+            return _compare(block)
+    except Exception as error:  # whatever somebody else's forward raises
+        return f"trying it on the CPU in fp64 failed: {type(error).__name__}: {error}"
+
+
+def _compare(block: nn.Module) -> str | None:
+    from ..sit.model import SiTBlock
+
+    # On the CPU in fp64, wherever the model is: no TF32, and no need of the model's own values. Hooks stay behind.
+    draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
+    stand_ins: dict[int, object] = {
+        id(parameter): nn.Parameter(draw(parameter.shape) / math.sqrt(parameter.shape[-1]), requires_grad=False)
+        for parameter in block.parameters()
+    }
+    stand_ins |= {id(v): type(v)() for k, v in vars(block).items() if k in _MODULE_STATE and k.endswith("_hooks")}
+    given = copy.deepcopy(block, stand_ins)
+    published = _assembled(SiTBlock, given, "none")
+    width, _, condition = _sizes(block)
+    inputs, d_out = (draw(2, 16, width), draw(2, condition)), draw(2, 16, width)
+    for training in (True, False):
+        found = _outputs_and_gradients(given.train(training), inputs, d_out)
+        expected = _outputs_and_gradients(published.train(training), inputs, d_out)
+        for name, a, b in zip(("output", "gradient of x", "gradient of c"), found, expected, strict=True):
+            error = float((a - b).abs().max() / b.abs().max())
+            if not error <= _TOLERANCE:
+                mode = "training" if training else "evaluation"
+                return f"its {name} differs from the published block's by {error:.1e} of the largest ({mode})"
+    return None
+
+
+def _outputs_and_gradients(block: nn.Module, inputs: Sequence[Tensor], d_out: Tensor) -> list[Tensor]:
+    leaves = [tensor.clone().requires_grad_() for tensor in inputs]
+    out = block(*leaves)
+    out.backward(d_out)
+    return [out.detach(), *(torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for leaf in leaves)]
+
+
+def _by_value(values: Mapping[str, str]) -> dict[str, str]:
+    """Value → the paths that have it, in brief."""
+    paths: dict[str, list[str]] = {}
+    for path, value in values.items():
+        paths.setdefault(value, []).append(path or "the model")
+    return {
+        value: ", ".join(found) if len(found) < 4 else f"{found[0]}, {found[1]} ... {found[-1]}"
+        for value, found in paths.items()
+    }
