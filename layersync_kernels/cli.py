@@ -26,6 +26,9 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("layersync_kernels.sit.commands:train_main", "train a SiT, with LayerSync or without"),
     "sample": Command("layersync_kernels.sit.commands:sample_main", "draw a grid of samples from a run or checkpoint"),
+    "probe": Command(
+        "layersync_kernels.sit.commands:probe_main", "measure the blocks of a run or checkpoint and propose a pair"
+    ),
     "demo": Command(
         "layersync_kernels.sit.commands:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),

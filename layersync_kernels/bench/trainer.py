@@ -9,7 +9,7 @@ from rich.console import Console
 
 from ..sit.config import ModelConfig, OptimConfig, TrainConfig
 from ..sit.data import MemorySet
-from ..sit.throughput import PublishedTrainer, measure_throughput, provider_config
+from ..sit.throughput import TRAINERS, measure_throughput, provider_config
 from .engine import machine_facts
 from .report import new_table
 
@@ -24,7 +24,7 @@ def contenders(config: TrainConfig) -> dict[str, TrainConfig]:
 
     A GPU of 80 GB does not hold all of them at SiT-XL/2.
     """
-    names = ("fused", "off", "eager", "compile")
+    names = ("fused", "off", "applied", "eager", "compile")
     configs = {name: provider_config(config, name) for name in names}
     if config.device == "cpu":
         configs["published"] = provider_config(config, "published")
@@ -60,7 +60,7 @@ def measure(device: str, *, quick: bool = False) -> list[dict[str, object]]:
     steps = 10 if device == "cuda" else 1
     speeds = measure_throughput(
         contenders(config),
-        trainers={"published": PublishedTrainer},
+        trainers=TRAINERS,
         steps=steps,
         rounds=2 if quick else 10,
         warmup=2,

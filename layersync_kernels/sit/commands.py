@@ -28,15 +28,18 @@ from .config import (
     TrainConfig,
     load_config,
 )
+from .probe import ProbeCommand, probe
 from .runlog import CURVES, console
 from .sample import SampleCommand, sample
 from .throughput import measure_throughput, provider_config
 from .train import Outcome, Trainer, check_run, start_run
 
 C = TypeVar("C")
+R = TypeVar("R", SampleCommand, ProbeCommand)
 
 # Flags without the names of their groups: --lr, not --config.optim.lr.
 _FLAT = (tyro.conf.OmitArgPrefixes,)
+RUN_SETTINGS = ("data", "transport", "sampling")
 INTERRUPTED = 130
 
 
@@ -153,17 +156,28 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     return outcome
 
 
+def parse_of_run(kind: type[R], argv: Sequence[str], *, command: str) -> R:
+    """Reads the flags of a command about a trained model; the settings of its run are the defaults, below the flags."""
+    default = kind(source=tyro.MISSING)
+    run = run_of(parse(kind, argv, default=default, command=command).source)
+    if run is not None:
+        config = load_config(run / CONFIG)
+        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if f.name in RUN_SETTINGS}
+        default = dataclasses.replace(default, **own)
+    return parse(kind, argv, default=default, command=command)
+
+
 def sample_main(argv: Sequence[str]) -> int:
     """`layersync sample`."""
     start_logging()
-    default = SampleCommand(source=tyro.MISSING)
-    first = parse(SampleCommand, argv, default=default, command="sample")
-    run = run_of(first.source)
-    if run is not None:  # a run's own settings are the defaults, below the flags
-        config = load_config(run / CONFIG)
-        default = dataclasses.replace(default, sampling=config.sampling, transport=config.transport)
-    path = sample(parse(SampleCommand, argv, default=default, command="sample"))
-    print(path)
+    print(sample(parse_of_run(SampleCommand, argv, command="sample")))
+    return 0
+
+
+def probe_main(argv: Sequence[str]) -> int:
+    """`layersync probe`."""
+    start_logging()
+    print(probe(parse_of_run(ProbeCommand, argv, command="probe")))
     return 0
 
 

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..integrate import apply_layersync_kernels
 from .build import build_alignment, resolve_device
 from .config import LayerSyncConfig, TrainConfig
 from .data import SampleSet, load_data
 from .train import Trainer
 
-PROVIDERS = ("fused", "off", "eager", "compile", "published")
+PROVIDERS = ("fused", "off", "applied", "eager", "compile", "published")
 
 
 class PublishedTrainer(Trainer):
@@ -34,6 +35,18 @@ class PublishedTrainer(Trainer):
     def _average(self) -> None:
         for average, parameter in zip(self._averages, self._params, strict=True):
             average.mul_(self.config.optim.ema_decay).add_(parameter, alpha=1 - self.config.optim.ema_decay)
+
+
+class AppliedTrainer(Trainer):
+    """The trainer of somebody else's model: plain blocks, replaced by `apply_layersync_kernels`."""
+
+    def __init__(self, config: TrainConfig, data: SampleSet) -> None:
+        super().__init__(config, data)
+        apply_layersync_kernels(self.model)
+
+
+TRAINERS = {"published": PublishedTrainer, "applied": AppliedTrainer}
+"""Provider to trainer, where that is not `Trainer`."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +69,8 @@ def provider_config(config: TrainConfig, provider: str) -> TrainConfig:
     """`config` as a provider trains it.
 
     fused: as it is. off: without LayerSync. eager: blocks and loss in plain PyTorch. compile: that, with the blocks
-    under torch.compile. published: that of `eager` in fp32, for a `PublishedTrainer`.
+    under torch.compile. published: that of `eager` in fp32, and applied: plain blocks with the fused loss, for their
+    `TRAINERS`.
     """
     replace = dataclasses.replace
     if provider == "fused":
@@ -68,7 +82,7 @@ def provider_config(config: TrainConfig, provider: str) -> TrainConfig:
     plain = replace(
         config,
         model=replace(config.model, kernels="eager"),
-        layersync=replace(config.layersync, loss_backend="reference"),
+        layersync=config.layersync if provider == "applied" else replace(config.layersync, loss_backend="reference"),
         compile="on" if provider == "compile" else "off",
     )
     return replace(plain, precision="fp32") if provider == "published" else plain

@@ -87,7 +87,17 @@ def test_the_trainer_rows_have_every_provider_and_ratio():
     from layersync_kernels.bench import trainer
 
     rows = {row["provider"]: row for row in trainer.measure("cpu", quick=True)}
-    assert set(rows) == {"fused", "off", "eager", "compile", "published", "light", "fused fp32", "eager fp32"}
+    assert set(rows) == {
+        "fused",
+        "off",
+        "applied",
+        "eager",
+        "compile",
+        "published",
+        "light",
+        "fused fp32",
+        "eager fp32",
+    }
     assert rows["off"]["vs_off"] == rows["eager"]["vs_eager"] == rows["eager fp32"]["vs_eager"] == 1
     for row in rows.values():
         assert row["low"] <= row["images_per_s"] <= row["high"]

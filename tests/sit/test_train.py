@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged, UserError
+from layersync_kernels.modules import AdaLNZeroBlock
 from layersync_kernels.sit import checkpoint, train
 from layersync_kernels.sit.build import build_alignment
 from layersync_kernels.sit.checkpoint import list_checkpoints, read_tensors
@@ -34,7 +35,7 @@ from layersync_kernels.sit.config import (
 )
 from layersync_kernels.sit.data import MemorySet
 from layersync_kernels.sit.runlog import Meter, read_records
-from layersync_kernels.sit.throughput import PROVIDERS, PublishedTrainer, measure_throughput, provider_config
+from layersync_kernels.sit.throughput import PROVIDERS, TRAINERS, PublishedTrainer, measure_throughput, provider_config
 from layersync_kernels.sit.train import Trainer
 
 
@@ -507,9 +508,9 @@ def test_throughput_of_every_provider():
     assert configs["eager"].layersync.loss_backend == "reference"
     assert configs["eager"].model.kernels == "eager"
     assert configs["published"].precision == "fp32"
-    rates = measure_throughput(
-        configs, trainers={"published": PublishedTrainer}, steps=1, rounds=2, warmup=1, data=tiny_data()
-    )
+    assert configs["applied"].model.kernels == "eager"
+    assert configs["applied"].layersync.loss_backend == "auto"
+    rates = measure_throughput(configs, trainers=TRAINERS, steps=1, rounds=2, warmup=1, data=tiny_data())
     assert all(0 < min(rate.rounds) <= rate.median for rate in rates.values())
     assert rates["eager"].over(rates["eager"]) == 1
     assert provider_config(tiny_config(), "compile").compile == "on"
@@ -529,6 +530,11 @@ def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
     measure_throughput(configs, steps=1, rounds=2, warmup=0, data=tiny_data())
     assert len(made) == 1
     assert seen == [False, True, True, False]
+
+
+def test_the_applied_trainer_has_fused_blocks_in_a_plain_model():
+    trainer = TRAINERS["applied"](provider_config(tiny_config(), "applied"), tiny_data())
+    assert {type(block) for block in trainer.model.blocks} == {AdaLNZeroBlock}
 
 
 def test_the_published_average_and_optimiser_give_the_same_weights():
