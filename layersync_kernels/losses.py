@@ -24,8 +24,8 @@ Block = int | str
 def default_pair(depth: int) -> tuple[int, int]:
     """The (student, teacher) blocks to start from for a model of `depth` blocks, counted from 1.
 
-    Published pairs where there are any (depth 24, 28, 30), else the mean relative depths of SiT's two, 0.31 and 0.66: the
-    student is not among the very first blocks, the teacher not among the last fifth (from depth 4 on).
+    Published pairs where there are any (depth 24, 28, 30), else the mean relative depths of SiT's two, 0.31 and 0.66:
+    the student is not among the very first blocks, the teacher not among the last fifth (from depth 4 on).
 
     Raises:
         ValueError: fewer than two blocks.
