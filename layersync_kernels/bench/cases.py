@@ -161,7 +161,7 @@ class Case:
         return drawn
 
 
-PROVIDERS = ("eager", "compile", "cpp", "triton", "cuda")
+PROVIDERS = ("eager", "compile", "inductor", "cpp", "triton", "cuda")
 
 
 def eager(case: Case) -> Function:
@@ -186,6 +186,8 @@ def provider(name: str, case: Case) -> Function:
     if name == "compile":
         torch._dynamo.reset()  # a graph per case, specialised to its shape: the best that the compiler does
         return torch.compile(eager(case), dynamic=False)
+    if name == "inductor":
+        return _compiled_with_pass(case)
     if name not in PROVIDERS:
         raise ValueError(f"unknown provider {name!r}; expected one of {', '.join(PROVIDERS)}")
     if name == "triton" and case.device == "cpu":
@@ -194,6 +196,27 @@ def provider(name: str, case: Case) -> Function:
         raise RuntimeError("self_attention is torch's own but for the C++ kernels")
     _dispatch.choose(name, case.device, case.dtype)
     return functools.partial(OPS[case.op].fused, backend=name)
+
+
+def _compiled_with_pass(case: Case) -> Function:
+    """What torch.compile makes of the eager formula when `layersync_kernels.inductor` is on."""
+    if case.op != "cosine_alignment":
+        raise RuntimeError("the Inductor pass knows the alignment's formula alone")
+    formula = eager(case)
+
+    def own_code(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:  # else it would be given the graph of "compile"
+        return formula(*inputs)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(own_code, dynamic=False)
+
+    def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
+        from .. import inductor
+
+        with inductor.enable():
+            return compiled(*inputs)
+
+    return run
 
 
 # In order of importance: a run that is cut short has the figures that matter. The sizes are SiT-XL/2's width at small
