@@ -1,6 +1,7 @@
 """Shared fixtures. Must run before Triton is imported: without a GPU its kernels go through the interpreter."""
 
 import os
+from pathlib import Path
 
 import torch
 
@@ -8,6 +9,12 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest
+
+
+def pytest_addoption(parser):
+    parser.addoption(
+        "--write-matrix", type=Path, metavar="PATH", help="write the table of tests/integrations/test_matrix.py to PATH"
+    )
 
 
 @pytest.fixture(autouse=True)
