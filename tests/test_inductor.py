@@ -56,8 +56,8 @@ def outcome(function, *inputs):
     run()
     with torch.profiler.profile() as profile:
         value, gradients = run()
-    names = [event.name for event in profile.events()]
-    return value, gradients, [names.count(f"layersync_cpp::cosine_alignment_{way}") for way in ("forward", "backward")]
+    ops = [event.name.rpartition("::")[2] for event in profile.events() if event.name.startswith("layersync_")]
+    return value, gradients, [ops.count(f"cosine_alignment_{way}") for way in ("forward", "backward")]
 
 
 def assert_fused(function, *inputs, backend="inductor", calls=(1, 1)):
@@ -120,9 +120,10 @@ def repa(zs_tilde, zs):
     return proj_loss / zs.shape[0]
 
 
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize("dtype", ROUNDING, ids=str)
-def test_published_layersync_lines(enabled, dtype):
-    assert_fused(layersync, *pair(dtype))
+def test_published_layersync_lines(enabled, dtype, device):
+    assert_fused(layersync, *(x.detach().to(device).requires_grad_() for x in pair(dtype)))
 
 
 @pytest.mark.parametrize(

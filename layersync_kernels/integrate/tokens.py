@@ -28,8 +28,11 @@ def _returned_names(forward: Callable[..., Any]) -> tuple[str, ...] | None:
         tree = ast.parse(textwrap.dedent(inspect.getsource(forward)))
     except (OSError, TypeError, SyntaxError):
         return None
+    definition = tree.body[0]
+    if not isinstance(definition, ast.FunctionDef) or definition.name != forward.__name__:
+        return None  # the file has changed since it was imported
     found = set()
-    for node in ast.walk(tree):
+    for node in ast.walk(definition):
         if isinstance(node, ast.Return) and isinstance(node.value, ast.Tuple):
             found.add(tuple(element.id if isinstance(element, ast.Name) else "" for element in node.value.elts))
     return found.pop() if len(found) == 1 else None

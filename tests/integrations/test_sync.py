@@ -65,6 +65,12 @@ def gradients(model, loss):
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
 
 
+def assert_same(gradients, expected, scale=1.0):
+    assert gradients.keys() == expected.keys()
+    for name, gradient in expected.items():
+        torch.testing.assert_close(gradients[name], gradient, rtol=1e-4, atol=1e-6 * scale)
+
+
 @pytest.fixture
 def tokens():
     return torch.randn(3, 7, WIDTH)
@@ -82,9 +88,7 @@ def check_against_hand(model, sync, x, student=2, teacher=4, weight=0.2, **loss)
     aligned = sync.loss(**loss)
     got = gradients(model, output.square().mean() + aligned)
     torch.testing.assert_close(aligned, expected.detach(), rtol=1e-5, atol=1e-6, check_layout=False)
-    assert got.keys() == wanted.keys()
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+    assert_same(got, wanted)
 
 
 # --- which block
@@ -505,8 +509,7 @@ def test_checkpoints_inside_of_a_fully_compiled_model(mode, tokens):
         states = hidden_states(plain, tokens)
         wanted = gradients(plain, states[-1].square().mean() + 0.2 * by_hand(states[1], states[3]))
         got = gradients(model, model(tokens).square().mean() + sync.loss())
-        for name, gradient in wanted.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+        assert_same(got, wanted)
 
 
 @pytest.mark.parametrize("mode", ["hooks", "tap"])
@@ -521,23 +524,25 @@ def test_a_compiled_training_step(mode, tokens):
         states = hidden_states(plain, tokens)
         wanted = gradients(plain, states[-1].square().mean() + 0.2 * by_hand(states[1], states[3]))
         got = gradients(model, step(tokens))
-        for name, gradient in wanted.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+        assert_same(got, wanted)
         torch.testing.assert_close(sync.cosine["2:4"], -by_hand(states[1], states[3]).detach())
 
 
 # --- tap
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(
+    ("mode", "reentrant"), [("hooks", None), ("hooks", False), ("tap", None), ("tap", False), ("tap", True)]
+)
 @pytest.mark.parametrize("compiled", [False, True])
-def test_the_tap_gives_the_same_gradients(reentrant, compiled, tokens):
-    model = Model(reentrant=reentrant)
+def test_both_modes_give_the_same_gradients(mode, reentrant, compiled, device, tokens):
+    model, tokens = Model(reentrant=reentrant).to(device), tokens.to(device)
     plain = copy.deepcopy(model)
     if compiled:
         for block in model.blocks:
             block.compile(backend="aot_eager", fullgraph=True)
-    sync = LayerSync(model, pairs=[(2, 4), (2, 3)], weight=[0.3, 0.5], mode="tap", tokens=slice(1, None))
+    sync = LayerSync(model, pairs=[(2, 4), (2, 3)], weight=[0.3, 0.5], mode=mode, tokens=slice(1, None))
     for scale in (1.0, 1024.0):
         states = [state[:, 1:] for state in hidden_states(plain, tokens)]
         aligned = 0.3 * by_hand(states[1], states[3]) + 0.5 * by_hand(states[1], states[2])
@@ -545,8 +550,7 @@ def test_the_tap_gives_the_same_gradients(reentrant, compiled, tokens):
         output, loss = model(tokens).square().mean(), sync.loss()
         got = gradients(model, (output + loss) * scale)
         torch.testing.assert_close(loss.detach(), aligned.detach(), rtol=1e-5, atol=1e-6)
-        for name, gradient in wanted.items():
-            torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6 * scale)
+        assert_same(got, wanted, scale)
 
 
 def test_the_tap_does_not_underflow_in_half_precision():
@@ -572,8 +576,7 @@ def test_a_tapped_loss_on_its_own_is_an_error_and_left_out_adds_nothing(tokens):
     sync.loss()
     got = gradients(model, output)
     wanted = gradients(model, model(tokens).square().mean())
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name], gradient)
+    assert_same(got, wanted)
 
 
 def test_two_tapped_losses_in_one_backward_pass_are_an_error(tokens):
@@ -596,8 +599,7 @@ def test_a_projector_in_the_model_trains_with_it(tokens):
     wanted = gradients(reference, states[-1].square().mean() + 0.2 * by_hand(reference.projector(states[1]), states[3]))
     got = gradients(model, model(tokens).square().mean() + sync.loss())
     assert wanted.keys() == got.keys() >= {"projector.weight"}
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+    assert_same(got, wanted)
 
 
 def test_a_projector_under_checkpoints(tokens):
@@ -608,8 +610,7 @@ def test_a_projector_under_checkpoints(tokens):
     states = hidden_states(reference, tokens)
     wanted = gradients(reference, states[-1].square().mean() + 0.2 * by_hand(reference.projector(states[1]), states[3]))
     got = gradients(model, model(tokens).square().mean() + sync.loss())
-    for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name], gradient, rtol=1e-4, atol=1e-6)
+    assert_same(got, wanted)
 
 
 def test_the_models_output_leads_to_the_projector_for_ddp(tokens):
