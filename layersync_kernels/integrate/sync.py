@@ -157,7 +157,8 @@ class LayerSync(nn.Module):
         token_dim: dimension of the tokens in (B, N, D), (N, B, D) or (B, T, P, D), where T serves. A 2-tuple as above.
             Tokens (N, D) without a batch, as packed sequences are, need none.
         projector: a module applied to the student's tokens (last dimension), part of the model so that the optimiser,
-            DDP, FSDP, EMA and checkpoints see it; or its path.
+            DDP, FSDP, EMA and checkpoints see it; or its path. Where steps are skipped, DDP needs
+            find_unused_parameters=True.
         schedule: as in `LayerSyncLoss`, with `start_step`, `stop_step` and `every`; set `step` before each forward.
         start_step: as in `LayerSyncLoss`.
         stop_step: likewise.
@@ -246,7 +247,8 @@ class LayerSync(nn.Module):
             if number is not None and depth is not None and number > 0.8 * depth:
                 self._say(
                     f"LayerSync: teacher {pair.teacher} is among the last fifth of the blocks, which are busy with the "
-                    f"output; the method's advice is a teacher up to block {int(0.8 * depth)}"
+                    f"output; the method's advice is a teacher up to block {int(0.8 * depth)}",
+                    stacklevel=3,
                 )
         logger.info("%s", self.extra_repr())
 
@@ -365,11 +367,11 @@ class LayerSync(nn.Module):
         return loss
 
     def _loss(self, mask: Tensor | None, reduction: str, token_weight: Tensor | None) -> Tensor:
-        if self._step is None and self.alignment.needs_step:
-            raise ValueError("LayerSync: the schedule needs to know the step: sync.step = step before the forward pass")
         if not self.active:
             self.alignment.cosine = {}
             return torch.zeros((), device=self._device)
+        if self._step is None and self.alignment.needs_step:
+            raise ValueError("LayerSync: the schedule needs to know the step: sync.step = step before the forward pass")
         if any(pair.hidden is None or pair.target is None for pair in self._pairs):
             if all(pair.hidden is None and pair.without_grad and not pair.reentrant for pair in self._pairs):
                 self.alignment.cosine = {}
@@ -378,6 +380,12 @@ class LayerSync(nn.Module):
         if any(pair.repeated for pair in self._pairs):
             self._say("LayerSync: two forward passes before one loss(); the last one counts")
         hidden = [self._tokens_of(pair) for pair in self._pairs]
+        for pair, (student, _) in zip(self._pairs, hidden, strict=True):
+            if self.mode == "hooks" and torch.is_grad_enabled() and not student.requires_grad:
+                self._say(
+                    f"LayerSync: nothing up to student {pair.student} is trained, so the loss is a constant; choose a "
+                    "later student, or train (LoRA) earlier blocks too"
+                )
         compute = self._tapped_loss if self.mode == "tap" else self._aligned
         loss = compute(hidden, mask, reduction, token_weight)
         if loss.requires_grad and not torch.compiler.is_compiling():
@@ -387,15 +395,9 @@ class LayerSync(nn.Module):
     def _tokens_of(self, pair: _Pair) -> tuple[Tensor, Tensor]:
         """The tensors that hold a pair's tokens, as the blocks laid them out."""
         student, teacher = pair.hidden, pair.target
-        if pair.tap_key is None:
-            if pair.projector is None:
-                student = pair.layouts[0].find(student, pair.student.path, unwrapped(pair.student.module))
-                teacher = pair.layouts[1].find(teacher, pair.teacher.path, unwrapped(pair.teacher.module))
-            if torch.is_grad_enabled() and not student.requires_grad:
-                self._say(
-                    f"LayerSync: nothing up to student {pair.student} is trained, so the loss is a constant; choose a "
-                    "later student, or train (LoRA) earlier blocks too"
-                )
+        if pair.tap_key is None and pair.projector is None:  # else the hooks had to look already
+            student = pair.layouts[0].find(student, pair.student.path, unwrapped(pair.student.module))
+            teacher = pair.layouts[1].find(teacher, pair.teacher.path, unwrapped(pair.teacher.module))
         return student, teacher
 
     def _aligned(
@@ -460,11 +462,11 @@ class LayerSync(nn.Module):
             "hooks, or call torch.compiler.reset() after making it"
         )
 
-    def _say(self, message: str) -> None:
-        """Warn, once."""
+    def _say(self, message: str, stacklevel: int = 4) -> None:
+        """Warn, once; by default at the line that called `loss()`."""
         if message not in self._said:
             self._said.add(message)
-            warnings.warn(message, stacklevel=4)
+            warnings.warn(message, stacklevel=stacklevel)
 
     def extra_repr(self) -> str:
         """What was resolved, for `print(sync)`."""

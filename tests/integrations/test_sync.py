@@ -352,6 +352,8 @@ def test_a_schedule_without_a_step_is_an_error(tokens):
     model(tokens)
     with pytest.raises(ValueError, match=r"sync\.step = step"):
         sync.loss()
+    sync.enabled = False
+    assert sync.loss() == 0
 
 
 def test_it_can_be_switched_off_and_on(tokens):
@@ -688,6 +690,7 @@ def test_two_forward_passes_before_one_loss_are_reported_once(tokens):
             model(2 * tokens)
             loss = sync.loss()
     assert ["two forward passes" in str(w.message) for w in caught] == [True]
+    assert caught[0].filename == __file__
     torch.testing.assert_close(loss, 0.2 * by_hand(*hidden_states(model, 2 * tokens)[1::2]))
 
 
@@ -702,8 +705,11 @@ def test_a_student_that_nothing_trains_is_reported(tokens):
 
 
 def test_a_teacher_among_the_last_blocks_is_reported():
-    with pytest.warns(UserWarning, match=r"blocks\.9 \(block 10 of 10\) is among the last fifth.*up to block 8"):
+    with pytest.warns(
+        UserWarning, match=r"blocks\.9 \(block 10 of 10\) is among the last fifth.*up to block 8"
+    ) as caught:
         LayerSync(Model(depth=10), 3, 10)
+    assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         LayerSync(Model(depth=10), 3, 8)
