@@ -325,7 +325,7 @@ class LayerSync(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy would read the hidden states of the model that it was not made for.
-        return self.__dict__ | {"_pairs": [], "_handles": [], "_copied": True, "value": None}
+        return self.__dict__ | {"_pairs": [], "_handles": [], "_copied": True}
 
     def forward(
         self, mask: Tensor | None = None, reduction: str = "mean", *, token_weight: Tensor | None = None

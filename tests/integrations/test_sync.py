@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from layersync_kernels import LayerSync, layersync_loss
 from layersync_kernels.modules import AdaLNZeroBlock, Stream
@@ -392,18 +392,33 @@ def test_the_model_is_untouched_and_removal_leaves_no_hook(tokens):
     assert sync.loss() == 0
 
 
-@pytest.mark.parametrize("mode", ["hooks", "tap"])
-@pytest.mark.parametrize("how", ["eager", "checkpoint", "compiled blocks in checkpoints"])
-def test_nothing_is_kept_after_the_step(mode, how, tokens):
-    model = Model(reentrant=None if how == "eager" else False)
-    if how.startswith("compiled"):
+@pytest.mark.parametrize(
+    ("mode", "reentrant"), [("hooks", None), ("hooks", False), ("tap", None), ("tap", False), ("tap", True)]
+)
+@pytest.mark.parametrize("compiled", [False, True])
+def test_nothing_is_kept_after_the_step(mode, reentrant, compiled, tokens):
+    model = Model(reentrant=reentrant)
+    if compiled:
         for block in model.blocks:
             block.compile(backend="aot_eager", fullgraph=True)
     sync = LayerSync(model, 2, 4, mode=mode)
     for _ in range(2):
-        (model(tokens).square().mean() + (loss := sync.loss())).backward()
+        with set_checkpoint_early_stop(False):  # a recomputation runs to the end of the block, and its hooks too
+            output = model(tokens).square().mean()
+        (output + (loss := sync.loss())).backward()
         assert sync._pairs[0].captured() == (None, None, False, False, False)
     assert not loss.isnan()
+
+
+@pytest.mark.parametrize("mode", ["hooks", "tap"])
+def test_a_recomputation_without_the_loss_keeps_nothing(mode, tokens):
+    model = Model(reentrant=False)
+    sync = LayerSync(model, 2, 4, mode=mode)
+    with set_checkpoint_early_stop(False):
+        output = model(tokens).square().mean()
+    sync.loss()
+    output.backward()
+    assert sync._pairs[0].captured() == (None, None, False, False, False)
 
 
 def test_hidden_states_die_with_the_step(tokens):
@@ -557,15 +572,16 @@ def test_both_modes_give_the_same_gradients(mode, reentrant, compiled, device, t
 
 def test_the_tap_does_not_underflow_in_half_precision():
     model = Model().half()
-    tokens = torch.randn(8, 64, WIDTH, dtype=torch.half)
-    reference = copy.deepcopy(model).double()
-    states = hidden_states(reference, tokens.double())
-    output = reference(tokens.double()).square().mean()
-    wanted = gradients(reference, 256 * (output + 0.2 * by_hand(states[1], states[3])))
-    sync = LayerSync(model, 2, 4, mode="tap")
-    got = gradients(model, 256 * (model(tokens).float().square().mean() + sync.loss()))
+    tokens = 1000 * torch.randn(8, 64, WIDTH, dtype=torch.half)  # unscaled, their gradients are below the least half
+    both = []
+    for mode in ("hooks", "tap"):
+        sync = LayerSync(model, 2, 4, mode=mode)
+        both.append(gradients(model, 1024 * (0 * model(tokens).float().sum() + sync.loss())))
+        sync.remove()
+    wanted, got = both
+    assert wanted["blocks.1.fc1.weight"].abs().max() > 0
     for name, gradient in wanted.items():
-        torch.testing.assert_close(got[name].double(), gradient, rtol=0.05, atol=0.01 * float(gradient.abs().max()))
+        torch.testing.assert_close(got[name], gradient, rtol=0.05, atol=0.05 * float(gradient.abs().max()))
 
 
 def test_a_tapped_loss_on_its_own_is_an_error_and_left_out_adds_nothing(tokens):
@@ -709,6 +725,8 @@ def test_a_teacher_among_the_last_blocks_is_reported():
         UserWarning, match=r"blocks\.9 \(block 10 of 10\) is among the last fifth.*up to block 8"
     ) as caught:
         LayerSync(Model(depth=10), 3, 10)
+    with pytest.warns(UserWarning, match="last fifth"):
+        LayerSync(Model(depth=10), 3, 9)
     assert caught[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
