@@ -38,6 +38,10 @@ def default_pair(depth: int) -> tuple[int, int]:
     return student, max(student + 1, round(0.66 * depth))
 
 
+def _block(block: Block) -> Block:
+    return block if isinstance(block, str) else int(block)  # integers of NumPy are none that isinstance knows
+
+
 def _sorted(blocks: Iterable[Block]) -> tuple[Block, ...]:
     """Each once, numbers ascending, then names."""
     return tuple(sorted(set(blocks), key=lambda block: (isinstance(block, str), block)))
@@ -87,7 +91,7 @@ class LayerSyncLoss(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        self.pairs = tuple((student, teacher) for student, teacher in pairs)
+        self.pairs = tuple((_block(student), _block(teacher)) for student, teacher in pairs)
         self.set_weights(weights)
         self.schedule, self.start_step, self.stop_step, self.every = schedule, start_step, stop_step, every
         self.teacher_grad, self.eps, self.backend = teacher_grad, eps, backend

@@ -1,6 +1,7 @@
 import copy
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -36,6 +37,12 @@ def test_cosine_is_reported_per_pair_without_graph_or_sync(states):
         torch.testing.assert_close(
             value, torch.cosine_similarity(states[student], states[teacher], dim=-1).mean().detach()
         )
+
+
+def test_integers_of_numpy_are_block_numbers():
+    assert LayerSyncLoss([(np.int64(2), np.int64(4))]).layers == (2, 4)
+    with pytest.raises(ValueError, match=r"did you mean \(2, 4\)"):
+        LayerSyncLoss([(np.int64(4), np.int64(2))])
 
 
 def test_mask_and_weight_reach_every_pair(states):

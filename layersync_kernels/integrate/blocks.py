@@ -86,6 +86,7 @@ class Blocks:
         for path, module in model.named_modules(remove_duplicate=False):
             self._modules.setdefault(_clean(path), module)  # the outermost comes first
         self._why_none = ""
+        self.paths: list[str] = []
         if containers is None:
             self.containers = self._find_containers()
         else:
@@ -119,8 +120,8 @@ class Blocks:
         if not parents:
             self._why_none = "no list of blocks with one of the usual names in it"
             return []
-        shallowest = min(parent.count(".") + (parent != "") for parent in parents)
-        nearest = [found for parent, found in parents.items() if parent.count(".") + (parent != "") == shallowest]
+        levels = {parent: len(parent.split(".")) if parent else 0 for parent in parents}
+        nearest = [found for parent, found in parents.items() if levels[parent] == min(levels.values())]
         if len(nearest) == 1:
             found = nearest[0]
             present = {path.rpartition(".")[2] for path in found}
@@ -143,7 +144,7 @@ class Blocks:
             return matches[0]
         if matches:
             raise ValueError(f"LayerSync: {path!r} could be any of {', '.join(matches)}; give the whole path")
-        known = ", ".join(self.paths[:1] + self.paths[-1:]) if getattr(self, "paths", None) else ""
+        known = ", ".join(self.paths[:1] + self.paths[-1:]) if self.paths else ""
         near = f"; blocks were found at {known}" if known else "; model.named_modules() lists what there is"
         raise ValueError(f"LayerSync: {self._name} has no module {path!r}{near}")
 

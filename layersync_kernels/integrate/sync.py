@@ -239,6 +239,7 @@ class LayerSync(nn.Module):
         parameter = next(model.parameters(), None)
         self._device = torch.device("cpu") if parameter is None else parameter.device
         self._said: set[str] = set()
+        # A flag beside the handles, which Dynamo cannot look at where a whole training step is compiled.
         self._attached, self._enabled, self._copied = True, True, False
         self._step: int | None = None
         self.value = None

@@ -608,26 +608,17 @@ def test_two_tapped_losses_in_one_backward_pass_are_an_error(tokens):
 # --- projector
 
 
-def test_a_projector_in_the_model_trains_with_it(tokens):
-    model = Model()
+@pytest.mark.parametrize("reentrant", [None, False])
+@pytest.mark.parametrize("by_path", [False, True])
+def test_a_projector_in_the_model_trains_with_it(reentrant, by_path, tokens):
+    model = Model(reentrant=reentrant)
     model.projector = nn.Linear(WIDTH, WIDTH)
     reference = copy.deepcopy(model)
-    sync = LayerSync(model, 2, 4, projector=model.projector)
+    sync = LayerSync(model, 2, 4, projector="projector" if by_path else model.projector)
     states = hidden_states(reference, tokens)
     wanted = gradients(reference, states[-1].square().mean() + 0.2 * by_hand(reference.projector(states[1]), states[3]))
     got = gradients(model, model(tokens).square().mean() + sync.loss())
     assert wanted.keys() == got.keys() >= {"projector.weight"}
-    assert_same(got, wanted)
-
-
-def test_a_projector_under_checkpoints(tokens):
-    model = Model(reentrant=False)
-    model.projector = nn.Linear(WIDTH, WIDTH)
-    reference = copy.deepcopy(model)
-    sync = LayerSync(model, 2, 4, projector="projector")
-    states = hidden_states(reference, tokens)
-    wanted = gradients(reference, states[-1].square().mean() + 0.2 * by_hand(reference.projector(states[1]), states[3]))
-    got = gradients(model, model(tokens).square().mean() + sync.loss())
     assert_same(got, wanted)
 
 
