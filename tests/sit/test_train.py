@@ -443,7 +443,9 @@ step = Trainer.step
 def slow(self, *batch):
     step(self, *batch)
     print("step", self.steps_done, flush=True)
-    time.sleep(float(sys.argv[1]))
+    end = time.monotonic() + float(sys.argv[1])
+    while time.monotonic() < end:  # a signal just before a long sleep would be handled only after it
+        time.sleep(0.01)
 Trainer.step = slow
 sys.exit(cli.main(sys.argv[2:]))
 """
