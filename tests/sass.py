@@ -44,11 +44,13 @@ def _batch(sass):
     return max(map(len, re.findall("L+", order)), default=0)
 
 
-def inspect(cubin):
-    """Every kernel of the cubin file at `cubin`."""
+def inspect(binary, capability=None):
+    """Every kernel of a cubin, or those that a shared library holds for the cards of `capability`."""
+    selection = [] if capability is None else ["-arch", f"sm_{capability}"]
 
     def dump(option):
-        return subprocess.run([find_cuobjdump(), option, cubin], capture_output=True, text=True, check=True).stdout
+        command = [find_cuobjdump(), option, *selection, binary]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
     usage = {
         name: (int(registers), int(stack) + int(local))
