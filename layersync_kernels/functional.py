@@ -17,6 +17,8 @@ from .ops.gated_residual_norm.groups import as_groups, in_equal_groups
 from .ops.gelu import gelu_mlp as _gelu_mlp
 from .ops.gelu import gelu_mlp_reference, linear_gelu_reference
 from .ops.gelu import linear_gelu as _linear_gelu
+from .ops.spatial_norm import spatial_norm as _spatial_norm
+from .ops.spatial_norm import spatial_norm_reference
 
 __all__ = [
     "Seam",
@@ -31,6 +33,7 @@ __all__ = [
     "modulated_layer_norm",
     "modulated_rms_norm",
     "self_attention",
+    "spatial_norm",
 ]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -578,3 +581,49 @@ def _linear_inputs(
     if len(dtypes) > 1:
         raise TypeError(f"{op}: x, weights and biases must have one dtype outside autocast, got {dtypes}")
     return x.reshape(-1, x.shape[-1]), weights, biases, _dispatch.resolve(backend, device, x.dtype)
+
+
+def spatial_norm(x: Tensor, *, alpha: float = 1.0, eps: float = 1e-6, backend: str = "auto") -> Tensor:
+    """Takes from a teacher what the tokens of a sample share, channel by channel: its z-score over the tokens.
+
+    (x - alpha·mean) / (std + eps), with mean and unbiased standard deviation over the tokens of each sample, in fp32
+    and free of cancellation. One read and one write of x.
+
+    Args:
+        x: (..., N, D) tokens of a teacher, usually (B, N, D); float32, bfloat16 or float16, and float64 through the
+            reference. It counts as a constant: where a gradient is asked for, the reference runs. The last dimension
+            should be contiguous, samples and tokens may have any stride (tokens behind a class token cost no copy).
+        alpha: how much of the mean goes.
+        eps: added to the standard deviation; at least 1e-12.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        Like x, rounded once. Where all tokens are equal, (1 - alpha)·x / eps. A NaN or infinity makes a NaN of its
+        channel in its sample.
+
+    Raises:
+        ValueError: a single token, which has no standard deviation; eps below 1e-12.
+        TypeError: a tensor that is not floating point.
+        RuntimeError: a backend that was asked for and cannot run.
+
+    Source: iREPA (Singh et al. 2025, arXiv:2512.10794), its spatial normalisation.
+    """
+    _check_tokens("spatial_norm", "x", x)
+    if x.dim() < 2:
+        raise ValueError(f"spatial_norm: x must have the shape (..., N, D), got {tuple(x.shape)}")
+    if x.shape[-2] == 1:
+        raise ValueError(
+            f"spatial_norm: one token has no standard deviation, got x {tuple(x.shape)}; "
+            "expected (..., N, D) with N > 1. Leave the normalisation out for pooled features"
+        )
+    if not eps >= 1e-12:
+        raise ValueError(f"spatial_norm: eps must be at least 1e-12, got {eps}")
+    name = _dispatch.resolve(backend, x.device.type, x.dtype)
+    if x.numel() == 0:
+        return x.clone()
+    samples = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
+    if name == "reference" or (x.requires_grad and torch.is_grad_enabled()):
+        result = spatial_norm_reference(samples, alpha, eps)
+    else:
+        result = _spatial_norm(samples, alpha, eps, name)
+    return result if x.dim() == 3 else result.reshape(x.shape)

@@ -18,6 +18,7 @@ from layersync_kernels.ops import _triton
 from layersync_kernels.ops.cosine_alignment import triton as cosine_alignment
 from layersync_kernels.ops.gated_residual_norm import triton as gated_residual_norm
 from layersync_kernels.ops.gelu import triton as gelu
+from layersync_kernels.ops.spatial_norm import triton as spatial_norm
 
 from .sass import inspect
 
@@ -96,11 +97,16 @@ def run_gelu(dtype, width):
     gelu.backward(preactivation, preactivation, True, True)
 
 
+def run_spatial_norm(dtype, width):
+    spatial_norm.spatial_norm(torch.zeros(2, 65, width, dtype=dtype)[:, 1:], 1.0, 1e-6)
+
+
 CASES = {
     "cosine_alignment": (cosine_alignment, run_cosine_alignment),
     "gated_residual_norm": (gated_residual_norm, run_gated_residual_norm),
     "gated_residual_norm_aligned": (gated_residual_norm, run_gated_residual_norm_aligned),
     "gelu": (gelu, run_gelu),
+    "spatial_norm": (spatial_norm, run_spatial_norm),
 }
 
 

@@ -38,7 +38,7 @@ def needed_in_flight(kernel):
 
 # ---- CUDA C++
 
-OPS = {"cosine_alignment": "cosine_", "gated_residual_norm": "gated_", "gelu": "gelu_"}
+OPS = {"cosine_alignment": "cosine_", "gated_residual_norm": "gated_", "gelu": "gelu_", "spatial_norm": "spatial_"}
 """Op → how the names of its kernels begin."""
 
 
@@ -153,6 +153,7 @@ NORM_CASES = [
 GELU_CASES = [
     ["gelu", capability, dtype, 4608] for capability, dtype in ((80, BF16), (90, BF16), (90, FP32), (100, BF16))
 ]
+SPATIAL_CASES = [["spatial_norm", 90, dtype, 768] for dtype in (BF16, FP32)]
 
 
 def compile_triton(cases, cache):
@@ -166,7 +167,7 @@ def compile_triton(cases, cache):
 @pytest.fixture(scope="module")
 def triton_kernels(tmp_path_factory):
     pytest.importorskip("triton")
-    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES]
+    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *SPATIAL_CASES]
     halves = cases[::2], cases[1::2]
     caches = [tmp_path_factory.mktemp("triton") for _ in halves]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -181,7 +182,7 @@ def kernels_of(reports, case):
             for accesses in ("loads", "stores"):
                 report[accesses] = {int(bits): count for bits, count in report[accesses].items()}
             kernels[report["name"]] = Kernel(**{field: report[field] for field in Kernel._fields})
-    return kernels["forward_kernel"], kernels["backward_kernel"]
+    return kernels["forward_kernel"], kernels.get("backward_kernel")
 
 
 def sixteen_byte_values(*dtypes):
@@ -253,3 +254,27 @@ def test_triton_kernels_that_finish_sums_compile(triton_kernels):
     reports = [report for report in triton_kernels if report["name"] in ("finish_kernel", "sum_kernel")]
     assert {report["name"] for report in reports} == {"finish_kernel", "sum_kernel"}
     assert all(report["spills"] == 0 for report in reports)
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", SPATIAL_CASES, ids=name_of)
+def test_triton_spatial_norm_neither_spills_nor_uses_narrow_accesses(triton_kernels, case):
+    kernel, _ = kernels_of(triton_kernels, case)
+    assert kernel.spills == 0, kernel
+    assert narrow(kernel.loads) == narrow(kernel.stores) == 0, kernel
+
+
+@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc: set CUDA_HOME to a CUDA toolkit")
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_spatial_norm_neither_spills_nor_uses_narrow_accesses(cuda_kernels, capability):
+    kernels = cuda_kernels("spatial_norm", capability)
+    assert len(kernels) == 3 * 2
+    for kernel in kernels:
+        assert kernel.spills == 0, kernel
+        if "Li1E" in kernel.name:
+            continue  # rows that are not aligned
+        # The first token, and a batch in each of three passes, of which two read from the caches.
+        assert kernel.loads == {128: 1 + 3 * 4}, kernel
+        assert kernel.stores == {128: 4}, kernel
+        assert bytes_in_flight(kernel) >= BYTES_IN_FLIGHT, kernel

@@ -1,6 +1,7 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
 #include "../common/vec_exp.inl"
 #include "../common/vec_put.inl"
+#include "../common/vec_tail.inl"
 
 constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi)
 constexpr float kKappa = 0.044715f;
@@ -15,21 +16,6 @@ inline Vec gelu_sigmoid(Vec decay) { return div(broadcast(1), add(broadcast(1), 
 
 // u^2, bounded where GELU is u or 0 to all digits: an infinite slope times the 0 that 1 - s is there would be a NaN.
 inline Vec gelu_square(Vec u) { return min(broadcast(1e30f), mul(u, u)); }
-
-// A vector whose first `count` lanes come from memory; the others are 0.
-template <class T>
-inline Vec load_first(const T* p, int64_t count) {
-  T lanes[Vec::size] = {};
-  for (int64_t i = 0; i < count; ++i) lanes[i] = p[i];
-  return load(lanes);
-}
-
-template <class T>
-inline void store_first(T* p, Vec v, int64_t count) {
-  T lanes[Vec::size];
-  store(lanes, v);
-  for (int64_t i = 0; i < count; ++i) p[i] = lanes[i];
-}
 
 template <class T, bool streaming>
 void forward_range(const GeluForwardArgs& args, int64_t first_row, int64_t last_row) {

@@ -62,6 +62,10 @@ def _eager_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
 
 
+def _eager_spatial_norm(x: Tensor) -> Tensor:
+    return (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-6)
+
+
 _HEAD = 64
 _TOKENS = 256
 
@@ -100,6 +104,9 @@ OPS = {
         _eager_mlp, functional.gelu_mlp, lambda m, d: [(*_samples(m), d), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     ),
     "self_attention": Op(_eager_attention, _fused_attention, lambda m, d: [(*_samples(m), 3 * d)]),
+    "spatial_norm": Op(
+        _eager_spatial_norm, functional.spatial_norm, lambda m, d: [(*_samples(m), d)], constants=1, moved=(2, 0)
+    ),
 }
 
 
@@ -135,6 +142,12 @@ class Case:
     def repeats(self) -> int:
         """Calls that are timed together: one, or as many as make a tiny case outlast the clock and cold caches."""
         return 1 if self.rows * self.width >= 1 << 16 else 100
+
+    @property
+    def modes(self) -> tuple[str, ...]:
+        """What can be timed: an op on constants alone has no backward pass."""
+        op = OPS[self.op]
+        return MODES if len(op.inputs(self.rows, self.width)) > op.constants else ("forward",)
 
     def ideal_bytes(self, mode: str) -> int | None:
         """Bytes that an ideal kernel reads and writes, where memory is what limits it."""
@@ -227,12 +240,14 @@ _CPU = (
     ("modulated_layer_norm", ((4096, 1152), (2048, 384))),
     ("gelu_mlp", ((2048, 384),)),
     ("self_attention", ((2048, 384),)),
+    ("spatial_norm", ((16384, 768),)),
 )
 _CUDA = (
     ("gated_residual_norm", ((65536, 1152), (16384, 1152))),
     ("cosine_alignment", ((65536, 1152), (16384, 1152), (65536, 768), (65536, 384), (2, 8))),
     ("modulated_layer_norm", ((65536, 1152),)),
     ("gelu_mlp", ((16384, 1152),)),
+    ("spatial_norm", ((65536, 768),)),
 )
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32, torch.float16)}
 

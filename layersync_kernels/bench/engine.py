@@ -131,7 +131,8 @@ def check(case: Case, function: Function) -> str | None:
 
     def run(f: Function, given: Sequence[Tensor]) -> list[Tensor]:
         outputs = _outputs(f, given)
-        gradients = torch.autograd.grad(outputs, [x for x in given if x.requires_grad], _gradients_of(outputs))
+        wanted = [x for x in given if x.requires_grad]
+        gradients = torch.autograd.grad(outputs, wanted, _gradients_of(outputs)) if wanted else ()
         return [*(x.detach() for x in outputs), *gradients]
 
     truth = run(exact(case), wide)
@@ -228,7 +229,7 @@ def measure(
     Args:
         case: what to compute.
         providers: names of `cases.PROVIDERS`.
-        modes: of "forward", "backward", "both".
+        modes: of "forward", "backward", "both"; those that the case does not have are left out.
         rounds: measured rounds of each mode; every provider is timed once in a round.
         warmup: rounds that are not counted.
         seconds: about how long one mode may take; ends its rounds early, but not before the fifth.
@@ -261,7 +262,7 @@ def measure(
     target = torch.empty_like(source)
     timer = _Timer(case.device)
     saved = {name: saved_bytes(function, first) for name, function in functions.items()}
-    for mode in modes:
+    for mode in [mode for mode in modes if mode in case.modes]:
         times: dict[str, list[float]] = {name: [] for name in ("copy", *functions)}
         peaks: dict[str, int] = {}
         began = time.perf_counter()

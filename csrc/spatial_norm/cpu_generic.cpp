@@ -1,0 +1,15 @@
+#include "cpu_kernels.h"
+
+#include <cmath>
+#include <cstring>
+#include <type_traits>
+
+#include "../common/types.h"
+
+namespace layersync {
+namespace generic {
+#include "../common/vec_generic.h"
+#include "cpu_kernels.inl"
+}  // namespace generic
+const SpatialNormKernels spatial_norm_kernels_generic = generic::kernels;
+}  // namespace layersync
