@@ -60,7 +60,7 @@ def test_any_stride(backend, view):
     assert torch.equal(run(STRIDED[view](x), backend), run(STRIDED[view](x).contiguous(), backend))
 
 
-def test_tokens_behind_a_class_token_are_not_copied(monkeypatch):
+def test_tokens_behind_a_class_token_are_not_copied():
     x = torch.randn(64, 65, 512)[:, 1:]
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         spatial_norm(x, backend="auto")
@@ -123,9 +123,7 @@ def test_large_outputs_are_those_of_their_samples(dtype, width, poisoned_memory)
 
 @pytest.mark.parametrize("backend", ALL)
 def test_a_gradient_goes_through_the_reference(backend):
-    x = torch.randn(
-        2, 5, 3, dtype=torch.float64 if backend == "reference" else torch.float32, device=device_of(backend)
-    )
+    x = torch.randn(2, 5, 3, device=device_of(backend))
     leaf = x.clone().requires_grad_()
     output = spatial_norm(leaf, backend=backend)
     (gradient,) = torch.autograd.grad(output.square().sum(), leaf)
@@ -141,13 +139,15 @@ def test_opcheck_and_fullgraph(backend):
     x = torch.randn(2, 6, 8, device=device_of(backend))
     torch.library.opcheck(op.SPATIAL_NORM[backend], (x[:, 1:], 0.6, 1e-6))
     torch._dynamo.reset()
-    compiled = torch.compile(
-        lambda x: spatial_norm(2 * x, backend=backend), fullgraph=True, backend="aot_eager", dynamic=True
-    )
+
+    def step(x):
+        return spatial_norm(2 * x, backend=backend)
+
+    compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch, tokens in ((2, 3), (4, 5), (6, 7)):
             x = torch.randn(batch, tokens, 8, device=device_of(backend))
-            assert torch.equal(compiled(x), spatial_norm(2 * x, backend=backend))
+            assert torch.equal(compiled(x), step(x))
 
 
 def test_bad_input_is_an_error_that_says_what_to_do():
@@ -170,6 +170,6 @@ def test_bad_input_is_an_error_that_says_what_to_do():
                     op.SPATIAL_NORM[backend](bad.to(device), 1.0, 1e-6)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
-def test_lower_instruction_sets(isa):
-    run_on_lower_instruction_set(isa, __file__, "cpp and (tokens_and_channels or magnitude)")
+def test_a_lower_instruction_set():
+    """Of two vectors with eight lanes the one that is not plain C++."""
+    run_on_lower_instruction_set("avx2", __file__, "cpp and (tokens_and_channels or magnitude)")

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._rows import as_rows
 from .._triton import device_of, load_tile, operand, store_tile
 
 _SHRINK = tl.constexpr(2.0**-80)
@@ -89,18 +90,18 @@ def spatial_norm(x: Tensor, alpha: float, eps: float) -> Tensor:
     y = x.new_empty(x.shape)
     if x.numel() == 0:
         return y
-    rows = operand(x)
-    x = rows.tensor
+    x = as_rows(x).tensor  # a copy where its channels are not dense
+    vector = operand(x).vector
     with device_of(x):
         forward_kernel[(triton.cdiv(width, _BLOCK) * samples,)](
             x,
             y,
             tokens,
-            x.stride(0) // rows.vector,
-            x.stride(1) // rows.vector,
+            x.stride(0) // vector,
+            x.stride(1) // vector,
             1 - alpha,
             eps,
-            VECTOR=rows.vector,
+            VECTOR=vector,
             WIDTH=width,
             ROWS=_ROWS,
             BLOCK=_BLOCK,
