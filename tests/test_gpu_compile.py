@@ -264,7 +264,6 @@ def test_triton_spatial_norm_neither_spills_nor_uses_narrow_accesses(triton_kern
     assert narrow(kernel.loads) == narrow(kernel.stores) == 0, kernel
 
 
-@pytest.mark.skipif(find_nvcc() is None, reason="no nvcc: set CUDA_HOME to a CUDA toolkit")
 @needs_cuobjdump
 @pytest.mark.parametrize("capability", CAPABILITIES)
 def test_spatial_norm_neither_spills_nor_uses_narrow_accesses(cuda_kernels, capability):
