@@ -17,7 +17,7 @@ from .ops.gated_residual_norm.groups import as_groups, in_equal_groups
 from .ops.gelu import gelu_mlp as _gelu_mlp
 from .ops.gelu import gelu_mlp_reference, linear_gelu_reference
 from .ops.gelu import linear_gelu as _linear_gelu
-from .ops.projected_alignment import projected_alignment_reference
+from .ops.projected_alignment import projected_alignment, projected_alignment_reference
 
 __all__ = [
     "Seam",
@@ -232,7 +232,7 @@ def projected_alignment_loss(
     Source: the alignment term of REPA (Yu et al. 2024, arXiv:2410.06940) with the last layer of its projector.
     """
     op = "projected_alignment_loss"
-    rows, (projection,), (offset,), name = _linear_inputs(op, hidden, (weight,), (bias,), backend, "hidden")
+    x, (projection,), (offset,), name = _linear_inputs(op, hidden, (weight,), (bias,), backend, "hidden")
     _check_tokens(op, "teacher", teacher, hidden, "hidden")
     _check_reduction(op, reduction, eps)
     if teacher.shape[-1] != weight.shape[0]:
@@ -251,7 +251,11 @@ def projected_alignment_loss(
         row_weight = _row_weights(op, hidden, mask, token_weight)
     if teacher.dtype == torch.float64:
         name = _dispatch.resolve(backend, hidden.device.type, torch.float64)
-    return projected_alignment_reference(hidden, weight, bias, teacher, row_weight, eps, reduction)
+    if name == "reference" or hidden.numel() == 0 or teacher.numel() == 0:
+        return projected_alignment_reference(hidden, weight, bias, teacher, row_weight, eps, reduction)
+    if row_weight is not None:
+        row_weight = row_weight.to(torch.float32).expand(hidden.shape[:-1]).reshape(-1).contiguous()
+    return projected_alignment(x, projection, offset, teacher, row_weight, eps, reduction, name)
 
 
 class Tap(NamedTuple):
@@ -573,9 +577,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backen
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, tanh form.
     """
-    rows, (weight,), (bias,), name = _linear_inputs("linear_gelu", x, (weight,), (bias,), backend)
-    if name == "reference" or rows.numel() == 0:
+    x, (weight,), (bias,), name = _linear_inputs("linear_gelu", x, (weight,), (bias,), backend)
+    if name == "reference" or x.numel() == 0:
         return linear_gelu_reference(x, weight, bias)
+    rows = x.reshape(-1, x.shape[-1])
     return _linear_gelu(rows, weight, bias, name).view(*x.shape[:-1], weight.shape[0])
 
 
@@ -604,11 +609,12 @@ def gelu_mlp(
     Returns:
         (..., O).
     """
-    rows, (weight1, weight2), (bias1, bias2), name = _linear_inputs(
+    x, (weight1, weight2), (bias1, bias2), name = _linear_inputs(
         "gelu_mlp", x, (weight1, weight2), (bias1, bias2), backend
     )
-    if name == "reference" or rows.numel() == 0:
+    if name == "reference" or x.numel() == 0:
         return gelu_mlp_reference(x, weight1, bias1, weight2, bias2)
+    rows = x.reshape(-1, x.shape[-1])
     return _gelu_mlp(rows, weight1, bias1, weight2, bias2, name).view(*x.shape[:-1], weight2.shape[0])
 
 
@@ -620,10 +626,7 @@ def _linear_inputs(
     backend: str,
     name: str = "x",
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], str]:
-    """Check the inputs of a chain of linear layers, cast them as autocast does, and flatten x to rows.
-
-    `name` is what the caller calls x.
-    """
+    """Check the inputs of a chain of linear layers and cast them as autocast does. `name` is what x is called."""
     _check_tokens(op, name, x)
     width = x.shape[-1]
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
@@ -651,4 +654,4 @@ def _linear_inputs(
     dtypes = {t.dtype for t in (x, *weights, *biases) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"{op}: {name}, weights and biases must have one dtype outside autocast, got {dtypes}")
-    return x.reshape(-1, x.shape[-1]), weights, biases, _dispatch.resolve(backend, device, x.dtype)
+    return x, weights, biases, _dispatch.resolve(backend, device, x.dtype)
