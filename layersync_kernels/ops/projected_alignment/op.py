@@ -26,9 +26,16 @@ from ..cosine_alignment.op import BACKWARD, FORWARD, REDUCTIONS
 
 _NONE, _MEAN, _SUM = (REDUCTIONS[name] for name in ("none", "mean", "sum"))
 
-# Rows of a chunk. On the CPU (2 cores of a Zen 4, 1152 -> 768) GEMMs of 1024 rows are as fast as those of 8192, of 256
-# a tenth slower. On a GPU they have to fill the card: 8192 rows are 192 tiles of 128 x 256, for 132 multiprocessors.
-_CHUNK = {"cpu": 1024, "cuda": 8192}
+# Bytes of z in a chunk. On the CPU (2 cores of a Zen 4, 1152 -> 768) GEMMs of 1024 rows are as fast as those of 8192
+# in fp32, in bf16 it takes 2048. On a GPU they have to fill the card: 8192 rows of 768 halves are 192 tiles of
+# 128 x 256, for the 132 multiprocessors of an H100.
+_CHUNK_BYTES = {"cpu": 3 << 20, "cuda": 12 << 20}
+_FEWEST_ROWS = 256
+
+
+def chunk_rows(z_width: int, dtype: torch.dtype, device: str) -> int:
+    """How many rows a chunk has at most."""
+    return max(_CHUNK_BYTES[device] // (z_width * dtype.itemsize), _FEWEST_ROWS)
 
 
 def _project(
@@ -89,9 +96,14 @@ def _run(
     weight_grad: bool,
     bias_grad: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    project = functools.partial(_project, backend)
-    if backend == "triton":
+    wanted = hidden_grad or weight_grad or bias_grad
+    stored = True
+    if backend == "triton" and hidden.dtype != torch.float32:
         from .triton import project
+
+        stored = wanted
+    else:  # in fp32 the library's GEMM is the better one
+        project = functools.partial(_project, backend)
     shape, width = hidden.shape, weight.shape[0]
     tokens = min(as_rows(hidden).inner, as_rows(teacher).inner)
     hidden, teacher = _in_samples(hidden, tokens), _in_samples(teacher, tokens)
@@ -99,29 +111,27 @@ def _run(
     d_hidden = hidden.new_empty((samples, tokens, shape[-1]) if hidden_grad else (0,))
     d_weight = weight.new_empty(weight.shape if weight_grad else (0,), dtype=torch.float32)
     d_bias = weight.new_empty((width if bias_grad else 0,), dtype=torch.float32)
-    wanted = hidden_grad or weight_grad or bias_grad
     if row_weight is not None:
         row_weight = row_weight.view(samples, tokens)
     grad = torch.ones((), device=hidden.device) if grad is None else grad.reshape(samples, tokens)
     losses = []
     z: Tensor | None = None
     partial: Tensor | None = None
-    for chunk in _chunks(samples, tokens, _CHUNK[hidden.device.type]):
+    for chunk in _chunks(samples, tokens, chunk_rows(width, hidden.dtype, hidden.device.type)):
         h, t = hidden[chunk].reshape(-1, shape[-1]), teacher[chunk]
         w = None
         if row_weight is not None:
             w = row_weight[chunk].reshape(-1)
             h = h.masked_fill((w == 0).unsqueeze(-1), 0)  # may hold NaN, and 0·NaN is not 0 in dW
-        if z is None:
-            z = hidden.new_empty(t.shape)
-        rows = z.view(-1, width)[: h.shape[0]]
-        student = rows.view(t.shape)
+        if z is None and stored:
+            z = hidden.new_empty((h.shape[0], width))  # the first chunk is a largest one
+        student = None if z is None else z[: h.shape[0]].view(t.shape)
         loss, stats, scale = project(h, weight, bias, t, w, eps, reduction and _SUM, student)
         losses.append(loss)
         if not wanted:
             continue
         dz, _ = BACKWARD[backend](grad if grad.dim() == 0 else grad[chunk], student, t, w, stats, scale, True, False)
-        dz = dz.view(rows.shape)
+        dz = dz.view(-1, width)
         first = len(losses) == 1
         if hidden_grad:
             torch.mm(dz, weight, out=d_hidden[chunk].view(h.shape))
