@@ -269,7 +269,8 @@ class ProjectedAlignment(FusedFunction):
 
 
 def _recompute(ctx: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
-    return RUN[ctx.backend](*ctx.saved_tensors[:5], grad, ctx.eps, ctx.reduction, *ctx.wanted)[1:]
+    with torch.no_grad():  # under create_graph
+        return RUN[ctx.backend](*ctx.saved_tensors[:5], grad, ctx.eps, ctx.reduction, *ctx.wanted)[1:]
 
 
 def _scaled(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .._triton import cosine_of, device_of, layout_names, load_tile, operand, row_offset, store_alignment, store_tile
 from ..cosine_alignment.reference import reduce_rows
 
-_ROWS, _BLOCK, _DEPTH_BLOCK = 64, 256, 64  # 128 programs for a chunk of 8192 rows
+_ROWS, _BLOCK, _DEPTH_BLOCK = 64, 128, 64  # 128 programs for a chunk of 8192 rows; 256 columns would spill
 _EXPONENT = tl.constexpr(0x7F800000)
 _LARGEST_EXPONENT = tl.constexpr(0x7E800000)  # whose reciprocal is not subnormal
 _RECIPROCAL = tl.constexpr(0x7F000000)  # minus the bits of a power of two: those of its reciprocal
