@@ -62,6 +62,21 @@ def _eager_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
 
 
+_CRITIC = 768  # channels of ViT-B, the usual critic
+
+
+def _eager_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return eager_loss(F.linear(hidden, weight, bias), teacher)
+
+
+def _fp64_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return _fp64_loss(F.linear(hidden, weight, bias), teacher)
+
+
+def _linear_and_cosine(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return functional.layersync_loss(F.linear(hidden, weight, bias), teacher)
+
+
 _HEAD = 64
 _TOKENS = 256
 
@@ -98,6 +113,12 @@ OPS = {
     ),
     "gelu_mlp": Op(
         _eager_mlp, functional.gelu_mlp, lambda m, d: [(*_samples(m), d), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    ),
+    "projected_alignment": Op(
+        _eager_projected,
+        functional.projected_alignment_loss,
+        lambda m, d: [(*_samples(m), d), (_CRITIC, d), (_CRITIC,), (*_samples(m), _CRITIC)],
+        constants=1,
     ),
     "self_attention": Op(_eager_attention, _fused_attention, lambda m, d: [(*_samples(m), 3 * d)]),
 }
@@ -161,7 +182,7 @@ class Case:
         return drawn
 
 
-PROVIDERS = ("eager", "compile", "inductor", "cpp", "triton", "cuda")
+PROVIDERS = ("eager", "compile", "inductor", "unfused", "cpp", "triton", "cuda")
 
 
 def eager(case: Case) -> Function:
@@ -171,7 +192,7 @@ def eager(case: Case) -> Function:
 
 def exact(case: Case) -> Function:
     """The op in plain PyTorch, for fp64 inputs."""
-    return _fp64_loss if case.op == "cosine_alignment" else OPS[case.op].eager
+    return {"cosine_alignment": _fp64_loss, "projected_alignment": _fp64_projected}.get(case.op, OPS[case.op].eager)
 
 
 def provider(name: str, case: Case) -> Function:
@@ -186,6 +207,10 @@ def provider(name: str, case: Case) -> Function:
     if name == "compile":
         torch._dynamo.reset()  # a graph per case, specialised to its shape: the best that the compiler does
         return torch.compile(eager(case), dynamic=False)
+    if name == "unfused":
+        if case.op != "projected_alignment":
+            raise RuntimeError("only projected_alignment has a form of linear layer and fused loss")
+        return _linear_and_cosine
     if name == "inductor":
         return _compiled_with_pass(case)
     if name not in PROVIDERS:
@@ -226,6 +251,7 @@ _CPU = (
     ("gated_residual_norm", ((4096, 1152), (2048, 384))),
     ("modulated_layer_norm", ((4096, 1152), (2048, 384))),
     ("gelu_mlp", ((2048, 384),)),
+    ("projected_alignment", ((8192, 1152),)),
     ("self_attention", ((2048, 384),)),
 )
 _CUDA = (
@@ -233,6 +259,7 @@ _CUDA = (
     ("cosine_alignment", ((65536, 1152), (16384, 1152), (65536, 768), (65536, 384), (2, 8))),
     ("modulated_layer_norm", ((65536, 1152),)),
     ("gelu_mlp", ((16384, 1152),)),
+    ("projected_alignment", ((65536, 1152),)),
 )
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32, torch.float16)}
 
