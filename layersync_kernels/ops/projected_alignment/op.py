@@ -144,6 +144,7 @@ def _run(
         if bias_grad:
             sums = dz.sum(dim=0)  # in fp32 inside; with dtype= the CPU would convert dz first
             d_bias.copy_(sums) if first else d_bias.add_(sums)
+        del dz  # else it outlives its successor's birth, and two never share their memory
     loss, scale = _reduce(losses, row_weight, samples * tokens, reduction)
     loss = loss.view(shape[:-1] if reduction == _NONE else ())
     return loss, scale, d_hidden.view(shape if hidden_grad else (0,)), d_weight, d_bias
