@@ -18,6 +18,7 @@ from layersync_kernels.ops import _triton
 from layersync_kernels.ops.cosine_alignment import triton as cosine_alignment
 from layersync_kernels.ops.gated_residual_norm import triton as gated_residual_norm
 from layersync_kernels.ops.gelu import triton as gelu
+from layersync_kernels.ops.projected_alignment import triton as projected_alignment
 from layersync_kernels.ops.spatial_norm import triton as spatial_norm
 
 from .sass import inspect
@@ -35,7 +36,7 @@ class Recorder:
         return self.record
 
     def record(self, *args, **kwargs):
-        self.options = {name: kwargs.pop(name) for name in ("num_warps", "maxnreg") if name in kwargs}
+        self.options = {name: kwargs.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in kwargs}
         self.arguments = dict(zip(self.kernel.arg_names, args, strict=False)) | kwargs
 
     def compile(self, capability):
@@ -101,12 +102,20 @@ def run_spatial_norm(dtype, width):
     spatial_norm.spatial_norm(torch.zeros(2, 65, width, dtype=dtype)[:, 1:], 1.0, 1e-6)
 
 
+def run_projected_alignment(dtype, width):
+    hidden, weight, teacher, z = (
+        torch.zeros(n, m, dtype=dtype) for n, m in ((64, width), (768, width), *[(64, 768)] * 2)
+    )
+    projected_alignment.project(hidden, weight, z[0], teacher, torch.ones(64), 1e-6, 2, z)
+
+
 CASES = {
     "cosine_alignment": (cosine_alignment, run_cosine_alignment),
     "gated_residual_norm": (gated_residual_norm, run_gated_residual_norm),
     "gated_residual_norm_aligned": (gated_residual_norm, run_gated_residual_norm_aligned),
     "gelu": (gelu, run_gelu),
     "spatial_norm": (spatial_norm, run_spatial_norm),
+    "projected_alignment": (projected_alignment, run_projected_alignment),
 }
 
 

@@ -154,6 +154,7 @@ GELU_CASES = [
     ["gelu", capability, dtype, 4608] for capability, dtype in ((80, BF16), (90, BF16), (90, FP32), (100, BF16))
 ]
 SPATIAL_CASES = [["spatial_norm", 90, dtype, 768] for dtype in (BF16, FP32)]
+PROJECTED_CASES = [["projected_alignment", capability, BF16, 1152] for capability in CAPABILITIES]
 
 
 def compile_triton(cases, cache):
@@ -167,7 +168,7 @@ def compile_triton(cases, cache):
 @pytest.fixture(scope="module")
 def triton_kernels(tmp_path_factory):
     pytest.importorskip("triton")
-    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *SPATIAL_CASES]
+    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *PROJECTED_CASES, *SPATIAL_CASES]
     halves = cases[::2], cases[1::2]
     caches = [tmp_path_factory.mktemp("triton") for _ in halves]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -247,6 +248,14 @@ def test_triton_gelu_kernels_neither_spill_nor_use_narrow_accesses(triton_kernel
     # Half of the traffic is stores.
     assert bytes_in_flight(forward) >= BYTES_IN_FLIGHT / 2, forward
     assert bytes_in_flight(backward) >= BYTES_IN_FLIGHT / 2, backward
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", PROJECTED_CASES, ids=name_of)
+def test_triton_projection_neither_spills_nor_stores_narrowly(triton_kernels, case):
+    (kernel,) = (report for report in triton_kernels if report["case"] == case)
+    assert kernel["spills"] == 0, kernel
+    assert kernel["stores"] == {"128": 64 * 128 // (8 * 32 * 8), "32": 3}, kernel  # a tile of z, statistics
 
 
 @needs_cuobjdump

@@ -66,6 +66,21 @@ def _eager_spatial_norm(x: Tensor) -> Tensor:
     return (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-6)
 
 
+_CRITIC = 768  # channels of ViT-B, the usual critic
+
+
+def _eager_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return eager_loss(F.linear(hidden, weight, bias), teacher)
+
+
+def _fp64_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return _fp64_loss(F.linear(hidden, weight, bias), teacher)
+
+
+def _linear_and_cosine(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return functional.layersync_loss(F.linear(hidden, weight, bias), teacher)
+
+
 _HEAD = 64
 _TOKENS = 256
 
@@ -102,6 +117,12 @@ OPS = {
     ),
     "gelu_mlp": Op(
         _eager_mlp, functional.gelu_mlp, lambda m, d: [(*_samples(m), d), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    ),
+    "projected_alignment": Op(
+        _eager_projected,
+        functional.projected_alignment_loss,
+        lambda m, d: [(*_samples(m), d), (_CRITIC, d), (_CRITIC,), (*_samples(m), _CRITIC)],
+        constants=1,
     ),
     "self_attention": Op(_eager_attention, _fused_attention, lambda m, d: [(*_samples(m), 3 * d)]),
     "spatial_norm": Op(
@@ -174,7 +195,7 @@ class Case:
         return drawn
 
 
-PROVIDERS = ("eager", "compile", "inductor", "cpp", "triton", "cuda")
+PROVIDERS = ("eager", "compile", "inductor", "unfused", "cpp", "triton", "cuda")
 
 
 def eager(case: Case) -> Function:
@@ -184,7 +205,7 @@ def eager(case: Case) -> Function:
 
 def exact(case: Case) -> Function:
     """The op in plain PyTorch, for fp64 inputs."""
-    return _fp64_loss if case.op == "cosine_alignment" else OPS[case.op].eager
+    return {"cosine_alignment": _fp64_loss, "projected_alignment": _fp64_projected}.get(case.op, OPS[case.op].eager)
 
 
 def provider(name: str, case: Case) -> Function:
@@ -199,6 +220,10 @@ def provider(name: str, case: Case) -> Function:
     if name == "compile":
         torch._dynamo.reset()  # a graph per case, specialised to its shape: the best that the compiler does
         return torch.compile(eager(case), dynamic=False)
+    if name == "unfused":
+        if case.op != "projected_alignment":
+            raise RuntimeError("only projected_alignment has a form of linear layer and fused loss")
+        return _linear_and_cosine
     if name == "inductor":
         return _compiled_with_pass(case)
     if name not in PROVIDERS:
@@ -239,6 +264,7 @@ _CPU = (
     ("gated_residual_norm", ((4096, 1152), (2048, 384))),
     ("modulated_layer_norm", ((4096, 1152), (2048, 384))),
     ("gelu_mlp", ((2048, 384),)),
+    ("projected_alignment", ((8192, 1152),)),
     ("self_attention", ((2048, 384),)),
     ("spatial_norm", ((16384, 768),)),
 )
@@ -248,6 +274,7 @@ _CUDA = (
     ("modulated_layer_norm", ((65536, 1152),)),
     ("gelu_mlp", ((16384, 1152),)),
     ("spatial_norm", ((65536, 768),)),
+    ("projected_alignment", ((65536, 1152),)),
 )
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32, torch.float16)}
 

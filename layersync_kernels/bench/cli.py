@@ -31,7 +31,7 @@ class BenchConfig:
     """Where; auto: the GPU if there is one."""
     ops: tuple[str, ...] = tuple(OPS)
     """Ops to time."""
-    providers: tuple[Literal["eager", "compile", "inductor", "cpp", "triton", "cuda"], ...] = PROVIDERS  # type: ignore[assignment]
+    providers: tuple[Literal["eager", "compile", "inductor", "unfused", "cpp", "triton", "cuda"], ...] = PROVIDERS  # type: ignore[assignment]
     """Ways to compute them."""
     modes: tuple[Literal["forward", "backward", "both"], ...] = MODES  # type: ignore[assignment]
     """Passes to time."""
