@@ -273,13 +273,13 @@ class _Mlp(nn.Sequential):
     The last layer and the loss are one op. It runs inside this module, where DDP and FSDP have its parameters at hand.
     """
 
-    def forward(self, hidden: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
+    def forward(self, input: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
         *body, last = self
         for layer in body:
-            hidden = layer(hidden)
+            input = layer(input)
         if teacher is None:
-            return last(hidden)
-        return layersync_loss(last(hidden), teacher, **options)
+            return last(input)
+        return layersync_loss(last(input), teacher, **options)
 
 
 def _mlp(*widths: int) -> _Mlp:
@@ -338,7 +338,7 @@ class RepresentationAlignmentLoss(_AlignmentLoss):
         projector: a module (B, N, D) → (B, N, T) instead, or one for each pair; `nn.Identity()` where D = T.
         projector_dim: inner width of REPA's projector.
         weights: λ, one for all pairs or one each. Published: 0.5 (REPA, SRA with cosine rows, iREPA in pixels), 1.0
-            (iREPA in latents).
+            (iREPA in latents), 2.0 falling (SRA with smooth-L1).
         rows: what two tokens are compared by: "cosine" (its negative), or "smooth_l1", the mean over channels.
         beta: of smooth-L1, where its parabola ends.
         grid: (rows, columns) of the student's tokens, for "irepa" and `interpolate`. Default: square.
@@ -368,8 +368,8 @@ class RepresentationAlignmentLoss(_AlignmentLoss):
         ValueError: no blocks, one twice, unknown method or rows, no teacher_size, a number of weights or projectors
             other than of pairs, an incomplete schedule.
 
-    Source: REPA (Yu et al. 2024, arXiv:2410.06940), iREPA (Singh et al. 2025, arXiv:2512.10794), SRA (Jiang et al. 2025,
-    arXiv:2505.02831; its published code takes the cosine over tokens, channel by channel, which this does not copy).
+    Source: REPA (Yu et al. 2024, arXiv:2410.06940), iREPA (Singh et al. 2025, arXiv:2512.10794), SRA (Jiang et al.
+    2025, arXiv:2505.02831; its published code takes the cosine over the tokens of each channel, this over channels).
     """
 
     captures: tuple[Block, ...]
@@ -510,7 +510,7 @@ class RepresentationAlignmentLoss(_AlignmentLoss):
         token_weight: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         """(loss, mean cosine) of a pair."""
-        options = {"mask": mask, "token_weight": token_weight, "eps": self.eps, "backend": self.backend}
+        options: dict[str, Any] = {"mask": mask, "token_weight": token_weight, "eps": self.eps, "backend": self.backend}
         if self.rows == "cosine" and isinstance(projector, _Mlp):
             loss = projector(hidden, target, **options)
             return loss, -loss.detach()
@@ -518,7 +518,7 @@ class RepresentationAlignmentLoss(_AlignmentLoss):
         if projected.shape != target.shape:
             raise ValueError(
                 f"RepresentationAlignmentLoss: the projector of block {name} gives {tuple(projected.shape)}, the "
-                f"teacher {tuple(target.shape)}; give a projector from {hidden.shape[-1]} to {target.shape[-1]} channels"
+                f"teacher {tuple(target.shape)}; give one from {hidden.shape[-1]} to {target.shape[-1]} channels"
             )
         if self.rows == "cosine":
             loss = layersync_loss(projected, target, **options)
@@ -531,8 +531,7 @@ class RepresentationAlignmentLoss(_AlignmentLoss):
         dtype = torch.promote_types(torch.promote_types(projected.dtype, target.dtype), torch.float32)
         projected, target = projected.to(dtype), target.to(dtype)
         if mask is not None:
-            ones = torch.ones(projected.shape[:-1], dtype=dtype, device=projected.device)
-            masked = (cosine_loss(ones, mask=mask, reduction="none") == 0).unsqueeze(-1)
+            masked = ~_counting(projected, mask).unsqueeze(-1)
             projected, target = projected.masked_fill(masked, 0), target.masked_fill(masked, 0)
         rows = F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean(dim=-1)
         return cosine_loss(-rows, mask=mask, token_weight=token_weight)
@@ -567,7 +566,8 @@ class RepresentationAlignmentLoss(_AlignmentLoss):
                 )
             teacher = self._resampled(teacher, hidden.shape[1])
         if (self.check_teacher or not self._checked) and not torch.compiler.is_compiling():
-            _check_finite(teacher, name, mask)
+            # Normalised over the tokens of a sample, a masked NaN would be everywhere.
+            _check_finite(teacher, name, mask if self.spatial_norm_alpha is None else None)
         if self.spatial_norm_alpha is not None:
             teacher = _spatial_norm(teacher, self.spatial_norm_alpha)
         return teacher
@@ -596,10 +596,16 @@ def _label(pair: tuple[Block, Block]) -> str:
     return str(block) if block == teacher else f"{block}:{teacher}"
 
 
+def _counting(x: Tensor, mask: Tensor) -> Tensor:
+    """The mask, one value for each token."""
+    ones = torch.ones(x.shape[:-1], device=x.device)
+    return cosine_loss(ones, mask=mask, reduction="none") != 0
+
+
 def _check_finite(teacher: Tensor, name: str, mask: Tensor | None) -> None:
     bad = ~teacher.isfinite().all(dim=-1)
     if mask is not None:
-        bad = bad & (cosine_loss(torch.ones_like(bad, dtype=torch.float32), mask=mask, reduction="none") != 0)
+        bad = bad & _counting(teacher, mask)
     count = int(bad.sum())
     if count:
         raise ValueError(
