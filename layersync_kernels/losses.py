@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .functional import cosine_loss, layersync_loss
+from .functional import cosine_loss, layersync_loss, projected_alignment_loss
 
 __all__ = ["LayerSyncLoss", "RepresentationAlignmentLoss", "default_pair"]
 
@@ -279,7 +279,9 @@ class _Mlp(nn.Sequential):
             input = layer(input)
         if teacher is None:
             return last(input)
-        return layersync_loss(last(input), teacher, **options)
+        if type(last) is not nn.Linear:  # sharded by itself, quantised, with LoRA: its own forward knows how
+            return layersync_loss(last(input), teacher, **options)
+        return projected_alignment_loss(input, last.weight, last.bias, teacher, **options)
 
 
 def _mlp(*widths: int) -> _Mlp:
