@@ -56,7 +56,9 @@ def _affinity(rows: Tensor, rank: int, world: int, temperature: float) -> Tensor
 
 def _affinity_grad(grad: Tensor, rows: Tensor, affinity: Tensor, rank: int, world: int, temperature: float) -> Tensor:
     laplacian = -affinity
-    laplacian.diagonal(_own(rows, rank, world).start).add_(affinity.sum(dim=1))
+    diagonal = laplacian.diagonal(_own(rows, rank, world).start)
+    diagonal.zero_()  # its ones would cost small affinities their digits in the sum, and cancel
+    diagonal.copy_(-laplacian.sum(dim=1))
     laplacian *= -4 * _scale(rows, temperature) * grad
     gradient = rows.new_empty((affinity.shape[0], rows.shape[1]))
     with torch.autocast(rows.device.type, enabled=False):
