@@ -26,7 +26,7 @@ def check(hidden, **options):
     actual = run(dispersive_loss, hidden, **options)
     assert actual[0].dtype == torch.promote_types(hidden.dtype, torch.float32)
     assert actual[1].dtype == hidden.dtype
-    # The distances are differences of squares of the samples less their mean: at most 4·max‖h‖² / (K·τ) in the exponent.
+    # The exponent is a difference of squares of the samples less their mean: at most 4·max‖h‖² / (K·τ).
     spread = (hidden.double() - hidden.double().mean(dim=0)).flatten(1).square().mean(dim=1).max().item()
     exponent = max(1.0, 4 * spread / options.get("temperature", 1.0))
     assert_as_exact_as(actual[0], baseline[0], truth[0], terms=exponent)
@@ -134,7 +134,7 @@ def test_bad_input_is_explained():
     for temperature in (0, -1.0, math.nan):
         with pytest.raises(ValueError, match="temperature must be positive, got"):
             dispersive_loss(x, temperature=temperature)
-    with pytest.raises(TypeError, match="must be float32, bfloat16, float16 or float64, got torch.int64"):
+    with pytest.raises(TypeError, match=r"must be float32, bfloat16, float16 or float64, got torch\.int64"):
         dispersive_loss(x.long())
     with pytest.raises(ValueError, match="got a 0-d tensor"):
         dispersive_loss(x[0, 0])
