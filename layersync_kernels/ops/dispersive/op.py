@@ -152,7 +152,8 @@ def dispersive_loss(hidden: Tensor, temperature: float, group: dist.ProcessGroup
         return (AffinitySum.run(hidden, None, 0, 1, temperature)[0] / hidden.shape[0] ** 2).log()
     count = world * hidden.shape[0]
     everyone = hidden.new_empty((count, hidden.shape[1]))
-    dist.all_gather_into_tensor(everyone, hidden.detach().contiguous(), group=group)
+    gather_into = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.14 on
+    gather_into(everyone, hidden.detach().contiguous(), group=group)
     own = AffinitySum.run(hidden, everyone, dist.get_rank(group), world, temperature)[0]
     total = own.detach().clone()
     dist.all_reduce(total, group=group)
