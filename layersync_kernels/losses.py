@@ -534,7 +534,7 @@ class RepresentationAlignmentLoss(_AlignmentLoss):
         projected, target = projected.to(dtype), target.to(dtype)
         if mask is not None:
             masked = ~_counting(projected, mask).unsqueeze(-1)
-            projected, target = projected.masked_fill(masked, 0), target.masked_fill(masked, 0)
+            projected = projected.masked_fill(masked, 0)  # and so its gradient, which 0·NaN would spoil
         rows = F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean(dim=-1)
         return cosine_loss(-rows, mask=mask, token_weight=token_weight)
 
