@@ -64,7 +64,7 @@ def test_any_layout(layout):
 
 
 def test_affinities_of_samples_far_apart():
-    """A distance is a difference of large squares: it may lose digits, but no affinity exceeds 1, that to itself."""
+    """A distance is a difference of large squares: digits may go, but no affinity exceeds 1, that to itself is 1."""
     x = 1e3 * torch.randn(4, 5000)
     assert dispersive_loss(x).item() == pytest.approx(-math.log(4))
     assert op.AFFINITY(x.repeat_interleave(3, dim=0), 0, 1, 1.0).max() == 1
