@@ -2,13 +2,14 @@
 
 from .functional import layersync_loss
 from .integrate import LayerSync, apply_layersync_kernels
-from .losses import LayerSyncLoss, default_pair
+from .losses import LayerSyncLoss, RepresentationAlignmentLoss, default_pair
 
 __version__ = "0.1.0"
 
 __all__ = [
     "LayerSync",
     "LayerSyncLoss",
+    "RepresentationAlignmentLoss",
     "__version__",
     "apply_layersync_kernels",
     "default_pair",
