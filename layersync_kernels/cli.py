@@ -29,6 +29,10 @@ COMMANDS = {
     "probe": Command(
         "layersync_kernels.sit.commands:probe_main", "measure the blocks of a run or checkpoint and propose a pair"
     ),
+    "features": Command(
+        "layersync_kernels.sit.commands:features_main",
+        "run a pretrained teacher over a data set once",
+    ),
     "demo": Command(
         "layersync_kernels.sit.commands:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),

@@ -19,5 +19,9 @@ class CheckpointError(UserError, RuntimeError):
     """A checkpoint or run directory cannot be read, written, or does not fit the model."""
 
 
+class TeacherError(UserError, RuntimeError):
+    """A pretrained teacher cannot be loaded or run, or its precomputed features do not fit."""
+
+
 class TrainingDiverged(UserError, ArithmeticError):
     """The loss or the weights stopped being finite."""

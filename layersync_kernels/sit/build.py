@@ -7,8 +7,8 @@ import dataclasses
 import torch
 
 from ..errors import ConfigError
-from ..losses import LayerSyncLoss, default_pair
-from .config import LayerSyncConfig, ModelConfig, TransportConfig
+from ..losses import LayerSyncLoss, RepresentationAlignmentLoss, default_pair
+from .config import AlignConfig, LayerSyncConfig, ModelConfig, TransportConfig
 from .model import SiT, sit_models
 from .transport import Transport, create_transport
 
@@ -113,6 +113,34 @@ def build_alignment(config: LayerSyncConfig, depth: int) -> LayerSyncLoss | None
         )
     except ValueError as error:
         raise ConfigError(str(error)) from error
+
+
+def build_repa(config: AlignConfig, model: SiT, teacher: str, teacher_size: int) -> RepresentationAlignmentLoss:
+    """The loss that aligns a block of `model` with the tokens, `teacher_size` wide, of the teacher of that name.
+
+    Raises:
+        ConfigError: a block that the model does not have, or settings that clash.
+    """
+    depth, width = len(model.blocks), model.hidden_size
+    block = max(1, round(depth * 8 / 28)) if config.align_block is None else config.align_block
+    if not 1 <= block <= depth:
+        raise ConfigError(f"--align-block {block}: the model has blocks 1 to {depth}")
+    try:
+        return RepresentationAlignmentLoss(
+            width,
+            teacher_size,
+            [(block, teacher)],
+            method=config.align,
+            projector_dim=min(2048, 4 * width) if config.projector_dim is None else config.projector_dim,
+            weights=config.align_weight,
+            interpolate=True,
+            schedule=config.align_schedule,
+            start_step=config.align_start_step,
+            stop_step=config.align_stop_step,
+            every=config.align_every,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--align {config.align}: {error}") from error
 
 
 def build_transport(config: TransportConfig) -> Transport:

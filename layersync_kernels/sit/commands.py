@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import tyro
 from rich.logging import RichHandler
 from rich.table import Table
 
 from ..errors import ConfigError
+from .build import resolve_device, resolve_precision
 from .checkpoint import list_checkpoints, run_of
 from .config import (
     CONFIG,
@@ -28,9 +29,11 @@ from .config import (
     TrainConfig,
     load_config,
 )
+from .data import load_data
 from .probe import ProbeCommand, probe
 from .runlog import CURVES, console
 from .sample import SampleCommand, sample
+from .teacher import compute_features, load_teacher
 from .throughput import measure_throughput, provider_config
 from .train import Outcome, Trainer, check_run, start_run
 
@@ -143,12 +146,16 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     if trainer.data.broken:
         (out / "broken_files.txt").write_text("".join(f"{n}\t{r}\n" for n, r in trainer.data.broken.items()))
     pairs = "off" if trainer.alignment is None else trainer.alignment.extra_repr()
+    teacher = "" if trainer.repa is None else f"; {config.align.align} {trainer.repa.extra_repr()}"
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     console.print(
         f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.shape}, "
-        f"{trainer.device}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}"
+        f"{trainer.device}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
     )
     outcome = trainer.fit()
+    if trainer.teacher is not None and (share := outcome.metrics.get("teacher_share")) is not None:
+        what = "its precomputed features" if config.align.features else "running it"
+        console.print(f"the teacher {trainer.teacher.name} took {share:.1%} of a step ({what})")
     if outcome.ended == "interrupted":
         console.print(f"stopped and saved at step {outcome.step}; go on with: layersync train --out {out} --resume")
     else:
@@ -165,6 +172,53 @@ def parse_of_run(kind: type[R], argv: Sequence[str], *, command: str) -> R:
         own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if f.name in RUN_SETTINGS}
         default = dataclasses.replace(default, **own)
     return parse(kind, argv, default=default, command=command)
+
+
+@dataclass(frozen=True)
+class FeaturesCommand:
+    """Run a teacher over a data set once. Its features, for `layersync train --features`, go to the file --out."""
+
+    teacher: str = "efficientnet-lite0"
+    """efficientnet-lite0 | dinov2-vits14, -vitb14, -vitl14 | timm/NAME | hub/REPO:NAME | hub/FOLDER:NAME."""
+    out: Path = Path("features.safetensors")
+    """The file to write: fp16, N x tokens x channels; twice that with --flip, for the mirrored images."""
+    data: DataConfig = field(default_factory=DataConfig)
+    grid: int | None = None
+    """Tokens per side, where the teacher can: as many as the model to be trained has. Others are interpolated."""
+    teacher_size: int | None = None
+    """Side of the teacher's images in pixels."""
+    teacher_weights: Path | None = None
+    """Read the teacher's weights from this file, not from the network."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type; auto: bf16 where the device is faster with it, else fp32."""
+
+
+def features_main(argv: Sequence[str]) -> int:
+    """`layersync features`."""
+    start_logging()
+    command = parse(FeaturesCommand, argv, default=FeaturesCommand(), command="features")
+    if command.batch_size < 1:
+        raise ConfigError(f"--batch-size {command.batch_size}: expected at least 1")
+    device = resolve_device(command.device)
+    data = load_data(command.data, device)
+    teacher = load_teacher(
+        command.teacher, size=command.teacher_size, grid=command.grid, weights=command.teacher_weights
+    )
+    shape = compute_features(
+        teacher.to(device),
+        data,
+        command.out,
+        source=command.data.data,
+        flip=command.data.flip,
+        batch_size=command.batch_size,
+        autocast_dtype=resolve_precision(command.precision, device),
+    )
+    print(f"{command.out}: {' x '.join(map(str, shape))} features of {teacher.name}")
+    return 0
 
 
 def sample_main(argv: Sequence[str]) -> int:

@@ -106,6 +106,38 @@ class LayerSyncConfig:
 
 
 @dataclass(frozen=True)
+class AlignConfig:
+    """REPA: a block learns from the features of a pretrained network that sees the clean image. Next to LayerSync, or
+    in its place (--layersync off).
+    """
+
+    align: Literal["off", "repa", "irepa"] = "off"
+    """repa: an MLP from the block to the teacher; irepa: a 3x3 convolution, and the teacher normalised over tokens."""
+    teacher: str | None = None
+    """efficientnet-lite0 | dinov2-vits14, -vitb14, -vitl14 | timm/NAME | hub/REPO:NAME | hub/FOLDER:NAME."""
+    teacher_size: int | None = None
+    """Side of the teacher's images in pixels; None: one token per patch of the model where that is known."""
+    teacher_weights: Path | None = None
+    """Read the teacher's weights from this file, not from the network."""
+    features: Path | None = None
+    """Features that `layersync features` computed; the teacher itself is not needed then."""
+    align_block: int | None = None
+    """The block that learns, counted from 1; None: REPA's relative depth, 8 of 28."""
+    align_weight: float = 0.5
+    """Weight of the loss."""
+    align_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """How the weight goes to zero between --align-start-step and --align-stop-step."""
+    align_start_step: int = 0
+    """The schedule begins to fall here."""
+    align_stop_step: int | None = None
+    """No alignment from this step on; the teacher does not run any more either (as in HASTE)."""
+    align_every: int = 1
+    """Apply the loss every n steps only."""
+    projector_dim: int | None = None
+    """Inner width of the MLP; None: 2048, or four times the model's width where that is less."""
+
+
+@dataclass(frozen=True)
 class OptimConfig:
     """AdamW, its schedule and the average of the weights. The defaults are those of the paper."""
 
@@ -194,6 +226,7 @@ class TrainConfig:
     model: ModelConfig = field(default_factory=ModelConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
     layersync: LayerSyncConfig = field(default_factory=LayerSyncConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -214,7 +247,7 @@ class TrainConfig:
         Raises:
             ConfigError: naming the flag, its value and what it may be.
         """
-        optim, log, data = self.optim, self.log, self.data
+        optim, log, data, align = self.optim, self.log, self.data, self.align
         at_least = {
             ("steps", optim.steps): 1,
             ("batch-size", optim.batch_size): 1,
@@ -231,6 +264,8 @@ class TrainConfig:
             ("workers", data.workers): 0,
             ("seed", self.seed): 0,
             ("threads", 1 if self.threads is None else self.threads): 1,
+            ("teacher-size", 1 if align.teacher_size is None else align.teacher_size): 1,
+            ("projector-dim", 1 if align.projector_dim is None else align.projector_dim): 1,
         }
         for (flag, value), low in at_least.items():
             _require(value >= low, f"--{flag} {value}: expected at least {low}")
@@ -252,6 +287,14 @@ class TrainConfig:
         _require(
             optim.batch_size % optim.accumulate == 0,
             f"--batch-size {optim.batch_size} does not divide into --accumulate {optim.accumulate} equal passes",
+        )
+        _require(
+            align.align == "off" or align.teacher is not None or align.features is not None,
+            f"--align {align.align} needs --teacher, for instance efficientnet-lite0, or --features",
+        )
+        _require(
+            align.align != "off" or (align.teacher is None and align.features is None),
+            "--teacher and --features are used by --align repa or irepa only, which is off",
         )
         self.sampling.validate()
 

@@ -95,6 +95,17 @@ class SampleSet(ABC):
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Endless batches from position `start` of the stream: float32 (B, C, H, W) and int64 (B,)."""
 
+    @abstractmethod
+    def take(self, index: Tensor) -> Tensor:
+        """The samples of these numbers, int64 (B,) on the CPU: float32 (B, C, H, W)."""
+
+    def numbers(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """The numbers of the samples that `batches` gives, int64 (B,) on the CPU."""
+        shuffle = EpochShuffle(len(self), seed)
+        while True:
+            yield shuffle.indices(start, batch_size)
+            start += batch_size
+
 
 @dataclass(kw_only=True)
 class MemorySet(SampleSet):
@@ -122,15 +133,13 @@ class MemorySet(SampleSet):
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See `SampleSet.batches`; the batches are on the device of the samples."""
-        shuffle = EpochShuffle(len(self), seed)
-        while True:
-            index = shuffle.indices(start, batch_size).to(self.samples.device)
-            samples = self.samples[index]
-            if samples.dtype == torch.uint8:
-                yield pixels_to_unit(samples), self.labels[index]
-            else:
-                yield samples.float() * self.scale, self.labels[index]
-            start += batch_size
+        for index in self.numbers(batch_size, seed=seed, start=start):
+            yield self.take(index), self.labels[index.to(self.labels.device)]
+
+    def take(self, index: Tensor) -> Tensor:
+        """See `SampleSet.take`; on the device of the samples."""
+        samples = self.samples[index.to(self.samples.device)]
+        return pixels_to_unit(samples) if samples.dtype == torch.uint8 else samples.float() * self.scale
 
 
 class _Decoded(TorchDataset[tuple[Tensor, int, dict[str, str]]]):
@@ -200,6 +209,12 @@ class StreamingSet(SampleSet):
                     self.broken[name] = reason
                     logger.warning("skipped broken file %s (%s); %d so far", name, reason, len(self.broken))
             yield pixels_to_unit(images), labels
+
+    def take(self, index: Tensor) -> Tensor:
+        """See `SampleSet.take`. A broken file is replaced as in `batches`."""
+        decoded = _Decoded(self.source, self.shape[1], self.shape[0])
+        with ThreadPoolExecutor(max_workers=max(self.workers, 1)) as pool:
+            return pixels_to_unit(torch.stack([image for image, _, _ in pool.map(decoded.__getitem__, index.tolist())]))
 
 
 def _ignore_interrupt(_worker: int) -> None:

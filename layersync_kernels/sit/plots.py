@@ -64,7 +64,7 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     for pair in pairs:
         with_pair = [r for r in records if pair in r.get("cosine", {})]
         cosine_axes.plot([r["step"] for r in with_pair], [r["cosine"][pair] for r in with_pair], label=pair)
-    cosine_axes.set(xlabel="step", ylabel="mean cosine", title="LayerSync: student to teacher")
+    cosine_axes.set(xlabel="step", ylabel="mean cosine", title="Student to teacher")
     if pairs:
         cosine_axes.legend(title="blocks")
     for axes in (loss_axes, cosine_axes):

@@ -28,7 +28,7 @@ class PublishedTrainer(Trainer):
         super().__init__(config, data)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            self._params, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
+            self._trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
         )
 
     @torch.no_grad()

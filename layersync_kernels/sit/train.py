@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from .._memory import keep_freed_memory
-from ..errors import CheckpointError, ConfigError, TrainingDiverged
-from .build import build_alignment, build_model, build_transport, resolve_device, resolve_precision
+from ..errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingDiverged
+from ..losses import RepresentationAlignmentLoss
+from .build import build_alignment, build_model, build_repa, build_transport, resolve_device, resolve_precision
 from .checkpoint import (
     Weights,
     atomic_path,
@@ -39,8 +40,12 @@ from .data import SampleSet, load_data
 from .plots import save_grid
 from .runlog import Meter, RunLog, surviving_full_disk
 from .sample import draw
+from .teacher import Features, Teacher, TeacherClock, latent_message, load_teacher, not_finite
 
 logger = logging.getLogger(__name__)
+
+PROJECTOR = "projector"
+"""File of REPA's projector in a checkpoint, and the prefix of its parameters among the optimiser's."""
 
 
 def check_run(run_dir: Path, *, resume: bool, overwrite: bool) -> None:
@@ -101,6 +106,8 @@ class Trainer:
     Attributes:
         model, ema: the network, and the copy that holds the averaged weights (fp32, evaluation mode).
         alignment: the LayerSync loss, or None; any module with its interface can be put here.
+        teacher, repa: the pretrained network or its precomputed features, and the loss with its projector; or None.
+        teacher_clock: measures the teacher's share of the steps whose end `fit` records.
         steps_done: optimiser steps so far.
         samples_seen: position in the shuffled stream of samples.
 
@@ -133,15 +140,23 @@ class Trainer:
         self.model.to(self.device).train()
         self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
         self.alignment = build_alignment(config.layersync, len(self.model.blocks))
+        self.teacher, self.repa = None, None
+        if config.align.align != "off":
+            with torch.random.fork_rng(devices=[]):  # with REPA or without: the same numbers for everything else
+                self.teacher, self.repa = self._build_repa()
+        self.teacher_clock = TeacherClock(self.device)
         self.transport = build_transport(config.transport)
         trained = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         averaged = dict(self.ema.named_parameters())
         self._names = [name for name, _ in trained]
         self._params: list[Tensor] = [p for _, p in trained]
         self._averages: list[Tensor] = [averaged[name] for name in self._names]
+        projector = [] if self.repa is None else list(self.repa.named_parameters(prefix=PROJECTOR))
+        self._names += [name for name, _ in projector]
+        self._trained: list[Tensor] = self._params + [p for _, p in projector]
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            self._params,
+            self._trained,
             lr=optim.lr,
             betas=optim.betas,
             weight_decay=optim.weight_decay,
@@ -158,6 +173,23 @@ class Trainer:
         self._earlier_seconds = 0.0
         self._started: float | None = None
         self._unchecked: list[Tensor] = []  # the loss of each step since `check_finite`, still on the device
+        self._unchecked_teacher: list[Tensor] = []  # a sum of the teacher's tokens, likewise
+
+    def _build_repa(self) -> tuple[Teacher | Features, RepresentationAlignmentLoss]:
+        align, data = self.config.align, self.data
+        teacher: Teacher | Features
+        if align.features is not None:
+            teacher = Features(align.features, data, teacher=align.teacher, flip=self.config.data.flip)
+            width = teacher.width
+        elif data.latent:
+            raise DataError(latent_message(self.config.data.data))
+        else:
+            assert align.teacher is not None  # `validate` has seen to that
+            grid = data.shape[1] // self.model.patch_size
+            teacher = load_teacher(align.teacher, size=align.teacher_size, grid=grid, weights=align.teacher_weights)
+            teacher.to(self.device)
+            width = teacher.width(data.take(torch.arange(min(2, len(data)))).to(self.device))
+        return teacher, build_repa(align, self.model, teacher.name, width).to(self.device)
 
     @property
     def seconds(self) -> float:
@@ -183,27 +215,39 @@ class Trainer:
             rate *= 0.5 * (1 + math.cos(math.pi * self.fraction))
         return rate
 
-    def step(self, samples: Tensor, labels: Tensor) -> None:
-        """One optimiser step; nothing is read from the device.
+    def step(self, samples: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
+        """One optimiser step; nothing is read from the device, except where precomputed features of flipped samples
+        are looked up.
 
         Args:
             samples: float32 (B, C, H, W), B a multiple of `accumulate`.
             labels: int64 (B,).
+            index: int64 (B,) numbers of the samples, for precomputed features.
         """
         optim = self.config.optim
         for group in self.optimizer.param_groups:
             group["lr"] = self.learning_rate()
+        mirrored = None
         if self.config.data.flip:
             mirrored = torch.rand(len(samples), 1, 1, 1, device=self.device, generator=self.generator) < 0.5
             samples = torch.where(mirrored, samples.flip(3), samples)
         alignment = self.alignment
         if alignment is not None and not alignment.active(self.steps_done):
             alignment = None
+        repa = self.repa
+        if repa is not None and not repa.active(self.steps_done):
+            repa = None
+        capture: list[Any] = []
+        for loss in (alignment, repa):
+            if loss is not None:
+                blocks = loss.captures if self.model.kernels == "fused" else loss.layers
+                capture += [block for block in blocks if block not in capture]
+        targets = self._targets(samples, index, mirrored)
         step_loss = torch.zeros((), device=self.device)
         for x, y in zip(samples.chunk(optim.accumulate), labels.chunk(optim.accumulate), strict=True):
             inputs: dict[str, Any] = {"y": y}
-            if alignment is not None:
-                inputs["capture"] = alignment.captures if self.model.kernels == "fused" else alignment.layers
+            if capture:
+                inputs["capture"] = capture
             with torch.autocast(self.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
                 terms = self.transport.training_losses(self.model, x, inputs, generator=self.generator)
                 loss = terms["loss"].mean()
@@ -211,6 +255,10 @@ class Trainer:
                 if alignment is not None:
                     aligned = alignment(terms["states"], step=self.steps_done)
                     total = loss + aligned
+                if repa is not None:
+                    target = next(targets)
+                    repa_loss = self._repa_loss(repa, terms["states"], target)
+                    total = total + repa_loss
             self.scaler.scale(total / optim.accumulate).backward()
             step_loss = step_loss + total.detach()
             self.meter.add("loss", loss)
@@ -218,9 +266,14 @@ class Trainer:
                 self.meter.add("align_loss", aligned)
                 for pair, cosine in alignment.cosine.items():
                     self.meter.add(f"cosine/{pair}", cosine)
+            if repa is not None:
+                self._unchecked_teacher.append(target.float().sum())
+                self.meter.add("repa_loss", repa_loss)
+                for pair, cosine in repa.cosine.items():
+                    self.meter.add(f"cosine/{pair}", cosine)
         if optim.clip_norm is not None:
             self.scaler.unscale_(self.optimizer)
-            self.meter.add("grad_norm", torch.nn.utils.clip_grad_norm_(self._params, optim.clip_norm))
+            self.meter.add("grad_norm", torch.nn.utils.clip_grad_norm_(self._trained, optim.clip_norm))
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
@@ -228,6 +281,27 @@ class Trainer:
         self.steps_done += 1
         self.samples_seen += len(samples)
         self._unchecked.append(step_loss)
+
+    def _targets(self, samples: Tensor, index: Tensor | None, mirrored: Tensor | None) -> Iterator[Tensor]:
+        """The teacher's tokens of the batch, pass by pass."""
+        passes = self.config.optim.accumulate
+        if isinstance(self.teacher, Features):
+            if index is None:
+                raise ValueError("Trainer.step: precomputed features need the numbers of the samples; give index=")
+            with self.teacher_clock.measure():
+                tokens = self.teacher.tokens(index, mirrored).to(self.device, non_blocking=True)
+            yield from tokens.chunk(passes)
+        elif self.teacher is not None:
+            for x in samples.chunk(passes):
+                with self.teacher_clock.measure():
+                    tokens = self.teacher(x)
+                yield tokens
+
+    def _repa_loss(self, repa: RepresentationAlignmentLoss, states: dict[Any, Any], target: Tensor) -> Tensor:
+        try:
+            return repa(states, target, step=self.steps_done)
+        except ValueError as error:  # token counts that cannot be interpolated; NaN in the very first call
+            raise TeacherError(f"the teacher {repa.pairs[0][1]} does not fit: {error}") from error
 
     @torch.no_grad()
     def _average(self) -> None:
@@ -244,16 +318,26 @@ class Trainer:
             TrainingDiverged: naming the step and the last good checkpoint.
         """
         losses, self._unchecked = self._unchecked, []
+        sums, self._unchecked_teacher = self._unchecked_teacher, []
         bad = [] if not losses else torch.stack(losses).isfinite().logical_not().nonzero().flatten().tolist()
         if bad:
             what = f"the loss was not finite at step {self.steps_done - len(losses) + bad[0] + 1}"
-        elif not torch.stack(torch._foreach_norm([*self._params, *self._averages])).isfinite().all():
+            if self.teacher is not None and sums and not torch.stack(sums).isfinite().all():
+                raise TrainingDiverged(
+                    f"{what}: {not_finite(self.teacher.name)}; check its weights and features, or use --precision fp32 "
+                    f"or bf16; {self._last_good()}"
+                )
+        elif not torch.stack(torch._foreach_norm([*self._trained, *self._averages])).isfinite().all():
             what = f"the weights were not finite after step {self.steps_done}"
         else:
             return
+        raise TrainingDiverged(
+            f"{what}; {self._last_good()}. Lower --lr, set --clip-norm 1, or use --precision fp32 or bf16"
+        )
+
+    def _last_good(self) -> str:
         checkpoints = list_checkpoints(self.run_dir) if self.run_dir else []
-        kept = f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been saved yet"
-        raise TrainingDiverged(f"{what}; {kept}. Lower --lr, set --clip-norm 1, or use --precision fp32 or bf16")
+        return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been saved yet"
 
     def save(self) -> Path:
         """Writes a checkpoint, unless something is not finite.
@@ -274,6 +358,8 @@ class Trainer:
             "optimizer": optimizer_tensors(self.optimizer, self._names),
             "rng": rng,
         }
+        if self.repa is not None:
+            tensors[PROJECTOR] = self.repa.state_dict()
         state = {
             "step": self.steps_done,
             "samples_seen": self.samples_seen,
@@ -300,6 +386,11 @@ class Trainer:
         }
         fill_model(self.model, Weights(files["model"], checkpoint / "model.safetensors"))
         fill_model(self.ema, Weights(files["ema"], checkpoint / "ema.safetensors"))
+        if self.repa is not None:
+            path = checkpoint / f"{PROJECTOR}.safetensors"
+            if not path.is_file():
+                raise CheckpointError(f"{checkpoint} was trained without a teacher; resume it with --align off")
+            fill_model(self.repa, Weights(read_tensors(path), path))
         try:
             load_optimizer(self.optimizer, self._names, files["optimizer"])
             self.scaler.load_state_dict(state["scaler"])
@@ -325,12 +416,14 @@ class Trainer:
         last_record, recorded_step = time.monotonic(), self.steps_done
         metrics: dict[str, Any] = {}
         done = self.fraction >= 1
-        batches = self.data.batches(optim.batch_size, seed=config.seed, start=self.samples_seen)
+        batches = self._batches()
         log = RunLog(self.run_dir, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
         with stop_signals() as stop_asked, log:
             while not (done or stop_asked()):
-                samples, labels = next(batches)
-                self.step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+                batch = next(batches)
+                recorded = (self.steps_done + 1) % config.log.log_every == 0 or self.steps_done + 1 == optim.steps
+                with self.teacher_clock.step() if recorded and self.teacher is not None else contextlib.nullcontext():
+                    self.step(*batch)
                 done = self.fraction >= 1
                 log.advance(self.steps_done, self.fraction)
                 if done or self.steps_done % config.log.log_every == 0:
@@ -361,6 +454,14 @@ class Trainer:
         self._earlier_seconds, self._started = self.seconds, None
         return Outcome(self.steps_done, "finished" if done else "interrupted", self.seconds, metrics)
 
+    def _batches(self) -> Iterator[tuple[Tensor, ...]]:
+        """What `step` takes, from where the run stands."""
+        stream = {"seed": self.config.seed, "start": self.samples_seen}
+        numbers = self.data.numbers(self.config.optim.batch_size, **stream)
+        for samples, labels in self.data.batches(self.config.optim.batch_size, **stream):
+            batch = samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
+            yield (*batch, next(numbers)) if isinstance(self.teacher, Features) else batch
+
     def _record(self, means: dict[str, float], images_per_second: float) -> dict[str, Any]:
         record: dict[str, Any] = {
             "step": self.steps_done,
@@ -369,6 +470,8 @@ class Trainer:
             "images_per_second": images_per_second,
             "seconds": self.seconds,
         }
+        if self.repa is not None and not math.isnan(self.teacher_clock.share):
+            record["teacher_share"] = self.teacher_clock.share
         cosine = {name.removeprefix("cosine/"): v for name, v in means.items() if name.startswith("cosine/")}
         return record | {"cosine": cosine} if cosine else record
 
