@@ -334,7 +334,7 @@ def compute_features(
     width = teacher.width(data.take(torch.arange(1)).to(device))
     names = ("features", "mirrored") if flip else ("features",)
     tensors: dict[str, Tensor] = {}
-    for start in track(range(0, len(data), batch_size), "features", console=console):
+    for start in track(range(0, len(data), batch_size), "features", console=console, disable=not console.is_terminal):
         index = torch.arange(start, min(start + batch_size, len(data)))
         samples = data.take(index).to(device)
         for name in names:
