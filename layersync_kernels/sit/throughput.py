@@ -114,19 +114,20 @@ def measure_throughput(
     """
     if steps < 1 or rounds < 1 or warmup < 0:
         raise ValueError(f"steps={steps}, rounds={rounds}, warmup={warmup}; expected at least 1, 1 and 0")
-    shared: dict[object, tuple[Trainer, Iterator[tuple[Tensor, Tensor]]]] = {}
+    shared: dict[object, tuple[Trainer, Iterator[tuple[Tensor, ...]]]] = {}
     contenders = {}
     for name, config in configs.items():
         kind = (trainers or {}).get(name, Trainer)
         key = kind, dataclasses.replace(config, layersync=LayerSyncConfig())
         if key not in shared:
             own = data if data is not None else load_data(config.data, resolve_device(config.device))
-            shared[key] = kind(config, own), own.batches(config.optim.batch_size, seed=config.seed)
+            trainer = kind(config, own)
+            shared[key] = trainer, trainer._batches()
         trainer, batches = shared[key]
         trainer.alignment = build_alignment(config.layersync, len(trainer.model.blocks))
         contenders[name] = (trainer, batches, trainer.alignment)
         for _ in range(warmup):
-            trainer.step(*(tensor.to(trainer.device) for tensor in next(batches)))
+            trainer.step(*next(batches))
     rates: dict[str, list[float]] = {name: [] for name in configs}
     end = time.perf_counter() + max_seconds
     for number in range(rounds):
@@ -135,11 +136,11 @@ def measure_throughput(
         turns = list(contenders.items())
         for name, (trainer, batches, alignment) in turns if number % 2 == 0 else reversed(turns):
             trainer.alignment = alignment
-            ready = [[tensor.to(trainer.device) for tensor in next(batches)] for _ in range(steps)]
+            ready = [next(batches) for _ in range(steps)]
             _synchronize(trainer.device)
             began = time.perf_counter()
-            for samples, labels in ready:
-                trainer.step(samples, labels)
+            for batch in ready:
+                trainer.step(*batch)
             _synchronize(trainer.device)
             rates[name].append(steps * trainer.config.optim.batch_size / (time.perf_counter() - began))
             trainer.check_finite()

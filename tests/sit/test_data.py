@@ -140,6 +140,14 @@ def test_streaming_goes_on_where_it_was_left(image_folder):
     assert torch.equal(torch.cat(labels[2:]), torch.cat(later))
 
 
+@pytest.mark.parametrize("memory_limit", [0, 1])
+def test_numbers_are_those_of_the_samples_in_the_batches(image_folder, memory_limit):
+    data = load_data(DataConfig(data=str(image_folder), image_size=4, memory_limit_gb=memory_limit, workers=0))
+    stream = zip(data.batches(2, seed=3, start=1), data.numbers(2, seed=3, start=1), strict=True)
+    for (samples, _), index in itertools.islice(stream, 4):
+        assert torch.equal(data.take(index), samples)
+
+
 def test_folder_without_class_folders_is_explained(tmp_path):
     Image.new("L", (4, 4)).save(tmp_path / "lonely.png")
     with pytest.raises(DataError, match=r"<class>/<image>"):

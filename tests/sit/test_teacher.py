@@ -136,6 +136,9 @@ def test_hub_folder_loads_with_weights_from_a_file(tmp_path):
     torch.save({"conv.weight": torch.zeros(6, 3, 8, 8), "conv.bias": torch.arange(6.0)}, tmp_path / "weights.pt")
     teacher = load_teacher(f"hub/{tmp_path}:net", size=16, weights=tmp_path / "weights.pt")
     assert torch.equal(teacher(torch.rand(1, 3, 16, 16)), torch.arange(6.0).expand(1, 4, 6))
+    torch.save({"conv.weight": torch.zeros(6, 3, 4, 4)}, tmp_path / "weights.pt")
+    with pytest.raises(CheckpointError, match=r"weights\.pt does not fit this model: missing conv\.bias"):
+        load_teacher(f"hub/{tmp_path}:net", size=16, weights=tmp_path / "weights.pt")
 
 
 @pytest.mark.parametrize(
