@@ -188,7 +188,7 @@ class FeaturesCommand:
     teacher_size: int | None = None
     """Side of the teacher's images in pixels."""
     teacher_weights: Path | None = None
-    """Read the teacher's weights from this file, not from the network."""
+    """Read the teacher's weights from this file instead of downloading them."""
     batch_size: int = 64
     """Images at a time."""
     device: str = "auto"

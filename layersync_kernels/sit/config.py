@@ -118,7 +118,7 @@ class AlignConfig:
     teacher_size: int | None = None
     """Side of the teacher's images in pixels; None: one token per patch of the model where that is known."""
     teacher_weights: Path | None = None
-    """Read the teacher's weights from this file, not from the network."""
+    """Read the teacher's weights from this file instead of downloading them."""
     features: Path | None = None
     """Features that `layersync features` computed; the teacher itself is not needed then."""
     align_block: int | None = None

@@ -162,7 +162,7 @@ def test_unreachable_teacher_says_what_was_tried_and_what_helps(monkeypatch, nam
 
 def test_missing_package_is_named(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "efficientnet_lite_pytorch", None)
-    with pytest.raises(TeacherError, match=r"efficientnet_lite_pytorch.*pip install"):
+    with pytest.raises(TeacherError, match=r"efficientnet_lite.*pip install"):
         load_teacher("efficientnet-lite0")
 
 
