@@ -33,6 +33,9 @@ COMMANDS = {
         "layersync_kernels.sit.commands:features_main",
         "run a pretrained teacher over a data set once",
     ),
+    "compare": Command(
+        "layersync_kernels.sit.commands:compare_main", "train vanilla, LayerSync, REPA and both in turns, and report"
+    ),
     "demo": Command(
         "layersync_kernels.sit.commands:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),

@@ -18,6 +18,7 @@ from rich.table import Table
 from ..errors import ConfigError
 from .build import resolve_device, resolve_precision
 from .checkpoint import list_checkpoints, run_of
+from .compare import SETTINGS, CompareCommand, CompareConfig, compare
 from .config import (
     CONFIG,
     SAMPLES,
@@ -28,6 +29,7 @@ from .config import (
     SamplingConfig,
     TrainConfig,
     load_config,
+    load_settings,
 )
 from .data import load_data
 from .probe import ProbeCommand, probe
@@ -113,16 +115,22 @@ def start_logging() -> None:
         logger.setLevel(logging.INFO)
 
 
+def peek_out(argv: Sequence[str], default: Path) -> tuple[Path, bool]:
+    """--out and --resume, which decide about the defaults of all other flags."""
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--out", type=Path, default=default)
+    peek.add_argument("--resume", action="store_true")
+    known, _ = peek.parse_known_args(list(argv))
+    return known.out, known.resume
+
+
 def train_main(argv: Sequence[str]) -> int:
     """`layersync train`."""
     start_logging()
     default = TrainCommand()
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--out", type=Path, default=default.out)
-    peek.add_argument("--resume", action="store_true")
-    known, _ = peek.parse_known_args(list(argv))
-    if known.resume and (known.out / CONFIG).is_file():
-        default = dataclasses.replace(default, config=load_config(known.out / CONFIG))
+    out, resume = peek_out(argv, default.out)
+    if resume and (out / CONFIG).is_file():
+        default = dataclasses.replace(default, config=load_config(out / CONFIG))
     command = parse(TrainCommand, argv, default=default, command="train")
     outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
     return INTERRUPTED if outcome.ended == "interrupted" else 0
@@ -232,6 +240,20 @@ def probe_main(argv: Sequence[str]) -> int:
     """`layersync probe`."""
     start_logging()
     print(probe(parse_of_run(ProbeCommand, argv, command="probe")))
+    return 0
+
+
+def compare_main(argv: Sequence[str]) -> int:
+    """`layersync compare`."""
+    start_logging()
+    default = CompareCommand()
+    out, resume = peek_out(argv, default.out)
+    if resume and (out / SETTINGS).is_file():
+        default = dataclasses.replace(default, comparison=load_settings(out / SETTINGS, CompareConfig))
+    report = compare(parse(CompareCommand, argv, default=default, command="compare"))
+    if report is None:
+        return INTERRUPTED
+    print(report)
     return 0
 
 

@@ -8,9 +8,12 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ..errors import ConfigError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 T = TypeVar("T")
 
@@ -304,13 +307,18 @@ def _require(condition: bool, message: str) -> None:
         raise ConfigError(message)
 
 
-def save_config(config: TrainConfig, path: Path) -> None:
-    """Writes `config` as JSON."""
+def save_config(config: DataclassInstance, path: Path) -> None:
+    """Writes `config`, a dataclass of settings, as JSON."""
     path.write_text(json.dumps(dataclasses.asdict(config), indent=2, default=str) + "\n", encoding="utf-8")
 
 
 def load_config(path: Path) -> TrainConfig:
-    """Reads what `save_config` wrote.
+    """Reads the config of a run; raises as `load_settings`."""
+    return load_settings(path, TrainConfig)
+
+
+def load_settings(path: Path, kind: type[T]) -> T:
+    """Reads what `save_config` wrote of a `kind`.
 
     Raises:
         ConfigError: no such file, not JSON, an unknown setting or a value of the wrong type; names the file.
@@ -319,7 +327,7 @@ def load_config(path: Path) -> TrainConfig:
         values = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from error
-    return _build(TrainConfig, values, f"{path}: ")
+    return _build(kind, values, f"{path}: ")
 
 
 def _build(kind: type[T], values: Any, where: str) -> T:

@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from .checkpoint import atomic_path
 from .data import unit_to_pixels
+from .report import QUALITIES, curve
 
 GRID_CELL = 56
 """Smaller samples are enlarged to about this many pixels, so that a digit of 14 pixels can be seen."""
@@ -90,9 +92,9 @@ def save_probe(report: Mapping[str, Any], path: Path) -> Path:
         blocks = range(1, depth + 1)
         axes.axvline(student, color="tab:orange", linewidth=7, alpha=0.4, label=f"student: {student}")
         axes.axvline(teacher, color="tab:green", linewidth=7, alpha=0.4, label=f"teacher: {teacher}")
-        for i, (t, curve) in enumerate(zip(report["times"], accuracy["per_time"], strict=True), start=1):
+        for i, (t, shares) in enumerate(zip(report["times"], accuracy["per_time"], strict=True), start=1):
             color = colormaps["Blues"](0.3 + 0.6 * i / len(report["times"]))
-            axes.plot(blocks, [100 * share for share in curve], color=color, linestyle="--", label=f"t = {t:g}")
+            axes.plot(blocks, [100 * share for share in shares], color=color, linestyle="--", label=f"t = {t:g}")
         mean, error = ([100 * share for share in accuracy[key]] for key in ("mean", "standard_error"))
         axes.errorbar(blocks, mean, yerr=error, color="black", marker="o", capsize=3, label="mean ± s.e.")
         axes.axhline(100 * accuracy["chance"], color="grey", linestyle=":", label="chance")
@@ -111,6 +113,49 @@ def save_probe(report: Mapping[str, Any], path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return path
+
+
+def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
+    """Draws quality against steps and training time, memory and throughput, from the content of ``report.json``."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    methods = report["summary"]["methods"]
+    colors = {name: f"C{i}" for i, name in enumerate(methods)}
+    measured = [q for q in QUALITIES if any(mark[q] is not None for mark in report["runs"][0]["marks"])]
+    figure = Figure(figsize=(11, 4.2 * (len(measured) + 1)), layout="constrained")
+    FigureCanvasAgg(figure)
+    *quality_rows, (memory_axes, rate_axes) = figure.subplots(len(measured) + 1, 2)
+    for row, quality in zip(quality_rows, measured, strict=True):
+        for axes, axis, label in zip(row, ("step", "seconds"), ("step", "training time, s"), strict=True):
+            for name, color in colors.items():
+                curves = [curve(run, quality, axis) for run in report["runs"] if run["method"] == name]
+                _draw_band(axes, curves, color=color, label=name)
+            axes.set(xlabel=label, ylabel=QUALITIES[quality], title=f"{QUALITIES[quality].capitalize()} by {label}")
+            axes.set_yscale("log")
+            axes.grid(alpha=0.3, which="both")
+            axes.legend(title="mean, least to greatest")
+    known = {name: size for name, size in report["memory"].items() if size is not None}
+    memory_axes.bar(list(known), [size / 1e6 for size in known.values()], color=[colors[name] for name in known])
+    memory_axes.set(ylabel="MB", title="Peak memory")
+    rates = {name: entry["images_per_second"] for name, entry in methods.items()}
+    means = {name: sum(values) / len(values) for name, values in rates.items()}
+    spread = [[means[n] - min(v) for n, v in rates.items()], [max(v) - means[n] for n, v in rates.items()]]
+    rate_axes.bar(list(means), list(means.values()), yerr=spread, capsize=4, color=list(colors.values()))
+    rate_axes.set(ylabel="images/s", title="Throughput")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path
+
+
+def _draw_band(axes: Any, curves: Sequence[tuple[Sequence[float], Sequence[float]]], **style: Any) -> None:
+    """The mean of curves (xs, ys) and the band from the least to the greatest, over where all of them are known."""
+    # What is measured before training would hide the rest.
+    curves = [(xs[1:], ys[1:]) if xs[0] == 0 and len(xs) > 2 else (xs, ys) for xs, ys in curves]
+    xs = np.linspace(max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves), 200)
+    values = np.array([np.interp(xs, *one) for one in curves])
+    axes.plot(xs, values.mean(0), **style, marker="o", markevery=[0, -1], markersize=3)
+    axes.fill_between(xs, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
 
 
 def _draw_similarity(axes: Any, matrix: Sequence[Sequence[float]]) -> None:

@@ -10,7 +10,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -193,7 +193,7 @@ class Trainer:
 
     @property
     def seconds(self) -> float:
-        """Time spent in `fit` so far, that of resumed runs included."""
+        """Time spent in `fit` and `advance` so far, that of resumed runs included."""
         return self._earlier_seconds + (0.0 if self._started is None else time.monotonic() - self._started)
 
     @property
@@ -402,6 +402,22 @@ class Trainer:
             self._earlier_seconds = float(state["seconds"])
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from error
+
+    def advance(self, steps: int, stop_asked: Callable[[], bool] = lambda: False) -> None:
+        """Trains on to step `steps`, or until `stop_asked`, without log and checkpoints, for a caller that measures.
+
+        Raises:
+            TrainingDiverged: a loss or weight is not finite.
+        """
+        batches = self.data.batches(self.config.optim.batch_size, seed=self.config.seed, start=self.samples_seen)
+        self._started = time.monotonic()
+        try:
+            while self.steps_done < steps and not stop_asked():
+                samples, labels = next(batches)
+                self.step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+            self.check_finite()  # waits for the device, too
+        finally:
+            self._earlier_seconds, self._started = self.seconds, None
 
     def fit(self) -> Outcome:
         """Trains until the steps or the seconds are used up, or until Ctrl-C or SIGTERM.

@@ -1,0 +1,166 @@
+"""How good a model in training is, measured the same way for every run: held-out loss and Fréchet distance."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from .data import MemorySet, SampleSet
+from .sample import draw
+from .train import Trainer
+
+DIRECTIONS = 256
+"""Principal directions of the real features in which the Fréchet distance is taken: 1,000 samples cannot fill more."""
+_CHUNK = 256
+
+FeatureNetwork = Callable[[Tensor], Tensor]
+"""Pixels in [-1, 1] (B, C, H, W) to features (B, F)."""
+
+
+def load_network(name: str, device: torch.device) -> FeatureNetwork:
+    """The pretrained network of that name, see `teacher.load_teacher`; its features are averaged over the image."""
+    raise NotImplementedError
+
+
+def hold_out(data: SampleSet, count: int) -> tuple[SampleSet, SampleSet]:
+    """Splits off `count` samples, the same ones whatever the seed of a run: the rest, and these.
+
+    Raises:
+        ConfigError: the data is streamed, or has not that many samples to spare.
+    """
+    if not isinstance(data, MemorySet):
+        raise ConfigError(
+            "samples can be held out only from data that fits in memory; raise --memory-limit-gb or give --validation"
+        )
+    if not 0 < count < len(data):
+        raise ConfigError(f"--held-out {count}: the data has {len(data)} samples; expected 1 to {len(data) - 1}")
+    order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+    return subset(data, order[count:].sort().values), subset(data, order[:count])
+
+
+def subset(data: MemorySet, index: Tensor) -> MemorySet:
+    """The samples of these numbers, of the same classes."""
+    index = index.to(data.samples.device)
+    return dataclasses.replace(data, samples=data.samples[index], labels=data.labels[index])
+
+
+def take(data: SampleSet, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The first `count` samples of the shuffled stream of seed 0, or all there are, in chunks."""
+    left = min(count, len(data))
+    for samples, labels in data.batches(min(_CHUNK, left), seed=0):
+        yield samples[:left], labels[:left]
+        left -= len(samples)
+        if left <= 0:
+            return
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean (F,) and covariance (F, F) of features, fp64."""
+
+    mean: Tensor
+    covariance: Tensor
+
+    @classmethod
+    def of(cls, features: Tensor) -> Gaussian:
+        """That of features (N, F), N at least 2."""
+        return cls(features.double().mean(0), torch.cov(features.double().T))
+
+
+def frechet_distance(first: Gaussian, second: Gaussian) -> float:
+    """|m1 - m2|² + tr(S1 + S2 - 2 (S1 S2)^½), the squared Wasserstein-2 distance of two Gaussians."""
+    values, vectors = torch.linalg.eigh(first.covariance)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    # (S1 S2)^½ has the trace of (S1^½ S2 S1^½)^½, whose argument is symmetric.
+    cross = torch.linalg.eigvalsh(root @ second.covariance @ root).clamp_min(0).sqrt().sum()
+    traces = first.covariance.trace() + second.covariance.trace() - 2 * cross
+    return float((first.mean - second.mean).square().sum() + traces)
+
+
+class Judge:
+    """Measures trainers of one data set against the same samples, noise and times.
+
+    Args:
+        train: what the models are trained on, the reference of the Fréchet distance.
+        held_out: samples that they never see.
+        device: where the models are.
+        network: features for the Fréchet distance; None leaves it out.
+        reference: real samples behind the Fréchet distance.
+        samples: samples to draw for it.
+
+    Attributes:
+        floor: Fréchet distance of the held-out samples themselves, or None. Fewer samples lie further away, so it
+            compares with that of a model only where there are as many.
+    """
+
+    def __init__(
+        self,
+        train: SampleSet,
+        held_out: SampleSet,
+        device: torch.device,
+        network: FeatureNetwork | None,
+        *,
+        held_out_samples: int,
+        reference: int,
+        samples: int,
+    ) -> None:
+        self._device = device
+        self._network = network
+        generator = torch.Generator().manual_seed(0)
+        self._held_out = []
+        count = min(held_out_samples, len(held_out))
+        times = ((torch.arange(count) + 0.5) / count).split(_CHUNK)  # every time equally often, not at random
+        for (x, y), t in zip(take(held_out, count), times, strict=True):
+            noise = torch.randn(x.shape, generator=generator)
+            self._held_out.append(tuple(tensor.to(device) for tensor in (x, y, noise, t)))
+        self.floor: float | None = None
+        if network is None:
+            return
+        chunks = list(take(train, reference))
+        labels = torch.cat([y for _, y in chunks])
+        self._labels = labels.repeat(-(-samples // len(labels)))[:samples].to(device)
+        real = self._features(torch.cat([x for x, _ in chunks]))
+        _, directions = torch.linalg.eigh(torch.cov(real.double().T))
+        self._directions = directions[:, -DIRECTIONS:]
+        self._real = self._gaussian(real)
+        unseen = self._features(torch.cat([x for x, *_ in self._held_out]))
+        self.floor = frechet_distance(self._gaussian(unseen), self._real)
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> Tensor:
+        assert self._network is not None
+        return torch.cat([self._network(chunk.to(self._device)).float() for chunk in images.split(_CHUNK)])
+
+    def _gaussian(self, features: Tensor) -> Gaussian:
+        return Gaussian.of(features.double() @ self._directions)
+
+    @torch.no_grad()
+    def validation_loss(self, trainer: Trainer) -> float:
+        """The training loss of the averaged weights on the held-out samples, without alignment."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        low, high = trainer.transport.interval(trainer.transport.train_eps)
+        for x, y, noise, t in self._held_out:
+            with torch.autocast(self._device.type, trainer.autocast_dtype, enabled=trainer.autocast_dtype is not None):
+                terms = trainer.transport.training_losses(trainer.ema, x, {"y": y}, t=low + (high - low) * t, x0=noise)
+            total += terms["loss"].double().sum()
+        return float(total) / sum(len(x) for x, *_ in self._held_out)
+
+    def frechet(self, trainer: Trainer) -> float | None:
+        """The Fréchet distance between samples of the averaged weights and real ones; None without a network."""
+        if self._network is None:
+            return None
+        drawn = draw(
+            trainer.ema,
+            trainer.transport,
+            trainer.config.sampling,
+            self._labels,
+            seed=0,  # the same noise for every run
+            autocast_dtype=trainer.autocast_dtype,
+            batch_size=_CHUNK,
+        )
+        return frechet_distance(self._gaussian(self._features(drawn.clamp(-1, 1))), self._real)

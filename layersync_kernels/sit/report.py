@@ -1,0 +1,186 @@
+"""What the measurements of a comparison say: numbers per method, with the spread over the seeds, and their text."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+QUALITIES = {"validation_loss": "validation loss", "frechet": "Fréchet distance"}
+"""Key of a measurement to its name; less is better in each."""
+_DIGITS = {"validation_loss": 4, "frechet": 1}
+
+
+def curve(run: Mapping[str, Any], quality: str, axis: str) -> tuple[list[float], list[float]]:
+    """Where and what was measured: `axis` ("step" or "seconds") and `quality` at the marks that have it."""
+    points = [(mark[axis], mark[quality]) for mark in run["marks"] if mark[quality] is not None]
+    return [x for x, _ in points], [y for _, y in points]
+
+
+def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
+    """The curve at `x`, straight between the marks; None outside of them."""
+    if not xs or not xs[0] <= x <= xs[-1]:
+        return None
+    return float(np.interp(x, xs, ys))
+
+
+def first_at(xs: Sequence[float], ys: Sequence[float], target: float) -> float | None:
+    """Where the curve first comes down to `target`, straight between the marks; None if it does not."""
+    for i, y in enumerate(ys):
+        if y <= target:
+            if i == 0:
+                return xs[0]
+            return xs[i - 1] + (xs[i] - xs[i - 1]) * (ys[i - 1] - target) / (ys[i - 1] - y)
+    return None
+
+
+def images_per_second(marks: Sequence[Mapping[str, Any]], batch_size: int) -> list[float]:
+    """The rate of training from each mark to the next."""
+    return [
+        batch_size * (after["step"] - before["step"]) / (after["seconds"] - before["seconds"])
+        for before, after in itertools.pairwise(marks)
+    ]
+
+
+def summarise(runs: Sequence[Mapping[str, Any]], *, baseline: str, batch_size: int) -> dict[str, Any]:
+    """The numbers of a report; lists run over the seeds.
+
+    Args:
+        runs: "method", "seed" and "marks" (see `compare.Run`), seed by seed the same methods.
+        baseline: the method that the others are compared with.
+        batch_size: samples per step.
+
+    Returns:
+        "steps" and "seconds", which every run reached; "methods": by name "steps", "seconds", "images_per_second",
+        "relative_rate", and by quality "at_steps", "at_seconds", "speedup_steps" and "speedup_seconds".
+    """
+    steps = min(run["marks"][-1]["step"] for run in runs)
+    seconds = min(run["marks"][-1]["seconds"] for run in runs)
+    base = {run["seed"]: run for run in runs if run["method"] == baseline}
+    methods: dict[str, Any] = {}
+    for method in dict.fromkeys(run["method"] for run in runs):
+        own = [run for run in runs if run["method"] == method]
+        rates = [images_per_second(run["marks"], batch_size) for run in own]
+        base_rates = [images_per_second(base[run["seed"]]["marks"], batch_size) for run in own]
+        entry: dict[str, Any] = {
+            "steps": [run["marks"][-1]["step"] for run in own],
+            "seconds": [run["marks"][-1]["seconds"] for run in own],
+            "images_per_second": [statistics.median(rate) for rate in rates],
+            # slice by slice: both were measured in the same minute
+            "relative_rate": [
+                statistics.median(a / b for a, b in zip(rate, base_rate, strict=False))
+                for rate, base_rate in zip(rates, base_rates, strict=True)
+            ],
+        }
+        shares = [[mark["teacher_share"] for mark in run["marks"] if "teacher_share" in mark] for run in own]
+        entry["teacher_share"] = [statistics.fmean(share) if share else None for share in shares]
+        for quality in QUALITIES:
+            entry[quality] = {
+                "at_steps": [value_at(*curve(run, quality, "step"), steps) for run in own],
+                "at_seconds": [value_at(*curve(run, quality, "seconds"), seconds) for run in own],
+                "speedup_steps": [_speedup(run, base[run["seed"]], quality, "step") for run in own],
+                "speedup_seconds": [_speedup(run, base[run["seed"]], quality, "seconds") for run in own],
+            }
+        methods[method] = entry
+    return {"steps": steps, "seconds": seconds, "methods": methods}
+
+
+def _speedup(run: Mapping[str, Any], base: Mapping[str, Any], quality: str, axis: str) -> float | None:
+    """How many times sooner `run` comes to the last quality of `base`; None if it does not."""
+    base_x, base_y = curve(base, quality, axis)
+    x = first_at(*curve(run, quality, axis), base_y[-1]) if base_y else None
+    return None if not x else base_x[-1] / x
+
+
+def markdown(report: Mapping[str, Any], picture: str) -> str:
+    """The text of a report.
+
+    Args:
+        report: the content of ``report.json``.
+        picture: address of the picture.
+    """
+    summary, seeds, baseline = report["summary"], report["seeds"], report["baseline"]
+    methods = summary["methods"]
+    measured = [q for q in QUALITIES if any(m[q]["at_steps"][0] is not None for m in methods.values())]
+    lines = [f"# {', '.join(methods)} compared", "", report["subject"], ""]
+    lines += [f"{len(seeds)} seeds: each number is the mean over them, with the least and the greatest in brackets."]
+    if len(seeds) == 1:
+        lines[-1] = "One seed: there is no spread, and nothing here tells a difference from chance."
+    lines += ["", f"![curves]({picture})", "", "## Cost", ""]
+    lines += _table(
+        ["method", "steps", "training s", "images/s", f"x {baseline}", "peak memory, MB", "teacher's share of a step"],
+        [
+            [
+                name,
+                _spread(entry["steps"], 0),
+                _spread(entry["seconds"], 1),
+                _spread(entry["images_per_second"], 1),
+                _spread(entry["relative_rate"], 3),
+                "not measured" if report["memory"][name] is None else f"{report['memory'][name] / 1e6:.0f}",
+                _spread(entry["teacher_share"], 3),
+            ]
+            for name, entry in methods.items()
+        ],
+    )
+    for title, key in (
+        (f"After {summary['steps']} steps", "at_steps"),
+        (f"After {summary['seconds']:.1f} s of training", "at_seconds"),
+    ):
+        lines += ["", f"## {title}", ""]
+        rows = [[name, *(_spread(entry[q][key], _DIGITS[q]) for q in measured)] for name, entry in methods.items()]
+        lines += _table(["method", *(QUALITIES[q] for q in measured)], rows)
+    others = {name: entry for name, entry in methods.items() if name != baseline}
+    lines += ["", f"## Sooner at the last quality of {baseline}", ""]
+    lines += _table(
+        ["method", "quality", "fewer steps", "less time"],
+        [
+            [name, QUALITIES[q], *(_reached(entry[q][key]) for key in ("speedup_steps", "speedup_seconds"))]
+            for name, entry in others.items()
+            for q in measured
+        ],
+    )
+    lines += ["", f"## Difference to {baseline}, seed by seed", "", "Less than 0 is better than it.", ""]
+    lines += _table(
+        ["method", "quality", "after equal", *(f"seed {seed}" for seed in seeds), "mean", "better in"],
+        [
+            [name, QUALITIES[q], axis, *_differences(entry[q][key], methods[baseline][q][key], _DIGITS[q])]
+            for name, entry in others.items()
+            for q in measured
+            for axis, key in (("steps", "at_steps"), ("seconds", "at_seconds"))
+        ],
+    )
+    lines += ["", "## How it was measured", ""]
+    lines += [f"- {note}" for note in report["notes"]]
+    return "\n".join(lines) + "\n"
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
+
+
+def _spread(values: Sequence[float | None], digits: int) -> str:
+    known = [value for value in values if value is not None]
+    if len(known) < len(values) or not known:
+        return "-"
+    mean, low, high = (f"{v:.{digits}f}" for v in (statistics.fmean(known), min(known), max(known)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _reached(ratios: Sequence[float | None]) -> str:
+    reached = [ratio for ratio in ratios if ratio is not None]
+    if not reached:
+        return "not reached"
+    text = _spread(reached, 2).replace(" (", "x (")
+    text = text if "(" in text else f"{text}x"
+    return text if len(reached) == len(ratios) else f"{text}; {len(reached)} of {len(ratios)} seeds, else not reached"
+
+
+def _differences(own: Sequence[float | None], base: Sequence[float | None], digits: int) -> list[str]:
+    differences = [None if a is None or b is None else a - b for a, b in zip(own, base, strict=True)]
+    known = [d for d in differences if d is not None]
+    cells = ["-" if d is None else f"{d:+.{digits}f}" for d in differences]
+    mean = f"{statistics.fmean(known):+.{digits}f}" if known else "-"
+    return [*cells, mean, f"{sum(d < 0 for d in known)} of {len(known)}"]
