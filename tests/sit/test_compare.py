@@ -15,7 +15,7 @@ from layersync_kernels.sit.checkpoint import list_checkpoints, read_tensors
 from layersync_kernels.sit.compare import CompareCommand, CompareConfig, Comparison, compare, measure_memory
 from layersync_kernels.sit.config import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
 from layersync_kernels.sit.quality import Gaussian, frechet_distance
-from layersync_kernels.sit.report import first_at, summarise, value_at
+from layersync_kernels.sit.report import first_at, markdown, summarise, value_at
 
 
 @pytest.fixture
@@ -71,3 +71,112 @@ def test_stopped_and_resumed_comparison_reports_the_same(config, tmp_path):
         assert not Comparison(config, stopped.out).train(StopAt(calls))
     compare(stopped)
     assert qualities(tmp_path / "parts") == qualities(tmp_path / "whole")
+
+
+def test_methods_start_alike_and_draw_the_same_numbers(config, tmp_path, capsys):
+    """A projector or a teacher that takes random numbers would give each method other noise."""
+    teacher = tmp_path / "teacher"
+    teacher.mkdir()
+    (teacher / "hubconf.py").write_text("import torch\ndef tiny(pretrained):\n    return torch.nn.Conv2d(3, 8, 2, 2)\n")
+    align = dataclasses.replace(config.train.align, teacher=f"hub/{teacher}:tiny", teacher_size=4)
+    train = dataclasses.replace(config.train, align=align, optim=dataclasses.replace(config.train.optim, steps=2))
+    methods = ("vanilla", "layersync", "repa", "both")
+    config = dataclasses.replace(config, train=train, methods=methods, seeds=1, marks=1)
+    out = tmp_path / "out"
+    compare(CompareCommand(config, out))
+    marks = qualities(out)
+    assert len({tuple(marks[method, 0][0]) for method in methods}) == 1
+    assert len({tuple(marks[method, 0][1]) for method in methods}) == 4
+    first, *others = (read_tensors(out / m / "seed-0/checkpoints/step_00000002/rng.safetensors") for m in methods)
+    for other in others:
+        assert all(torch.equal(first[name], other[name]) for name in first)
+    text = (out / "report.md").read_text()
+    for method in methods:
+        assert f"| {method} | 2 |" in text
+    assert "One seed: there is no spread" in text
+    assert "±" not in text
+    assert Image.open(out / "report.png").size[0] > 1000
+
+
+def test_other_settings_are_refused_and_more_seeds_are_not(config, tmp_path):
+    compare_module.prepare(config, tmp_path / "out")
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"), marks=3)
+    with pytest.raises(ConfigError, match=r"--precision was fp32, now bf16; --marks was 2, now 3"):
+        compare_module.prepare(other, tmp_path / "out")
+    compare_module.prepare(dataclasses.replace(config, seeds=3), tmp_path / "out")
+    with pytest.raises(ConfigError, match="--seeds was 3, now 2"):
+        compare_module.prepare(config, tmp_path / "out")
+
+
+def test_folders_that_cannot_be_used_are_named(config, tmp_path):
+    with pytest.raises(ConfigError, match=r"is not a comparison \(it has no compare.json\)"):
+        compare_module.prepare(config, tmp_path)  # the data lies in it
+    with pytest.raises(ConfigError, match="not a comparison to resume"):
+        compare_module.prepare(config, tmp_path / "out", resume=True)
+    with pytest.raises(CheckpointError, match="cannot write the comparison"):
+        compare_module.prepare(config, tmp_path / "data.npz" / "out")
+
+
+def test_time_limit_ends_a_run_where_it_is_measured(config, tmp_path):
+    optim = dataclasses.replace(config.train.optim, max_seconds=1e-3)
+    config = dataclasses.replace(config, train=dataclasses.replace(config.train, optim=optim), seeds=1)
+    compare(CompareCommand(config, tmp_path / "out"))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert [[mark["step"] for mark in run["marks"]] for run in report["runs"]] == [[0, 1], [0, 1]]
+    assert compare(CompareCommand(config, tmp_path / "out")) == tmp_path / "out" / "report.md"  # nothing is trained again
+
+
+def test_memory_is_measured_in_a_process_of_its_own(config):
+    assert 1e5 < measure_memory(config, config.train) < 5e8
+
+
+def test_frechet_distance_of_gaussians_in_closed_form():
+    mean, first, second = torch.tensor([1.0, 2, 3]).double(), torch.diag(torch.tensor([1.0, 4, 0]).double()), torch.eye(3)
+    distance = frechet_distance(Gaussian(mean, first), Gaussian(torch.zeros(3).double(), second.double()))
+    assert distance == pytest.approx(14 + 0 + 1 + 1)  # |m|², and (sqrt a - sqrt b)² of each direction
+    rotation, _ = torch.linalg.qr(torch.randn(3, 3).double())
+    a, b = (Gaussian(mean, rotation @ c.double() @ rotation.T) for c in (first, second))
+    assert frechet_distance(a, b) == pytest.approx(2)
+    x = torch.randn(50, 3)
+    assert frechet_distance(Gaussian.of(x), Gaussian.of(x)) == pytest.approx(0, abs=1e-9)
+
+
+def run_of(method, seed, losses, seconds_per_step):
+    marks = [
+        {"step": 10 * i, "seconds": 10 * i * seconds_per_step, "validation_loss": loss, "frechet": None}
+        for i, loss in enumerate(losses)
+    ]
+    return {"method": method, "seed": seed, "marks": marks}
+
+
+def test_summary_of_curves_worked_out_by_hand():
+    """The second method is twice as slow; it comes to 0.4 at step 15, in the second seed not at all."""
+    runs = [
+        run_of("a", 0, [1, 0.6, 0.4], 1),
+        run_of("b", 0, [1, 0.5, 0.3], 2),
+        run_of("a", 1, [1, 0.6, 0.4], 1),
+        run_of("b", 1, [1, 0.9, 0.8], 2),
+    ]
+    summary = summarise(runs, baseline="a", batch_size=3)
+    assert (summary["steps"], summary["seconds"]) == (20, 20)
+    slow = summary["methods"]["b"]
+    assert slow["images_per_second"] == [1.5, 1.5]
+    assert slow["relative_rate"] == [0.5, 0.5]
+    loss = slow["validation_loss"]
+    assert loss["at_steps"] == [0.3, 0.8]
+    assert loss["at_seconds"] == [0.5, 0.9]
+    assert loss["speedup_steps"] == [pytest.approx(20 / 15), None]
+    assert loss["speedup_seconds"] == [pytest.approx(20 / 30), None]
+    assert slow["frechet"]["at_steps"] == [None, None]
+    report = {"summary": summary, "seeds": [0, 1], "baseline": "a", "memory": {"a": None, "b": 2e6}}
+    text = markdown(report | {"subject": "", "notes": ["n"]}, "p.png")
+    assert "| b | validation loss | 1.33x; 1 of 2 seeds, else not reached | 0.67x; 1 of 2 seeds" in text
+    assert "| b | validation loss | steps | -0.1000 | +0.4000 | +0.1500 | 1 of 2 |" in text
+    assert "Fréchet" not in text
+
+
+def test_nothing_is_read_off_outside_of_the_marks():
+    assert value_at([5, 10], [1, 0], 7.5) == 0.5
+    assert value_at([5, 10], [1, 0], 4) is None
+    assert first_at([5, 10], [0.5, 0], 0.7) == 5
+    assert first_at([5, 10], [0.5, 0.4], 0.1) is None
