@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import math
 import multiprocessing
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +19,7 @@ from typing import Any
 import torch
 
 from ..errors import CheckpointError, ConfigError, DataError, TrainingDiverged
-from .build import resolve_device
+from .build import resolve_device, resolve_precision
 from .checkpoint import atomic_path, list_checkpoints, read_state
 from .config import TrainConfig, load_settings, save_config
 from .data import SampleSet, load_data
@@ -26,6 +27,7 @@ from .plots import save_comparison
 from .quality import DIRECTIONS, Judge, hold_out, load_network
 from .report import images_per_second, markdown, summarise
 from .runlog import console
+from .teacher import TeacherClock
 from .train import Trainer, start_run, stop_signals
 
 logger = logging.getLogger(__name__)
@@ -37,7 +39,8 @@ MARKS = "marks.json"
 REPORT = "report.md"
 _MEMORY = "memory.json"
 _MEMORY_STEPS = 3
-_METHODS = ("vanilla", "layersync")
+_METHODS = ("vanilla", "layersync", "repa", "both")
+_TEACHER = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,8 @@ class CompareConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     methods: tuple[str, ...] = _METHODS
-    """vanilla (neither), layersync, repa, both; the flags of `layersync train` say which LayerSync, which teacher."""
+    """vanilla (neither), layersync, repa, both. Which LayerSync and which teacher, the flags of `layersync train` say;
+    without --align it is REPA with efficientnet-lite0."""
     seeds: int = 3
     """Runs of each method: seeds --seed, --seed + 1 ..."""
     marks: int = 8
@@ -55,7 +59,7 @@ class CompareConfig:
     """Samples kept from training for the validation loss."""
     validation: Path | None = None
     """Take the held-out samples from this .npz or .safetensors file, and train on all of --data."""
-    quality_network: str = "efficientnet-lite0"
+    quality_network: str = _TEACHER
     """Network whose features the Fréchet distance compares; none: no Fréchet distance."""
     samples: int = 1000
     """Samples drawn for a Fréchet distance, by the solver of the sampling flags."""
@@ -70,7 +74,9 @@ class CompareConfig:
         Raises:
             ConfigError: naming the flag, its value and what it may be.
         """
-        self.train.validate()
+        for method in self.methods:
+            if method in _METHODS:
+                method_config(self.train, method).validate()
         low = {"seeds": 1, "marks": 1, "held_out": 1, "samples": 2, "reference": 2, "frechet_every": 1}
         for name, least in low.items():
             if (value := getattr(self, name)) < least:
@@ -82,6 +88,8 @@ class CompareConfig:
             raise ConfigError(f"--methods {' '.join(self.methods)}: expected two or more of {', '.join(_METHODS)}")
         if self.train.layersync.layersync == ("off",) and set(self.methods) & {"layersync", "both"}:
             raise ConfigError("--layersync off leaves nothing to compare; leave it out, or choose other --methods")
+        if self.validation is None and self.train.align.features is not None:
+            raise ConfigError("--features are those of all samples, so none can be held out: give --validation FILE")
 
 
 @dataclass(frozen=True)
@@ -105,7 +113,14 @@ def method_config(config: TrainConfig, method: str) -> TrainConfig:
     config = replace(config, optim=replace(config.optim, max_seconds=None))
     if method in ("vanilla", "repa"):
         config = replace(config, layersync=replace(config.layersync, layersync=("off",)))
-    return config
+    align = config.align
+    if method in ("vanilla", "layersync"):
+        align = replace(align, align="off", teacher=None, features=None)
+    elif align.align == "off":
+        align = replace(align, align="repa")
+        if align.teacher is None and align.features is None:
+            align = replace(align, teacher=_TEACHER)
+    return replace(config, align=align)
 
 
 @dataclass
@@ -216,8 +231,8 @@ class Comparison:
         Only one trainer is alive at a time, made from its checkpoint: whatever an interruption does happens all the
         time, and a method's memory is its own.
         """
-        trainer = self._open(run)
         try:
+            trainer = self._open(run)
             while trainer.steps_done < self.steps[number] and not self._is_late(trainer.seconds):
                 if stop_asked():
                     trainer.save()
@@ -239,6 +254,8 @@ class Comparison:
             "frechet_floor": judge.floor,
             **trainer.meter.read(),
         }
+        if not math.isnan(trainer.teacher_clock.share):
+            mark["teacher_share"] = trainer.teacher_clock.share
         run.add(mark)
         trainer.save()
         rate = ""
@@ -261,15 +278,20 @@ class Comparison:
         trainer.advance(trainer.steps_done + 1)
         trainer.meter.read()
         trainer.load(checkpoints[-1])
+        trainer.teacher_clock = TeacherClock(trainer.device)
         return trainer
 
     def _judge(self) -> Judge:
-        config = self.config
+        config, network = self.config, None
+        if config.quality_network != "none":
+            console.print(f"{config.quality_network} looks at the real samples ...")
+            dtype = resolve_precision(config.train.precision, self.device)
+            network = load_network(config.quality_network, self.device, dtype)
         return Judge(
             self.train_set,
             self.held_out,
             self.device,
-            None if config.quality_network == "none" else load_network(config.quality_network, self.device),
+            network,
             held_out_samples=config.held_out,
             reference=config.reference,
             samples=config.samples,
@@ -346,9 +368,22 @@ class Comparison:
             notes.append(
                 f"Fréchet distance: {config.samples} samples, drawn from the same noise for all, against "
                 f"{min(config.reference, len(self.train_set))} of the training set, in the first {DIRECTIONS} "
-                f"principal directions of the pooled features of {config.quality_network}; {floor}. Published distances are "
-                "of another network and more samples."
+                f"principal directions of the pooled features of {config.quality_network}; {floor}. Published distances "
+                "are of another network and more samples."
             )
+        taught = next((run.config.align for run in self.runs if run.config.align.align != "off"), None)
+        if taught is not None:
+            name = taught.teacher or "the network behind its precomputed features"
+            clock = "computing its features is not on the clock" if taught.features else "it runs in every step"
+            notes.append(
+                f"{taught.align.upper()} learns from {name}, pretrained on other data; what that took is not on the "
+                f"clock of its runs, and {clock}."
+            )
+            if config.quality_network == taught.teacher:
+                notes.append(
+                    f"{name} is also the network that judges the samples: that favours the runs which learn from it. "
+                    "Their validation loss is free of this."
+                )
         if config.seeds > 1:
             notes.append(
                 f"The brackets are the range of {config.seeds} seeds, not a confidence interval; differences inside of "

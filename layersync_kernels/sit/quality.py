@@ -12,6 +12,7 @@ from torch import Tensor
 from ..errors import ConfigError
 from .data import MemorySet, SampleSet
 from .sample import draw
+from .teacher import load_teacher
 from .train import Trainer
 
 DIRECTIONS = 256
@@ -22,9 +23,15 @@ FeatureNetwork = Callable[[Tensor], Tensor]
 """Pixels in [-1, 1] (B, C, H, W) to features (B, F)."""
 
 
-def load_network(name: str, device: torch.device) -> FeatureNetwork:
-    """The pretrained network of that name, see `teacher.load_teacher`; its features are averaged over the image."""
-    raise NotImplementedError
+def load_network(name: str, device: torch.device, autocast_dtype: torch.dtype | None) -> FeatureNetwork:
+    """The pretrained network of that name, see `load_teacher`; its last features are averaged over the image."""
+    network = load_teacher(name, last=True).to(device)
+
+    def features(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            return network(images).float().mean(1)
+
+    return features
 
 
 def hold_out(data: SampleSet, count: int) -> tuple[SampleSet, SampleSet]:
@@ -134,7 +141,7 @@ class Judge:
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
         assert self._network is not None
-        return torch.cat([self._network(chunk.to(self._device)).float() for chunk in images.split(_CHUNK)])
+        return torch.cat([self._network(chunk.to(self._device)) for chunk in images.split(_CHUNK)])
 
     def _gaussian(self, features: Tensor) -> Gaussian:
         return Gaussian.of(features.double() @ self._directions)

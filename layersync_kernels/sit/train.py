@@ -409,12 +409,11 @@ class Trainer:
         Raises:
             TrainingDiverged: a loss or weight is not finite.
         """
-        batches = self.data.batches(self.config.optim.batch_size, seed=self.config.seed, start=self.samples_seen)
+        batches = self._batches()
         self._started = time.monotonic()
         try:
             while self.steps_done < steps and not stop_asked():
-                samples, labels = next(batches)
-                self.step(samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True))
+                self._step(next(batches), steps)
             self.check_finite()  # waits for the device, too
         finally:
             self._earlier_seconds, self._started = self.seconds, None
@@ -436,10 +435,7 @@ class Trainer:
         log = RunLog(self.run_dir, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
         with stop_signals() as stop_asked, log:
             while not (done or stop_asked()):
-                batch = next(batches)
-                recorded = (self.steps_done + 1) % config.log.log_every == 0 or self.steps_done + 1 == optim.steps
-                with self.teacher_clock.step() if recorded and self.teacher is not None else contextlib.nullcontext():
-                    self.step(*batch)
+                self._step(next(batches), optim.steps)
                 done = self.fraction >= 1
                 log.advance(self.steps_done, self.fraction)
                 if done or self.steps_done % config.log.log_every == 0:
@@ -477,6 +473,13 @@ class Trainer:
         for samples, labels in self.data.batches(self.config.optim.batch_size, **stream):
             batch = samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
             yield (*batch, next(numbers)) if isinstance(self.teacher, Features) else batch
+
+    def _step(self, batch: tuple[Tensor, ...], last: int) -> None:
+        """A step on what `_batches` gives; the teacher's share is measured before a record, and in step `last`."""
+        number = self.steps_done + 1
+        measured = self.teacher is not None and (number % self.config.log.log_every == 0 or number == last)
+        with self.teacher_clock.step() if measured else contextlib.nullcontext():
+            self.step(*batch)
 
     def _record(self, means: dict[str, float], images_per_second: float) -> dict[str, Any]:
         record: dict[str, Any] = {

@@ -8,10 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from layersync_kernels import cli
 from layersync_kernels.errors import CheckpointError, ConfigError
 from layersync_kernels.sit import compare as compare_module
-from layersync_kernels.sit.checkpoint import list_checkpoints, read_tensors
+from layersync_kernels.sit.checkpoint import read_tensors
 from layersync_kernels.sit.compare import CompareCommand, CompareConfig, Comparison, compare, measure_memory
 from layersync_kernels.sit.config import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
 from layersync_kernels.sit.quality import Gaussian, frechet_distance
@@ -21,7 +20,7 @@ from layersync_kernels.sit.report import first_at, markdown, summarise, value_at
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """Two methods, two seeds, six steps, on 60 samples of 4x4; the judging network looks at the pixels."""
-    monkeypatch.setattr(compare_module, "load_network", lambda name, device: lambda images: images.flatten(1))
+    monkeypatch.setattr(compare_module, "load_network", lambda name, device, dtype: lambda images: images.flatten(1))
     monkeypatch.setattr(compare_module, "measure_memory", lambda config, run: 3_000_000)
     images = np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(60) % 3)
@@ -123,7 +122,9 @@ def test_time_limit_ends_a_run_where_it_is_measured(config, tmp_path):
     compare(CompareCommand(config, tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert [[mark["step"] for mark in run["marks"]] for run in report["runs"]] == [[0, 1], [0, 1]]
-    assert compare(CompareCommand(config, tmp_path / "out")) == tmp_path / "out" / "report.md"  # nothing is trained again
+    assert (
+        compare(CompareCommand(config, tmp_path / "out")) == tmp_path / "out" / "report.md"
+    )  # nothing is trained again
 
 
 def test_memory_is_measured_in_a_process_of_its_own(config):
@@ -131,7 +132,11 @@ def test_memory_is_measured_in_a_process_of_its_own(config):
 
 
 def test_frechet_distance_of_gaussians_in_closed_form():
-    mean, first, second = torch.tensor([1.0, 2, 3]).double(), torch.diag(torch.tensor([1.0, 4, 0]).double()), torch.eye(3)
+    mean, first, second = (
+        torch.tensor([1.0, 2, 3]).double(),
+        torch.diag(torch.tensor([1.0, 4, 0]).double()),
+        torch.eye(3),
+    )
     distance = frechet_distance(Gaussian(mean, first), Gaussian(torch.zeros(3).double(), second.double()))
     assert distance == pytest.approx(14 + 0 + 1 + 1)  # |m|², and (sqrt a - sqrt b)² of each direction
     rotation, _ = torch.linalg.qr(torch.randn(3, 3).double())
