@@ -368,8 +368,8 @@ class Comparison:
             notes.append(
                 f"Fréchet distance: {config.samples} samples, drawn from the same noise for all, against "
                 f"{min(config.reference, len(self.train_set))} of the training set, in the first {DIRECTIONS} "
-                f"principal directions of the pooled features of {config.quality_network}; {floor}. Published distances "
-                "are of another network and more samples."
+                f"principal directions of the pooled features of {config.quality_network}; {floor}. Published "
+                "distances are of another network and more samples."
             )
         taught = next((run.config.align for run in self.runs if run.config.align.align != "off"), None)
         if taught is not None:
