@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
 import multiprocessing
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -188,6 +187,8 @@ class Comparison:
         train, optim = config.train, config.train.optim
         self.device = resolve_device(train.device)
         self.train_set, self.held_out = load_sets(config, self.device)
+        if self.train_set.latent and config.quality_network != "none":
+            raise ConfigError(f"{train.data.data} holds latents, at which no network can look: --quality-network none")
         self.steps = [round(optim.steps * i / config.marks) for i in range(config.marks + 1)]
         self.runs: list[Run] = []
         for seed in range(train.seed, train.seed + config.seeds):
@@ -246,7 +247,7 @@ class Comparison:
             raise TrainingDiverged(f"{run.method}, seed {run.seed}: {error}; or leave it out of --methods") from error
         last = number == len(self.steps) - 1 or self._is_late(trainer.seconds)
         with_frechet = last or (number > 0 and number % self.config.frechet_every == 0)
-        mark = {
+        mark: dict[str, Any] = {
             "step": trainer.steps_done,
             "seconds": trainer.seconds,
             "validation_loss": judge.validation_loss(trainer),
@@ -254,8 +255,10 @@ class Comparison:
             "frechet_floor": judge.floor,
             **trainer.meter.read(),
         }
-        if not math.isnan(trainer.teacher_clock.share):
-            mark["teacher_share"] = trainer.teacher_clock.share
+        if trainer.teacher is not None:
+            mark["teacher"] = trainer.teacher.name
+            if number > 0:
+                mark["teacher_share"] = trainer.teacher_clock.share
         run.add(mark)
         trainer.save()
         rate = ""
@@ -264,7 +267,8 @@ class Comparison:
         distance = "" if mark["frechet"] is None else f", Fréchet {mark['frechet']:.1f}"
         console.print(
             f"seed {run.seed}  step {mark['step']}/{self.steps[-1]}  {run.method}: validation loss "
-            f"{mark['validation_loss']:.4f}{distance}{rate}"
+            f"{mark['validation_loss']:.4f}{distance}{rate}",
+            soft_wrap=True,
         )
         return True
 
@@ -371,15 +375,14 @@ class Comparison:
                 f"principal directions of the pooled features of {config.quality_network}; {floor}. Published "
                 "distances are of another network and more samples."
             )
-        taught = next((run.config.align for run in self.runs if run.config.align.align != "off"), None)
-        if taught is not None:
-            name = taught.teacher or "the network behind its precomputed features"
-            clock = "computing its features is not on the clock" if taught.features else "it runs in every step"
+        name = next((run.marks[-1]["teacher"] for run in self.runs if "teacher" in run.marks[-1]), None)
+        if name is not None:
+            clock = "computing its features is not on the clock" if train.align.features else "it runs in every step"
             notes.append(
-                f"{taught.align.upper()} learns from {name}, pretrained on other data; what that took is not on the "
-                f"clock of its runs, and {clock}."
+                f"repa and both learn from {name}, pretrained on other data; what that took is not on the clock, and "
+                f"{clock}."
             )
-            if config.quality_network == taught.teacher:
+            if config.quality_network == name:
                 notes.append(
                     f"{name} is also the network that judges the samples: that favours the runs which learn from it. "
                     "Their validation loss is free of this."

@@ -132,9 +132,8 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
                 curves = [curve(run, quality, axis) for run in report["runs"] if run["method"] == name]
                 _draw_band(axes, curves, color=color, label=name)
             axes.set(xlabel=label, ylabel=QUALITIES[quality], title=f"{QUALITIES[quality].capitalize()} by {label}")
-            axes.set_yscale("log")
-            axes.grid(alpha=0.3, which="both")
-            axes.legend(title="mean, least to greatest")
+            axes.grid(alpha=0.3)
+            axes.legend(title=f"mean and range, {len(report['seeds'])} seed(s)")
     known = {name: size for name, size in report["memory"].items() if size is not None}
     memory_axes.bar(list(known), [size / 1e6 for size in known.values()], color=[colors[name] for name in known])
     memory_axes.set(ylabel="MB", title="Peak memory")
@@ -152,9 +151,10 @@ def _draw_band(axes: Any, curves: Sequence[tuple[Sequence[float], Sequence[float
     """The mean of curves (xs, ys) and the band from the least to the greatest, over where all of them are known."""
     # What is measured before training would hide the rest.
     curves = [(xs[1:], ys[1:]) if xs[0] == 0 and len(xs) > 2 else (xs, ys) for xs, ys in curves]
-    xs = np.linspace(max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves), 200)
+    low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)
+    xs = np.unique([low, high, *(x for own, _ in curves for x in own if low <= x <= high)])
     values = np.array([np.interp(xs, *one) for one in curves])
-    axes.plot(xs, values.mean(0), **style, marker="o", markevery=[0, -1], markersize=3)
+    axes.plot(xs, values.mean(0), **style, marker="o", markersize=3)
     axes.fill_between(xs, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
 
 
