@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+from layersync_kernels import cli
 from layersync_kernels.errors import CheckpointError, ConfigError
 from layersync_kernels.sit import compare as compare_module
 from layersync_kernels.sit.checkpoint import read_tensors
@@ -15,6 +16,7 @@ from layersync_kernels.sit.compare import CompareCommand, CompareConfig, Compari
 from layersync_kernels.sit.config import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
 from layersync_kernels.sit.quality import Gaussian, frechet_distance
 from layersync_kernels.sit.report import first_at, markdown, summarise, value_at
+from layersync_kernels.sit.train import Trainer
 
 
 @pytest.fixture
@@ -62,14 +64,22 @@ class StopAt:
         return self.left < 0
 
 
-def test_stopped_and_resumed_comparison_reports_the_same(config, tmp_path):
-    compare(CompareCommand(config, tmp_path / "whole"))
-    stopped = CompareCommand(config, tmp_path / "parts")
-    compare_module.prepare(config, stopped.out)
+def test_stopped_and_resumed_comparison_reports_the_same(config, tmp_path, monkeypatch):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    compare(CompareCommand(config, whole))
+    compare_module.prepare(config, parts)
     for calls in (3, 17, 12):  # between runs, and between two marks
-        assert not Comparison(config, stopped.out).train(StopAt(calls))
-    compare(stopped)
-    assert qualities(tmp_path / "parts") == qualities(tmp_path / "whole")
+        assert not Comparison(config, parts).train(StopAt(calls))
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "save", kill)  # measured, but not saved
+        with pytest.raises(RuntimeError, match="killed"):
+            Comparison(config, parts).train(lambda: False)
+    assert cli.main(["compare", "--out", str(parts), "--resume"]) == 0
+    assert qualities(parts) == qualities(whole)
+
+
+def kill(*_):
+    raise RuntimeError("killed")
 
 
 def test_methods_start_alike_and_draw_the_same_numbers(config, tmp_path, capsys):
@@ -116,7 +126,7 @@ def test_folders_that_cannot_be_used_are_named(config, tmp_path):
         compare_module.prepare(config, tmp_path / "data.npz" / "out")
 
 
-def test_time_limit_ends_a_run_where_it_is_measured(config, tmp_path):
+def test_time_limit_ends_a_run_where_it_is_measured(config, tmp_path, monkeypatch):
     optim = dataclasses.replace(config.train.optim, max_seconds=1e-3)
     config = dataclasses.replace(config, train=dataclasses.replace(config.train, optim=optim), seeds=1)
     compare(CompareCommand(config, tmp_path / "out"))
