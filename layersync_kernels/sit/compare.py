@@ -368,7 +368,7 @@ class Comparison:
             + ", over a few steps in a process of its own.",
         ]
         if config.quality_network != "none":
-            floor = f"{count} held-out samples are at {self.runs[0].marks[-1]['frechet_floor']:.1f}"
+            floor = f"{min(count, config.samples)} held-out ones are at {self.runs[0].marks[-1]['frechet_floor']:.1f}"
             notes.append(
                 f"Fréchet distance: {config.samples} samples, drawn from the same noise for all, against "
                 f"{min(config.reference, len(self.train_set))} of the training set, in the first {DIRECTIONS} "

@@ -133,7 +133,7 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
                 _draw_band(axes, curves, color=color, label=name)
             axes.set(xlabel=label, ylabel=QUALITIES[quality], title=f"{QUALITIES[quality].capitalize()} by {label}")
             axes.grid(alpha=0.3)
-            axes.legend(title=f"mean and range, {len(report['seeds'])} seed(s)")
+            axes.legend(title=f"mean and range, {len(report['seeds'])} seed(s)", loc="upper right")
     known = {name: size for name, size in report["memory"].items() if size is not None}
     memory_axes.bar(list(known), [size / 1e6 for size in known.values()], color=[colors[name] for name in known])
     memory_axes.set(ylabel="MB", title="Peak memory")

@@ -101,8 +101,8 @@ class Judge:
         samples: samples to draw for it.
 
     Attributes:
-        floor: Fréchet distance of the held-out samples themselves, or None. Fewer samples lie further away, so it
-            compares with that of a model only where there are as many.
+        floor: Fréchet distance of `samples` held-out ones, or of all where there are fewer, which lie further away;
+            None without a network.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class Judge:
         _, directions = torch.linalg.eigh(torch.cov(real.double().T))
         self._directions = directions[:, -DIRECTIONS:]
         self._real = self._gaussian(real)
-        unseen = self._features(torch.cat([x for x, *_ in self._held_out]))
+        unseen = self._features(torch.cat([x for x, *_ in self._held_out])[:samples])
         self.floor = frechet_distance(self._gaussian(unseen), self._real)
 
     @torch.no_grad()

@@ -65,17 +65,39 @@ class StopAt:
 
 
 def test_stopped_and_resumed_comparison_reports_the_same(config, tmp_path, monkeypatch):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    whole, parts, save = tmp_path / "whole", tmp_path / "parts", Trainer.save
     compare(CompareCommand(config, whole))
     compare_module.prepare(config, parts)
     for calls in (3, 17, 12):  # between runs, and between two marks
         assert not Comparison(config, parts).train(StopAt(calls))
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "save", kill)  # measured, but not saved
+        patch.setattr(Trainer, "save", lambda self: kill() if self.steps_done == 3 else save(self))  # but measured
         with pytest.raises(RuntimeError, match="killed"):
             Comparison(config, parts).train(lambda: False)
+    files = parts.glob("*/*/marks.json")
+    assert sum(len(json.loads(file.read_text())) for file in files) == 1 + sum(
+        len(run.marks) for run in read(config, parts)
+    )
     assert cli.main(["compare", "--out", str(parts), "--resume"]) == 0
     assert qualities(parts) == qualities(whole)
+    assert qualities(whole)["vanilla", 0] != qualities(whole)["vanilla", 1]
+    run = read(config, parts)[-1]
+    trainer = Trainer(run.config, Comparison(config, parts).train_set)
+    trainer.advance(6)
+    ema = read_tensors(run.folder / "checkpoints/step_00000006/ema.safetensors")
+    assert all(torch.equal(ema[name], tensor) for name, tensor in trainer.ema.state_dict().items())
+
+
+def read(config, out):
+    runs = Comparison(config, out).runs
+    for run in runs:
+        run.read()
+    return runs
+
+
+def test_methods_take_turns(config, tmp_path):
+    turns = [(run.seed, number, run.method) for run, number in Comparison(config, tmp_path)._turns()]
+    assert turns[:4] == [(0, 0, "vanilla"), (0, 0, "layersync"), (0, 1, "layersync"), (0, 1, "vanilla")]
 
 
 def kill(*_):
