@@ -205,7 +205,8 @@ def eager(case: Case) -> Function:
 
 def exact(case: Case) -> Function:
     """The op in plain PyTorch, for fp64 inputs."""
-    return {"cosine_alignment": _fp64_loss, "projected_alignment": _fp64_projected}.get(case.op, OPS[case.op].eager)
+    own: dict[str, Function] = {"cosine_alignment": _fp64_loss, "projected_alignment": _fp64_projected}
+    return own.get(case.op, OPS[case.op].eager)
 
 
 def provider(name: str, case: Case) -> Function:

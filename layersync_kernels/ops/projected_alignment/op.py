@@ -250,7 +250,7 @@ class ProjectedAlignment(FusedFunction):
         if grad is None or not any(ctx.wanted):
             return (None,) * 11
         if ctx.reduction == _NONE:
-            gradients = _recompute(ctx, grad)[1:]
+            gradients = list(_recompute(ctx, grad)[1:])
         else:
             if not ctx.eager:
                 scale, *gradients = ctx.saved_tensors[5:]
