@@ -18,6 +18,8 @@ from layersync_kernels.ops import _triton
 from layersync_kernels.ops.cosine_alignment import triton as cosine_alignment
 from layersync_kernels.ops.gated_residual_norm import triton as gated_residual_norm
 from layersync_kernels.ops.gelu import triton as gelu
+from layersync_kernels.ops.gram_alignment import strips
+from layersync_kernels.ops.gram_alignment import triton as gram_alignment
 
 from .sass import inspect
 
@@ -96,11 +98,18 @@ def run_gelu(dtype, width):
     gelu.backward(preactivation, preactivation, True, True)
 
 
+def run_gram_alignment(dtype, width):
+    u, v = torch.zeros(2, 512, width, dtype=dtype), torch.zeros(2, 1024, width, dtype=dtype)
+    gradient = torch.zeros(2, 512, 1024, dtype=dtype)
+    gram_alignment.strip(strips.Strip(u, v, gradient, gradient, 0.1, 0))
+
+
 CASES = {
     "cosine_alignment": (cosine_alignment, run_cosine_alignment),
     "gated_residual_norm": (gated_residual_norm, run_gated_residual_norm),
     "gated_residual_norm_aligned": (gated_residual_norm, run_gated_residual_norm_aligned),
     "gelu": (gelu, run_gelu),
+    "gram_alignment": (gram_alignment, run_gram_alignment),
 }
 
 

@@ -47,6 +47,7 @@ SOURCES = {
     "cosine_alignment": ["cosine_forward_kernel_for", "cosine_backward_kernel_for"],
     "gated_residual_norm": ["gated_forward_plan", "gated_backward_plan"],
     "gelu": ["gelu_forward_kernel_for", "gelu_backward_kernel_for"],
+    "gram_alignment": ["gram_strip_kernel_for"],
 }
 
 
@@ -106,7 +107,7 @@ def test_cosine_kernels_neither_spill_nor_use_narrow_accesses(cuda_kernels, capa
 @pytest.mark.parametrize("capability", CAPABILITIES)
 class TestBlockKernels:
     def test_spill_nothing(self, cuda_kernels, capability):
-        for op, count in (("gated_residual_norm", 5 * 7 + 1), ("gelu", 3 * 4 + 1)):
+        for op, count in (("gated_residual_norm", 5 * 7 + 1), ("gelu", 3 * 4 + 1), ("gram_alignment", 3 * 2)):
             assert len(cuda_kernels[op, capability]) == count
             for kernel in cuda_kernels[op, capability]:
                 assert kernel.spills == 0, kernel
@@ -148,6 +149,14 @@ class TestBlockKernels:
             assert sum(count for bits, count in kernel.stores.items() if bits != 128) == (1 if forward else 0), kernel
             assert bytes_in_flight(kernel) >= needed_in_flight(kernel), kernel
 
+    def test_gram_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        vectors = [k for k in cuda_kernels["gram_alignment", capability] if re.search(r"Li[48]E", k.name)]
+        assert len(vectors) == 3
+        for kernel in vectors:
+            assert set(kernel.loads) == {128}, kernel
+            assert kernel.stores == {128: 4, 32: 1}, kernel  # four steps, and the sum
+            assert kernel.batch == 4, kernel
+
 
 # ---- Triton
 
@@ -168,6 +177,10 @@ NORM_CASES = [
 GELU_CASES = [
     ["gelu", capability, dtype, 4608] for capability, dtype in ((80, BF16), (90, BF16), (90, FP32), (100, BF16))
 ]
+GRAM_CASES = [
+    ["gram_alignment", capability, dtype, 1920]
+    for capability, dtype in ((80, FP16), (90, FP16), (90, FP32), (100, FP16))
+]
 
 
 def compile_triton(cases, cache):
@@ -181,7 +194,7 @@ def compile_triton(cases, cache):
 @pytest.fixture(scope="module")
 def triton_kernels(tmp_path_factory):
     pytest.importorskip("triton")
-    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES]
+    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *GRAM_CASES]
     halves = cases[::2], cases[1::2]
     caches = [tmp_path_factory.mktemp("triton") for _ in halves]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -261,6 +274,13 @@ def test_triton_gelu_kernels_neither_spill_nor_use_narrow_accesses(triton_kernel
     # Half of the traffic is stores.
     assert bytes_in_flight(forward) >= BYTES_IN_FLIGHT / 2, forward
     assert bytes_in_flight(backward) >= BYTES_IN_FLIGHT / 2, backward
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", GRAM_CASES, ids=name_of)
+def test_triton_gram_kernels_do_not_spill(triton_kernels, case):
+    (kernel,) = (report for report in triton_kernels if report["case"] == case)
+    assert kernel["spills"] == 0, kernel
 
 
 @needs_cuobjdump

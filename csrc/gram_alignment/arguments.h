@@ -8,20 +8,18 @@
 
 namespace layersync {
 
-inline void check_strip(const Tensor& student, const Tensor& teacher, int64_t diagonal, int64_t kind,
+inline void check_strip(const Tensor& difference, int64_t diagonal, int64_t kind,
                         const std::optional<Tensor>& gradient) {
   const auto check = [&](const char* name, const Tensor& tensor) {
+    type_index(tensor.scalar_type());
     STD_TORCH_CHECK(tensor.dim() == 3 && tensor.is_contiguous(), "layersync_kernels: ", name,
                     " must be contiguous, of shape (samples, rows, columns)");
-    check_equal_sizes(name, tensor, "student", student);
+    check_equal_sizes(name, tensor, "difference", difference);
   };
-  check("student", student);
-  check("teacher", teacher);
-  for (const Tensor* tensor : {&student, &teacher})
-    STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float, "layersync_kernels: cosines must be float32");
+  check("difference", difference);
   if (gradient.has_value()) check("gradient", *gradient);
-  STD_TORCH_CHECK(diagonal >= 0 && diagonal <= student.size(2), "layersync_kernels: ", diagonal,
-                  " columns that count once, of ", student.size(2));
+  STD_TORCH_CHECK(diagonal >= 0 && diagonal <= difference.size(2), "layersync_kernels: ", diagonal,
+                  " columns that count once, of ", difference.size(2));
   STD_TORCH_CHECK(kind >= 0 && kind < kGramKinds, "layersync_kernels: unknown kind ", kind);
 }
 

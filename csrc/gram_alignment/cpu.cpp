@@ -15,21 +15,20 @@ namespace {
 
 const GramKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(gram_kernels); }
 
-Tensor strip(const Tensor& student, const Tensor& teacher, int64_t diagonal, double margin, int64_t kind,
+Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t kind,
              std::optional<Tensor> gradient) {
-  check_strip(student, teacher, diagonal, kind, gradient);
+  check_strip(difference, diagonal, kind, gradient);
   if (gradient.has_value())
-    check_dtype("gradient", gradient->scalar_type(), "student", student.scalar_type());
-  const int64_t samples = student.size(0), rows = student.size(1), columns = student.size(2);
-  Tensor sums = float_output(student, {samples, rows}, true);
-  const GramStripArgs args{static_cast<const float*>(student.data_ptr()),
-                           static_cast<const float*>(teacher.data_ptr()),
+    STD_TORCH_CHECK(gradient->scalar_type() == ScalarType::Float, "layersync_kernels: gradient must be float32");
+  const int64_t samples = difference.size(0), rows = difference.size(1), columns = difference.size(2);
+  Tensor sums = float_output(difference, {samples, rows}, true);
+  const GramStripArgs args{difference.data_ptr(),
                            gradient.has_value() ? static_cast<float*>(gradient->data_ptr()) : nullptr,
                            static_cast<float*>(sums.data_ptr()),
                            columns,
                            diagonal,
                            float(margin)};
-  const auto kernel = kernels().strip[kind];
+  const auto kernel = kernels().strip[kind][type_index(difference.scalar_type())];
   torch::stable::parallel_for(0, samples * rows, rows_per_task(columns),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return sums;

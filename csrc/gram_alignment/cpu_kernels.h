@@ -8,20 +8,19 @@
 namespace layersync {
 
 struct GramStripArgs {
-  const float* student;  // (rows, columns) of cosines
-  const float* teacher;
-  float* gradient;  // of the sums with respect to `student`, and may be that; or null
-  float* sums;      // (rows)
+  const void* difference;  // (rows, columns), of cosines
+  float* gradient;         // of the terms, and may be `difference`; or null
+  float* sums;             // (rows)
   int64_t columns;
-  int64_t diagonal;  // the first columns count once, the others twice
+  int64_t diagonal;        // the first columns count once, the others twice
   float margin;
 };
 
 using GramStrip = void (*)(const GramStripArgs&, int64_t first_row, int64_t last_row);
 
-// Indexed by kind.
+// Indexed by kind and type of the differences: 0 = fp32, 1 = bf16, 2 = fp16.
 struct GramKernels {
-  GramStrip strip[kGramKinds];
+  GramStrip strip[kGramKinds][3];
 };
 
 extern const GramKernels gram_kernels_generic;

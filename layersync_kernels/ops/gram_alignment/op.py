@@ -25,10 +25,8 @@ def _fake(
     return values, student.new_empty(student.shape if gradient else (0,), dtype=torch.float32)
 
 
-def _fake_strip(
-    student: Tensor, teacher: Tensor, diagonal: int, margin: float, kind: int, gradient: Tensor | None
-) -> Tensor:
-    return student.new_empty(student.shape[:-1])
+def _fake_strip(difference: Tensor, diagonal: int, margin: float, kind: int, gradient: Tensor | None) -> Tensor:
+    return difference.new_empty(difference.shape[:-1], dtype=torch.float32)
 
 
 def _cpp(*args: Any) -> tuple[Tensor, Tensor]:
@@ -60,12 +58,12 @@ GRAM = _library.declare(
 )
 torch.library.impl("layersync_cpp::gram_alignment", "cpu")(_cpp)
 torch.library.impl("layersync_cuda::gram_alignment", "cuda")(_cuda)
-# student, teacher: (samples, rows, columns) cosines, contiguous float32. Returns the sums of f(|S - T|) over each row,
-# (samples, rows): the first `diagonal` columns once, the others, which stand for their mirror images too, twice. Writes
-# the derivative of each term with respect to S into `gradient`: float32, and may be `student`, or float16 on a GPU.
+# difference: (samples, rows, columns), contiguous. Returns the sums of f(|difference|) over each row, (samples, rows)
+# float32: the first `diagonal` columns once, the others, which stand for their mirror images too, twice. Writes the
+# derivative of each term into `gradient`, which may be `difference`: float32, on a GPU of the dtype of the differences.
 STRIP = _library.declare(
     "gram_alignment_strip",
-    "(Tensor student, Tensor teacher, int diagonal, float margin, int kind, Tensor(a!)? gradient) -> Tensor",
+    "(Tensor difference, int diagonal, float margin, int kind, Tensor(a!)? gradient) -> Tensor",
     _fake_strip,
     None,
     ("cpp", "cuda"),
