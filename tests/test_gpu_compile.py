@@ -278,9 +278,10 @@ def test_triton_gelu_kernels_neither_spill_nor_use_narrow_accesses(triton_kernel
 
 @needs_cuobjdump
 @pytest.mark.parametrize("case", GRAM_CASES, ids=name_of)
-def test_triton_gram_kernels_do_not_spill(triton_kernels, case):
+def test_triton_gram_kernels_neither_spill_nor_use_narrow_stores(triton_kernels, case):
     (kernel,) = (report for report in triton_kernels if report["case"] == case)
     assert kernel["spills"] == 0, kernel
+    assert kernel["stores"] == {"128": 8, "32": 1}, kernel  # derivatives; the sum. Loads are asynchronous copies.
 
 
 @needs_cuobjdump

@@ -62,6 +62,14 @@ def _eager_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
 
 
+def _eager_gram(student: Tensor, teacher: Tensor) -> Tensor:
+    """VideoREPA's token relation distillation and, without its margin, VA-VAE's matrix term, in the tokens' dtype."""
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    difference = torch.bmm(student, student.mT) - torch.bmm(teacher, teacher.mT)
+    return F.relu(difference.abs() - _GRAM_MARGIN).mean()
+
+
+_GRAM_MARGIN = 0.1
 _HEAD = 64
 _TOKENS = 256
 
@@ -99,6 +107,12 @@ OPS = {
     "gelu_mlp": Op(
         _eager_mlp, functional.gelu_mlp, lambda m, d: [(*_samples(m), d), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
     ),
+    "gram_alignment": Op(
+        _eager_gram,
+        functools.partial(functional.gram_alignment_loss, margin=_GRAM_MARGIN),
+        lambda m, d: [(1, m, d), (1, m, d)],
+        constants=1,
+    ),
     "self_attention": Op(_eager_attention, _fused_attention, lambda m, d: [(*_samples(m), 3 * d)]),
 }
 
@@ -109,7 +123,8 @@ class Case:
 
     Attributes:
         op: a name of `OPS`.
-        rows: batch times tokens; from 256 on a multiple of 256, the tokens of a sample.
+        rows: batch times tokens; from 256 on a multiple of 256, the tokens of a sample. For gram_alignment the tokens
+            of one sample, any number.
         width: channels; for self_attention a multiple of 64.
         dtype: of all inputs.
         device: "cpu" or "cuda".
@@ -226,6 +241,7 @@ _CPU = (
     ("gated_residual_norm", ((4096, 1152), (2048, 384))),
     ("modulated_layer_norm", ((4096, 1152), (2048, 384))),
     ("gelu_mlp", ((2048, 384),)),
+    ("gram_alignment", ((3600, 1152), (1024, 1152), (256, 1152), (4096, 64))),
     ("self_attention", ((2048, 384),)),
 )
 _CUDA = (
@@ -233,6 +249,7 @@ _CUDA = (
     ("cosine_alignment", ((65536, 1152), (16384, 1152), (65536, 768), (65536, 384), (2, 8))),
     ("modulated_layer_norm", ((65536, 1152),)),
     ("gelu_mlp", ((16384, 1152),)),
+    ("gram_alignment", ((3600, 1152), (16384, 1152))),
 )
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32, torch.float16)}
 

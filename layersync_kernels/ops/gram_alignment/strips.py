@@ -14,7 +14,7 @@ and is made while the strip is in the cache.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -78,24 +78,25 @@ def library_strip(op: Any) -> StripFunction:
     return strip
 
 
-def _chunks(rows: int, width: int, cpu: bool) -> Iterator[slice]:
-    """Slices of (rows, width) that one pass after another is made over."""
-    length = max(_CHUNK // max(width, 1), 1) if cpu else max(rows, 1)
+def _chunks(x: Tensor) -> Iterator[slice]:
+    """Slices of the rows of (M, D) that one pass after another is made over."""
+    rows, width = x.shape
+    length = max(_CHUNK // max(width, 1), 1) if x.device.type == "cpu" else max(rows, 1)
     return (slice(first, first + length) for first in range(0, rows, length))
 
 
-def _normalise(x: Tensor, mask: Tensor | None, eps: float, outputs: Sequence[Tensor]) -> Tensor:
-    """Write the rows x / ‖x‖ of (M, D) into `outputs`; 1 / ‖x‖, (M, 1).
+def _normalise(x: Tensor, mask: Tensor | None, eps: float, sign: int, *outputs: Tensor) -> Tensor:
+    """Write the rows ±x / ‖x‖ of (M, D) into `outputs`; 1 / ‖x‖, (M, 1).
 
     Both are 0 for rows with ‖x‖ < eps and for those that the mask leaves out.
     """
     rnorm = x.new_empty((len(x), 1), dtype=torch.float32)
-    for chunk in _chunks(*x.shape, x.device.type == "cpu"):
+    for chunk in _chunks(x):
         part = x[chunk].float()
         # In fp64 the square of no fp32 value overflows or vanishes.
         norm = torch.linalg.vector_norm(part, dim=-1, keepdim=True, dtype=torch.float64)
         rnorm[chunk] = norm.reciprocal().masked_fill_(norm < eps, 0)
-        unit = part * rnorm[chunk]
+        unit = part * (sign * rnorm[chunk])
         if mask is not None:
             unit.masked_fill_(~mask[chunk], 0)
             rnorm[chunk].masked_fill_(~mask[chunk], 0)
@@ -106,7 +107,7 @@ def _normalise(x: Tensor, mask: Tensor | None, eps: float, outputs: Sequence[Ten
 
 def _pull_back(gradient: Tensor, unit: Tensor, factor: Tensor) -> None:
     """Turn the gradient of unit rows (M, D), in place, into that of the rows: (g - ⟨g, u⟩·u)·factor."""
-    for chunk in _chunks(*gradient.shape, gradient.device.type == "cpu"):
+    for chunk in _chunks(gradient):
         g, u = gradient[chunk], unit[chunk].float()
         along = torch.linalg.vecdot(g, u).unsqueeze(-1)
         g.addcmul_(u, along, value=-1).mul_(factor[chunk])
@@ -146,9 +147,8 @@ def run(
     total = s.new_zeros(batch, dtype=torch.float64)
     valid = None if mask is None else mask.reshape(rows, 1)
     with torch.autocast(student.device.type, enabled=False):
-        rnorm = _normalise(student.reshape(rows, width), valid, eps, [s] if wide is s else [s, wide])
-        _normalise(teacher.reshape(rows, both - width), valid, eps, [t])
-        t.neg_()
+        rnorm = _normalise(student.reshape(rows, width), valid, eps, 1, s, *([] if wide is s else [wide]))
+        _normalise(teacher.reshape(rows, both - width), valid, eps, -1, t)
         height, samples = cut(batch, tokens, cpu)
         sign = v.new_ones(both)
         sign[width:] = -1

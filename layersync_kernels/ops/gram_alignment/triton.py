@@ -45,7 +45,8 @@ def strip_kernel(
     width,
     sample_stride,
     margin,
-    VECTOR: tl.constexpr,
+    VECTOR: tl.constexpr,  # of channels
+    TOKENS: tl.constexpr,  # in 16 bytes of `gradient` where its rows are aligned, else 1
     CHANNELS: tl.constexpr,
     KIND: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -75,14 +76,17 @@ def strip_kernel(
     tile = (sample * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
     tl.store(sums + tile, total)
     if gradient is not None:
-        place = (sample * height + row[:, None]) * width + column[None, :]
-        tl.store(gradient + place, derivative, mask=(row[:, None] < height) & (column[None, :] < width))
+        # The stride counts vectors: the compiler sees how rows are aligned, and that a mask is the same for a vector.
+        stride = (width // TOKENS) * TOKENS
+        place = (sample * height + row[:, None]) * stride + column[None, :]
+        inside = (row[:, None] < height) & (column[None, :] < stride)
+        tl.store(gradient + place, derivative, mask=inside)
 
 
 def strip(strip: Strip) -> Tensor:
     """Launch a strip; see strips.py."""
     u, v = strip.u, strip.v
-    if not u.is_cuda:  # Triton's interpreter cannot multiply bf16
+    if u.dtype == torch.bfloat16:  # on a CPU, where Triton's interpreter cannot multiply it
         u, v = u.float(), v.float()
     samples, height, channels = u.shape
     width = v.shape[1]
@@ -91,6 +95,7 @@ def strip(strip: Strip) -> Tensor:
     sums = u.new_empty((samples, grid[0] * grid[1]), dtype=torch.float32)
     elements = 16 // u.element_size()
     vector = elements if channels % elements == 0 else 1
+    tokens = elements if width % elements == 0 else 1
     with device_of(u):
         strip_kernel[grid](
             u,
@@ -102,6 +107,7 @@ def strip(strip: Strip) -> Tensor:
             v.stride(0) // vector,
             strip.margin,
             VECTOR=vector,
+            TOKENS=tokens,
             CHANNELS=channels,
             KIND=strip.kind,
             PRECISION="tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
