@@ -206,9 +206,9 @@ def gram_alignment_loss(
     .. math:: L = \frac{1}{N^2} \sum_{ij} f(d_{ij}), \quad d_{ij} = |\cos(s_i, s_j) - \cos(t_i, t_j)|
 
     for each sample, averaged over samples. Neither matrix of cosines exists as a whole: memory is O(N·D), forward and
-    backward. The widths may differ, so no projector is needed. Statistics and sums are fp32, also under autocast; on a
-    GPU the products of bf16 and fp16 tokens are those of fp16 unit rows, summed in fp32, and those of fp32 tokens use
-    TF32 where `torch.backends.cuda.matmul` allows it.
+    backward. The widths may differ, so no projector is needed. Norms and sums are fp32, autocast changes nothing. The
+    products are those of unit rows in fp32 (TF32 where `torch.backends.cuda.matmul` allows it); for half types in fp16
+    on a GPU, and in bf16 on a CPU where both tensors are. What is rounded then is d, not the two cosines.
 
     Args:
         student: (..., N, D1) tokens; float32, bfloat16 or float16, and float64 through the reference, which keeps
@@ -235,7 +235,7 @@ def gram_alignment_loss(
         TypeError: tensors that are not floating point, a mask that is not bool.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
-    Source: VideoREPA (arXiv:2505.23656), VA-VAE (arXiv:2501.01423), U-REPA (arXiv:2503.18414), SARA (arXiv:2503.08253).
+    Source: VideoREPA (arXiv:2505.23656) and VA-VAE, with their published code; U-REPA; SARA.
     """
     _check_gram(student, teacher, margin, kind, mask)
     if reduction not in ("mean", "none"):
