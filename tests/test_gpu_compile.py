@@ -178,8 +178,7 @@ GELU_CASES = [
     ["gelu", capability, dtype, 4608] for capability, dtype in ((80, BF16), (90, BF16), (90, FP32), (100, BF16))
 ]
 GRAM_CASES = [
-    ["gram_alignment", capability, dtype, 1920]
-    for capability, dtype in ((80, FP16), (90, FP16), (90, FP32), (100, FP16))
+    ["gram_alignment", capability, dtype, 1920] for capability, dtype in ((80, FP16), (90, FP32), (100, FP16))
 ]
 
 
