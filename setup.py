@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 from build_backend import installed_torch  # noqa: E402
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the binary loads beside that release and every later one
-OPS = ["attention", "cosine_alignment", "gated_residual_norm", "gelu", "spatial_norm"]
+OPS = ["attention", "cosine_alignment", "gated_residual_norm", "gelu", "gram_alignment", "spatial_norm"]
 MEMORY_PER_JOB_GIB = 2.5
 
 

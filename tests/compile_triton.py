@@ -18,6 +18,8 @@ from layersync_kernels.ops import _triton
 from layersync_kernels.ops.cosine_alignment import triton as cosine_alignment
 from layersync_kernels.ops.gated_residual_norm import triton as gated_residual_norm
 from layersync_kernels.ops.gelu import triton as gelu
+from layersync_kernels.ops.gram_alignment import strips
+from layersync_kernels.ops.gram_alignment import triton as gram_alignment
 from layersync_kernels.ops.projected_alignment import triton as projected_alignment
 from layersync_kernels.ops.spatial_norm import triton as spatial_norm
 
@@ -109,6 +111,12 @@ def run_projected_alignment(dtype, width):
     projected_alignment.project(hidden, weight, z[0], teacher, torch.ones(64), 1e-6, 2, z)
 
 
+def run_gram_alignment(dtype, width):
+    u, v = torch.zeros(2, 512, width, dtype=dtype), torch.zeros(2, 1024, width, dtype=dtype)
+    gradient = torch.zeros(2, 512, 1024, dtype=dtype)
+    gram_alignment.strip(strips.Strip(u, v, gradient, gradient, 0.1, 0))
+
+
 CASES = {
     "cosine_alignment": (cosine_alignment, run_cosine_alignment),
     "gated_residual_norm": (gated_residual_norm, run_gated_residual_norm),
@@ -116,6 +124,7 @@ CASES = {
     "gelu": (gelu, run_gelu),
     "spatial_norm": (spatial_norm, run_spatial_norm),
     "projected_alignment": (projected_alignment, run_projected_alignment),
+    "gram_alignment": (gram_alignment, run_gram_alignment),
 }
 
 

@@ -38,7 +38,13 @@ def needed_in_flight(kernel):
 
 # ---- CUDA C++
 
-OPS = {"cosine_alignment": "cosine_", "gated_residual_norm": "gated_", "gelu": "gelu_", "spatial_norm": "spatial_"}
+OPS = {
+    "cosine_alignment": "cosine_",
+    "gated_residual_norm": "gated_",
+    "gelu": "gelu_",
+    "gram_alignment": "gram_",
+    "spatial_norm": "spatial_",
+}
 """Op → how the names of its kernels begin."""
 
 
@@ -91,7 +97,7 @@ def test_cosine_kernels_neither_spill_nor_use_narrow_accesses(cuda_kernels, capa
 @pytest.mark.parametrize("capability", CAPABILITIES)
 class TestBlockKernels:
     def test_spill_nothing(self, cuda_kernels, capability):
-        for op, count in (("gated_residual_norm", 5 * 7), ("gelu", 3 * 4)):
+        for op, count in (("gated_residual_norm", 5 * 7), ("gelu", 3 * 4), ("gram_alignment", 3 * 2)):
             assert len(cuda_kernels(op, capability)) == count
             for kernel in cuda_kernels(op, capability):
                 assert kernel.spills == 0, kernel
@@ -133,6 +139,14 @@ class TestBlockKernels:
             assert sum(count for bits, count in kernel.stores.items() if bits != 128) == (1 if forward else 0), kernel
             assert bytes_in_flight(kernel) >= needed_in_flight(kernel), kernel
 
+    def test_gram_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        vectors = [k for k in cuda_kernels("gram_alignment", capability) if re.search(r"Li[48]E", k.name)]
+        assert len(vectors) == 3
+        for kernel in vectors:
+            assert set(kernel.loads) == {128}, kernel
+            assert kernel.stores == {128: 4, 32: 1}, kernel  # four steps, and the sum
+            assert kernel.batch == 4, kernel
+
 
 # ---- Triton
 
@@ -155,6 +169,9 @@ GELU_CASES = [
 ]
 SPATIAL_CASES = [["spatial_norm", 90, dtype, 768] for dtype in (BF16, FP32)]
 PROJECTED_CASES = [["projected_alignment", capability, BF16, 1152] for capability in CAPABILITIES]
+GRAM_CASES = [
+    ["gram_alignment", capability, dtype, 1920] for capability, dtype in ((80, FP16), (90, FP32), (100, FP16))
+]
 
 
 def compile_triton(cases, cache):
@@ -168,7 +185,7 @@ def compile_triton(cases, cache):
 @pytest.fixture(scope="module")
 def triton_kernels(tmp_path_factory):
     pytest.importorskip("triton")
-    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *PROJECTED_CASES, *SPATIAL_CASES]
+    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *GRAM_CASES, *PROJECTED_CASES, *SPATIAL_CASES]
     halves = cases[::2], cases[1::2]
     caches = [tmp_path_factory.mktemp("triton") for _ in halves]
     with concurrent.futures.ThreadPoolExecutor(2) as pool:
@@ -256,6 +273,13 @@ def test_triton_projection_neither_spills_nor_stores_narrowly(triton_kernels, ca
     (kernel,) = (report for report in triton_kernels if report["case"] == case)
     assert kernel["spills"] == 0, kernel
     assert kernel["stores"] == {"128": 64 * 128 // (8 * 32 * 8), "32": 3}, kernel  # a tile of z, statistics
+
+
+@pytest.mark.parametrize("case", GRAM_CASES, ids=name_of)
+def test_triton_gram_kernels_neither_spill_nor_use_narrow_stores(triton_kernels, case):
+    (kernel,) = (report for report in triton_kernels if report["case"] == case)
+    assert kernel["spills"] == 0, kernel
+    assert kernel["stores"] == {"128": 8, "32": 1}, kernel  # derivatives; the sum. Loads are asynchronous copies.
 
 
 @needs_cuobjdump

@@ -60,6 +60,16 @@ inline Vec min(Vec a, Vec b) { return {_mm256_min_ps(a.v, b.v)}; }
 
 inline Vec max(Vec a, Vec b) { return {_mm256_max_ps(a.v, b.v)}; }
 
+// `value` where x > 0 or NaN, else 0.
+inline Vec where_positive(Vec x, Vec value) {
+  return {_mm256_and_ps(_mm256_cmp_ps(x.v, _mm256_setzero_ps(), _CMP_NLE_UQ), value.v)};
+}
+
+// A magnitude that is not negative, with the sign of another value.
+inline Vec with_sign(Vec magnitude, Vec sign) {
+  return {_mm256_or_ps(magnitude.v, _mm256_and_ps(sign.v, _mm256_set1_ps(-0.f)))};
+}
+
 // v * 2^n for integral n from -252 to 254: in two factors, as one would leave the range of normal numbers.
 inline Vec scale_by_power(Vec v, Vec n) {
   const __m256i power = _mm256_cvtps_epi32(n.v), half = _mm256_srai_epi32(power, 1), bias = _mm256_set1_epi32(127);

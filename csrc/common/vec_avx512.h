@@ -62,6 +62,16 @@ inline Vec min(Vec a, Vec b) { return {_mm512_min_ps(a.v, b.v)}; }
 
 inline Vec max(Vec a, Vec b) { return {_mm512_max_ps(a.v, b.v)}; }
 
+// `value` where x > 0 or NaN, else 0.
+inline Vec where_positive(Vec x, Vec value) {
+  return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(x.v, _mm512_setzero_ps(), _CMP_NLE_UQ), value.v)};
+}
+
+// A magnitude that is not negative, with the sign of another value.
+inline Vec with_sign(Vec magnitude, Vec sign) {
+  return {_mm512_or_ps(magnitude.v, _mm512_and_ps(sign.v, _mm512_set1_ps(-0.f)))};
+}
+
 // v * 2^n for integral n from -252 to 254.
 inline Vec scale_by_power(Vec v, Vec n) { return {_mm512_scalef_ps(v.v, n.v)}; }
 

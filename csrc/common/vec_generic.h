@@ -80,6 +80,20 @@ inline Vec max(const Vec& a, const Vec& b) {
   return r;
 }
 
+// `value` where x > 0 or NaN, else 0.
+inline Vec where_positive(const Vec& x, const Vec& value) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = x.lane[i] <= 0 ? 0.f : value.lane[i];
+  return r;
+}
+
+// A magnitude that is not negative, with the sign of another value.
+inline Vec with_sign(const Vec& magnitude, const Vec& sign) {
+  Vec r;
+  for (int i = 0; i < 8; ++i) r.lane[i] = std::copysign(magnitude.lane[i], sign.lane[i]);
+  return r;
+}
+
 // v * 2^n for integral n from -252 to 254: in two factors, as one would leave the range of normal numbers.
 inline Vec scale_by_power(const Vec& v, const Vec& n) {
   Vec r;

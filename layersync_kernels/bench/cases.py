@@ -81,6 +81,14 @@ def _linear_and_cosine(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Te
     return functional.layersync_loss(F.linear(hidden, weight, bias), teacher)
 
 
+def _eager_gram(student: Tensor, teacher: Tensor) -> Tensor:
+    """VideoREPA's token relation distillation and, without its margin, VA-VAE's matrix term, in the tokens' dtype."""
+    student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
+    difference = torch.bmm(student, student.mT) - torch.bmm(teacher, teacher.mT)
+    return F.relu(difference.abs() - _GRAM_MARGIN).mean()
+
+
+_GRAM_MARGIN = 0.1
 _HEAD = 64
 _TOKENS = 256
 
@@ -124,6 +132,12 @@ OPS = {
         lambda m, d: [(*_samples(m), d), (_CRITIC, d), (_CRITIC,), (*_samples(m), _CRITIC)],
         constants=1,
     ),
+    "gram_alignment": Op(
+        _eager_gram,
+        functools.partial(functional.gram_alignment_loss, margin=_GRAM_MARGIN),
+        lambda m, d: [(1, m, d), (1, m, d)],
+        constants=1,
+    ),
     "self_attention": Op(_eager_attention, _fused_attention, lambda m, d: [(*_samples(m), 3 * d)]),
     "spatial_norm": Op(
         _eager_spatial_norm, functional.spatial_norm, lambda m, d: [(*_samples(m), d)], constants=1, moved=(2, 0)
@@ -137,7 +151,8 @@ class Case:
 
     Attributes:
         op: a name of `OPS`.
-        rows: batch times tokens; from 256 on a multiple of 256, the tokens of a sample.
+        rows: batch times tokens; from 256 on a multiple of 256, the tokens of a sample. For gram_alignment the tokens
+            of one sample, any number.
         width: channels; for self_attention a multiple of 64.
         dtype: of all inputs.
         device: "cpu" or "cuda".
@@ -266,6 +281,7 @@ _CPU = (
     ("modulated_layer_norm", ((4096, 1152), (2048, 384))),
     ("gelu_mlp", ((2048, 384),)),
     ("projected_alignment", ((8192, 1152),)),
+    ("gram_alignment", ((3600, 1152), (1024, 1152), (256, 1152), (4096, 64))),
     ("self_attention", ((2048, 384),)),
     ("spatial_norm", ((16384, 768),)),
 )
@@ -276,6 +292,7 @@ _CUDA = (
     ("gelu_mlp", ((16384, 1152),)),
     ("spatial_norm", ((65536, 768),)),
     ("projected_alignment", ((65536, 1152),)),
+    ("gram_alignment", ((3600, 1152), (16384, 1152))),
 )
 _DTYPES = {"cpu": (torch.float32, torch.bfloat16), "cuda": (torch.bfloat16, torch.float32, torch.float16)}
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 
-def _unit_rows(x: Tensor, eps: float) -> Tensor:
+def unit_rows(x: Tensor, eps: float) -> Tensor:
     """Rows x / ‖x‖ over the last dimension; rows with ‖x‖ < eps become zero, with zero gradient."""
     if x.shape[-1] == 0:
         return x
@@ -38,7 +38,7 @@ def cosine_alignment_reference(
         weight = weight.to(dtype).expand(student.shape[:-1])
         masked = (weight == 0).unsqueeze(-1)
         student, teacher = student.masked_fill(masked, 0), teacher.masked_fill(masked, 0)
-    return reduce_rows((_unit_rows(student, eps) * _unit_rows(teacher, eps)).sum(dim=-1), weight, reduction)
+    return reduce_rows((unit_rows(student, eps) * unit_rows(teacher, eps)).sum(dim=-1), weight, reduction)
 
 
 def reduce_rows(cosine: Tensor, weight: Tensor | None, reduction: str) -> Tensor:
