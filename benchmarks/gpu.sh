@@ -159,6 +159,17 @@ for backend in backends:
             activation = functional.linear_gelu(draw(12), weight, draw().new_zeros(40), backend=backend)
             mlp = functional.gelu_mlp(draw(12), weight, None, draw(40).t(), None, backend=backend)
             torch.autograd.grad(activation.float().sum() + mlp.float().sum(), weight)
+    for width in (1, 77, 384):
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            tokens, weight = (torch.randn(*shape, width, device=device).to(dtype) for shape in ((3, 300), (40,)))
+            tokens[0, 0] = 0
+            hidden, projection = tokens.clone().requires_grad_(), weight.clone().requires_grad_()
+            teacher = functional.spatial_norm(tokens[:, 1:] + 1, backend=backend)
+            total = functional.gram_alignment_loss(hidden[:, 1:], teacher, margin=0.1, backend=backend)
+            target = torch.randn(3, 300, 40, device=device).to(dtype)
+            total = total + functional.projected_alignment_loss(hidden, projection, None, target, backend=backend)
+            gradients = torch.autograd.grad(total, (hidden, projection))
+            assert all(x.isfinite().all() for x in (total, *gradients)), (backend, width, dtype)
 print("exercised", *backends, "on", device)
 '
 

@@ -87,6 +87,7 @@ def repa(_):
         "model": model,
         "optimizer": standins.sgd(model),
         "train_dataloader": [(x, y, [torch.randn(len(x), 16, 12)]) for x, y in standins.images()],
+        "zs_tilde": [torch.randn(standins.BATCH, 16, 12)],
         "accelerator": accelerator(),
         "loss_fn": standins.repa_loss,
         "args": SimpleNamespace(proj_coeff=0.5),
@@ -171,6 +172,13 @@ def check_fused(names):
     assert not names["fused"].left
 
 
+def check_repa(names):
+    check_fused(names)
+    (z,), (z_tilde,) = names["zs"], names["zs_tilde"]
+    by_sample = torch.stack([alignment(own, target) for own, target in zip(z_tilde, z, strict=True)])
+    torch.testing.assert_close(names["proj_loss"], by_sample.mean())
+
+
 @dataclass(frozen=True)
 class Guide:
     """A page: the names that its code takes as given, and what it should align, said once more."""
@@ -192,7 +200,7 @@ PAGES = {
     "sit.md": Guide(sit, ddp=True, check=check_fused),
     "dit.md": Guide(dit, ddp=True, check=check_fused),
     "layersync.md": Guide(layersync, ddp=True),
-    "repa.md": Guide(repa, libraries=("timm", "accelerate"), check=check_fused),
+    "repa.md": Guide(repa, libraries=("timm", "accelerate"), check=check_repa),
     "lightningdit.md": Guide(lightningdit, libraries=("timm", "accelerate"), ddp=True),
     "motion-diffusion-model.md": Guide(
         motion,
