@@ -82,6 +82,7 @@ def test_stopped_and_resumed_comparison_reports_the_same(config, tmp_path, monke
     assert qualities(parts) == qualities(whole)
     assert qualities(whole)["vanilla", 0] != qualities(whole)["vanilla", 1]
     run = read(config, parts)[-1]
+    assert Comparison(config, parts)._open(run).steps_done == 6  # not from the start again, which only costs time
     trainer = Trainer(run.config, Comparison(config, parts).train_set)
     trainer.advance(6)
     ema = read_tensors(run.folder / "checkpoints/step_00000006/ema.safetensors")
