@@ -6,8 +6,10 @@ all three gradients: forward and backward together cost the three GEMMs that eag
 
     dh = dz·W,    dW = Σ dzᵀ·h,    db = Σ dz    (sums over chunks in fp32)
 
-These are the gradients of −Σ w·c. The backward pass multiplies them by the incoming one, and by 1/Σw for the mean: so
-small a factor would push those of fp16 below their range before a loss scale has lifted them.
+On the CPU one kernel makes loss, dz in place of z and Σ dz. These are the gradients of −Σ w·c. The backward pass
+multiplies them by the incoming one, and by 1/Σw for the mean: so small a factor would push those of fp16 below their
+range before a loss scale has lifted them. On the CPU the other dtypes have it in dz already, and an incoming 1 costs no
+pass.
 """
 
 from __future__ import annotations
@@ -32,10 +34,18 @@ _NONE, _MEAN, _SUM = (REDUCTIONS[name] for name in ("none", "mean", "sum"))
 _CHUNK_BYTES = {"cpu": 9 << 20, "cuda": 12 << 20}
 _FEWEST_ROWS = 256
 
+# Up to here linear layer and fused cosine are at least as fast, and leave little memory to save.
+_LINEAR_BYTES = {"cpu": 3 << 20, "cuda": 12 << 20}
+
 
 def chunk_rows(z_width: int, dtype: torch.dtype, device: str) -> int:
     """How many rows a chunk has at most."""
     return max(_CHUNK_BYTES[device] // (z_width * dtype.itemsize), _FEWEST_ROWS)
+
+
+def linear_rows(z_width: int, dtype: torch.dtype, device: str) -> int:
+    """Up to how many rows `auto` takes linear layer and fused cosine."""
+    return max(_LINEAR_BYTES[device] // (z_width * dtype.itemsize), _FEWEST_ROWS)
 
 
 def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
@@ -216,9 +226,9 @@ def _fake(
 
 
 # hidden: (..., D), weight: (P, D) and bias: (P,) of one dtype, teacher: (..., P), row_weight: (M,) contiguous float32,
-# grad: (...) of the loss for reduction "none", else None for one; neither M, D nor P is 0. Returns the loss; 1/Σw for
-# the mean, else 1; the gradients of -Σ grad·w·c with respect to hidden, weight and bias, the latter two in float32, or
-# (0,) where not wanted.
+# grad: (...) of the loss for reduction "none", else None for one; neither M, D nor P is 0. Returns the loss;
+# what is left to multiply the gradients by; those of hidden, weight and bias, the latter two in float32, or (0,) where
+# not wanted. For the mean that factor is 1/Σw, unless it is in the gradients already.
 RUN = _library.declare(
     "projected_alignment",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? row_weight, Tensor? grad, float eps, "
