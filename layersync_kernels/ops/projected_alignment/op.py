@@ -147,6 +147,7 @@ def _run(
         student = None if z is None else z[: h.shape[0]].view(t.shape)
         g = grad if grad.dim() == 0 else grad[chunk]
         if in_place:
+            assert student is not None
             _linear(h, weight, bias, student)
             loss, sums = IN_PLACE["cpp"](student, t, w, g, eps, early, reduction and _SUM, bias_grad)
             dz = student
@@ -154,7 +155,7 @@ def _run(
             loss, stats, ones = project(h, weight, bias, t, w, eps, reduction and _SUM, student)
             if wanted:
                 dz, _ = BACKWARD[backend](g, student, t, w, stats, ones, True, False)
-                sums = dz.view(-1, width).sum(dim=0) if bias_grad else None  # in fp32 inside
+                sums = dz.view(-1, width).sum(dim=0) if bias_grad else d_bias  # in fp32 inside
         losses.append(loss)
         if not wanted:
             continue
