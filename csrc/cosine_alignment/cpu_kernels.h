@@ -39,13 +39,33 @@ struct CosineBackwardArgs {
   bool streaming;
 };
 
+// Loss and gradient in one go: each row is replaced by its gradient while it is in the cache.
+struct CosineInPlaceArgs {
+  void* student;  // contiguous rows
+  const void* teacher;
+  RowLayout teacher_rows;
+  int64_t width;
+  const float* weight;
+  float eps;
+  const float* grad;
+  int64_t grad_stride;
+  float scale;
+  float* cosine;
+  int64_t rows;
+  int64_t rows_per_part;
+  float* sums;  // (parts, width) of the gradient over the rows of a part, or null where not wanted
+};
+
 using CosineForward = void (*)(const CosineForwardArgs&, int64_t begin, int64_t end);
 using CosineBackward = void (*)(const CosineBackwardArgs&, int64_t begin, int64_t end);
+// By parts.
+using CosineInPlace = void (*)(const CosineInPlaceArgs&, int64_t begin, int64_t end);
 
 // Indexed by the types of student and teacher: 0 = fp32, 1 = bf16, 2 = fp16.
 struct CosineKernels {
   CosineForward forward[3][3];
   CosineBackward backward[3][3];
+  CosineInPlace in_place[3][3];
 };
 
 extern const CosineKernels cosine_kernels_generic;

@@ -78,10 +78,45 @@ void backward_rows(const CosineBackwardArgs& args, int64_t begin, int64_t end) {
   }
 }
 
+template <class S>
+void add_to(float* sums, const S* s, int64_t width) {
+  int64_t i = 0;
+  for (; i + Vec::size <= width; i += Vec::size) store(sums + i, add(load(sums + i), load(s + i)));
+  for (; i < width; ++i) sums[i] += to_float(s[i]);
+}
+
+template <class S, class T>
+void in_place_parts(const CosineInPlaceArgs& args, int64_t begin, int64_t end) {
+  const int64_t width = args.width;
+  for (int64_t part = begin; part < end; ++part) {
+    float* sums = args.sums == nullptr ? nullptr : args.sums + part * width;
+    if (sums != nullptr) std::memset(sums, 0, sizeof(float) * size_t(width));
+    const int64_t first = part * args.rows_per_part, last = first + args.rows_per_part;
+    for (int64_t row = first; row < (last < args.rows ? last : args.rows); ++row) {
+      S* s = static_cast<S*>(args.student) + row * width;
+      const T* t = static_cast<const T*>(args.teacher) + args.teacher_rows.offset(row);
+      const float weight = args.weight == nullptr ? 1.f : args.weight[row];
+      const RowCosine r = weight == 0 ? RowCosine{0, 0, 0} : row_cosine(s, t, width, args.eps);
+      args.cosine[row] = r.cosine;
+      if (r.rnorm_student == 0 && r.rnorm_teacher == 0) {
+        std::memset(static_cast<void*>(s), 0, sizeof(S) * size_t(width));
+        continue;
+      }
+      const float factor = -args.grad[row * args.grad_stride] * weight * args.scale;
+      backward_row<false, true, false>(s, t, width, row_gradient(factor, r.cosine, r.rnorm_student, r.rnorm_teacher),
+                                       RowGradient{}, s, static_cast<T*>(nullptr));
+      if (sums != nullptr) add_to(sums, s, width);
+    }
+  }
+}
+
 constexpr CosineKernels kernels = {
     {{forward_rows<float, float>, forward_rows<float, bf16>, forward_rows<float, fp16>},
      {forward_rows<bf16, float>, forward_rows<bf16, bf16>, forward_rows<bf16, fp16>},
      {forward_rows<fp16, float>, forward_rows<fp16, bf16>, forward_rows<fp16, fp16>}},
     {{backward_rows<float, float>, backward_rows<float, bf16>, backward_rows<float, fp16>},
      {backward_rows<bf16, float>, backward_rows<bf16, bf16>, backward_rows<bf16, fp16>},
-     {backward_rows<fp16, float>, backward_rows<fp16, bf16>, backward_rows<fp16, fp16>}}};
+     {backward_rows<fp16, float>, backward_rows<fp16, bf16>, backward_rows<fp16, fp16>}},
+    {{in_place_parts<float, float>, in_place_parts<float, bf16>, in_place_parts<float, fp16>},
+     {in_place_parts<bf16, float>, in_place_parts<bf16, bf16>, in_place_parts<bf16, fp16>},
+     {in_place_parts<fp16, float>, in_place_parts<fp16, bf16>, in_place_parts<fp16, fp16>}}};

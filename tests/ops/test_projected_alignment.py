@@ -6,9 +6,18 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from layersync_kernels.functional import layersync_loss, projected_alignment_loss
+from layersync_kernels.ops.cosine_alignment.op import IN_PLACE
 from layersync_kernels.ops.projected_alignment import op
 
-from .backends import ALL, FUSED, HAS_GPU, STRIDED, assert_as_exact_as, device_of
+from .backends import (
+    ALL,
+    FUSED,
+    HAS_GPU,
+    STRIDED,
+    assert_as_exact_as,
+    device_of,
+    run_on_lower_instruction_set,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,7 +25,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 @pytest.fixture(autouse=True)
 def small_chunks(monkeypatch):
     """Few rows are several chunks, the last of them smaller than the others."""
-    monkeypatch.setattr(op, "_CHUNK_BYTES", {"cpu": 1, "cuda": 1})
+    for name in ("_CHUNK_BYTES", "_LINEAR_BYTES"):
+        monkeypatch.setattr(op, name, {"cpu": 1, "cuda": 1})
     monkeypatch.setattr(op, "_FEWEST_ROWS", 4)
 
 
@@ -319,15 +329,37 @@ def test_results_are_deterministic(backend):
         assert torch.equal(a, b)
 
 
-def test_auto_takes_the_linear_layer_where_all_is_one_chunk():
+def test_auto_takes_the_linear_layer_for_few_rows():
     hidden, weight, bias, teacher = inputs(9)
-    one_chunk, several = (
+    few, many = (
         projected_alignment_loss(hidden[:rows], weight.requires_grad_(), bias, teacher[:rows]) for rows in (4, 9)
     )
-    assert (one_chunk.grad_fn.name(), several.grad_fn.name()) == (
+    assert (few.grad_fn.name(), many.grad_fn.name()) == (
         "CosineAlignmentBackward",
         "ProjectedAlignmentBackward",
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
+def test_cpp_sums_of_the_bias_do_not_depend_on_threads(dtype):
+    """A part of the rows is a task, whoever runs it; the GEMMs are the library's."""
+    z, teacher = torch.randn(1001, 33).to(dtype), torch.randn(1001, 33)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            dz = z.clone()
+            loss, sums = IN_PLACE["cpp"](dz, teacher, None, torch.ones(()), 1e-6, 0.5, 2, True)
+            results.append((loss, sums, dz))
+    finally:
+        torch.set_num_threads(threads)
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+    torch.testing.assert_close(results[0][1][0], results[0][2].float().sum(dim=0), rtol=1e-5, atol=1e-5)
+
+
+def test_a_lower_instruction_set_passes_the_same_tests():
+    run_on_lower_instruction_set("avx2", __file__, "cpp and (values or size or huge or masked)")
 
 
 @pytest.mark.gpu

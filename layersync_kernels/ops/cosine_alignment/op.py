@@ -46,6 +46,20 @@ def _fake_backward(
     )
 
 
+def _fake_in_place(
+    student: Tensor,
+    teacher: Tensor,
+    weight: Tensor | None,
+    grad: Tensor,
+    eps: float,
+    scale: float,
+    reduction: int,
+    summed: bool,
+) -> tuple[Tensor, Tensor]:
+    loss = student.new_empty(student.shape[:-1] if reduction == REDUCTIONS["none"] else (), dtype=torch.float32)
+    return loss, student.new_empty((1, student.shape[-1]) if summed else (0,), dtype=torch.float32)
+
+
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from . import triton
 
@@ -72,6 +86,16 @@ BACKWARD = _library.declare(
     "bool teacher_grad) -> (Tensor, Tensor)",
     _fake_backward,
     _triton_backward,
+)
+# Both passes in one, for a student (contiguous) that nothing else needs: its gradient, times `scale`, takes its place.
+# grad as above. Returns the loss and, where wanted, the sum of that gradient over the rows, fp32.
+IN_PLACE = _library.declare(
+    "cosine_alignment_in_place",
+    "(Tensor(a!) student, Tensor teacher, Tensor? weight, Tensor grad, float eps, float scale, int reduction, "
+    "bool summed) -> (Tensor, Tensor)",
+    _fake_in_place,
+    None,
+    ("cpp",),
 )
 
 

@@ -1,6 +1,6 @@
 """A linear layer and the cosine of its rows to a teacher's: the last layer of a projector, with the alignment loss."""
 
-from .op import chunk_rows, projected_alignment
+from .op import linear_rows, projected_alignment
 from .reference import projected_alignment_reference
 
-__all__ = ["chunk_rows", "projected_alignment", "projected_alignment_reference"]
+__all__ = ["linear_rows", "projected_alignment", "projected_alignment_reference"]

@@ -6,8 +6,10 @@ all three gradients: forward and backward together cost the three GEMMs that eag
 
     dh = dz·W,    dW = Σ dzᵀ·h,    db = Σ dz    (sums over chunks in fp32)
 
-These are the gradients of −Σ w·c. The backward pass multiplies them by the incoming one, and by 1/Σw for the mean: so
-small a factor would push those of fp16 below their range before a loss scale has lifted them.
+On the CPU one kernel makes loss, dz in place of z and Σ dz. These are the gradients of −Σ w·c. The backward pass
+multiplies them by the incoming one, and by 1/Σw for the mean: so small a factor would push those of fp16 below their
+range before a loss scale has lifted them. On the CPU the other dtypes have it in dz already, and an incoming 1 costs no
+pass.
 """
 
 from __future__ import annotations
@@ -22,20 +24,36 @@ from torch import Tensor
 from .. import _library
 from .._autograd import FusedFunction, differentiable_once, runs_eagerly
 from .._rows import as_rows
-from ..cosine_alignment.op import BACKWARD, FORWARD, REDUCTIONS
+from ..cosine_alignment.op import BACKWARD, FORWARD, IN_PLACE, REDUCTIONS
 
 _NONE, _MEAN, _SUM = (REDUCTIONS[name] for name in ("none", "mean", "sum"))
 
-# Bytes of z in a chunk. On the CPU (2 cores of a Zen 4, 1152 -> 768) GEMMs of 1024 rows are as fast as those of 8192
-# in fp32, in bf16 it takes 2048. On a GPU they have to fill the card: 8192 rows of 768 halves are 192 tiles of
+# Bytes of z in a chunk. On the CPU (2 cores of a Zen 4, 1152 -> 768) dW wants few chunks: at 3 MB its GEMMs and the
+# sums over chunks cost 4 % more. On a GPU the GEMMs have to fill the card: 8192 rows of 768 halves are 192 tiles of
 # 128 x 256, for the 132 multiprocessors of an H100.
-_CHUNK_BYTES = {"cpu": 3 << 20, "cuda": 12 << 20}
+_CHUNK_BYTES = {"cpu": 9 << 20, "cuda": 12 << 20}
 _FEWEST_ROWS = 256
+
+# Up to here linear layer and fused cosine are at least as fast, and leave little memory to save.
+_LINEAR_BYTES = {"cpu": 3 << 20, "cuda": 12 << 20}
 
 
 def chunk_rows(z_width: int, dtype: torch.dtype, device: str) -> int:
     """How many rows a chunk has at most."""
     return max(_CHUNK_BYTES[device] // (z_width * dtype.itemsize), _FEWEST_ROWS)
+
+
+def linear_rows(z_width: int, dtype: torch.dtype, device: str) -> int:
+    """Up to how many rows `auto` takes linear layer and fused cosine."""
+    return max(_LINEAR_BYTES[device] // (z_width * dtype.itemsize), _FEWEST_ROWS)
+
+
+def _linear(hidden: Tensor, weight: Tensor, bias: Tensor | None, z: Tensor) -> None:
+    rows = z.view(-1, z.shape[-1])
+    if bias is None:
+        torch.mm(hidden, weight.t(), out=rows)
+    else:
+        torch.addmm(bias, hidden, weight.t(), out=rows)
 
 
 def _project(
@@ -50,11 +68,7 @@ def _project(
     z: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Write z, of teacher's shape, and return what FORWARD makes of it."""
-    rows = z.view(-1, z.shape[-1])
-    if bias is None:
-        torch.mm(hidden, weight.t(), out=rows)
-    else:
-        torch.addmm(bias, hidden, weight.t(), out=rows)
+    _linear(hidden, weight, bias, z)
     return FORWARD[backend](z, teacher, row_weight, eps, reduction)
 
 
@@ -114,6 +128,11 @@ def _run(
     if row_weight is not None:
         row_weight = row_weight.view(samples, tokens)
     grad = torch.ones((), device=hidden.device) if grad is None else grad.reshape(samples, tokens)
+    scale = _scale(row_weight, samples * tokens, reduction, hidden.device)
+    in_place = backend == "cpp" and wanted
+    early = 1.0
+    if in_place and hidden.dtype != torch.float16:
+        early, scale = scale.item(), torch.ones_like(scale)
     losses = []
     z: Tensor | None = None
     partial: Tensor | None = None
@@ -126,11 +145,20 @@ def _run(
         if z is None and stored:
             z = hidden.new_empty((h.shape[0], width))  # the first chunk is a largest one
         student = None if z is None else z[: h.shape[0]].view(t.shape)
-        loss, stats, scale = project(h, weight, bias, t, w, eps, reduction and _SUM, student)
+        g = grad if grad.dim() == 0 else grad[chunk]
+        if in_place:
+            assert student is not None
+            _linear(h, weight, bias, student)
+            loss, sums = IN_PLACE["cpp"](student, t, w, g, eps, early, reduction and _SUM, bias_grad)
+            dz = student
+        else:
+            loss, stats, ones = project(h, weight, bias, t, w, eps, reduction and _SUM, student)
+            if wanted:
+                dz, _ = BACKWARD[backend](g, student, t, w, stats, ones, True, False)
+                sums = dz.view(-1, width).sum(dim=0) if bias_grad else d_bias  # in fp32 inside
         losses.append(loss)
         if not wanted:
             continue
-        dz, _ = BACKWARD[backend](grad if grad.dim() == 0 else grad[chunk], student, t, w, stats, scale, True, False)
         dz = dz.view(-1, width)
         first = len(losses) == 1
         if hidden_grad:
@@ -140,29 +168,37 @@ def _run(
                 d_weight.addmm_(dz.t(), h, beta=0 if first else 1)
             else:
                 partial = torch.mm(dz.t(), h, out=partial)
-                d_weight.copy_(partial) if first else d_weight.add_(partial)
+                _accumulate(d_weight, partial, first)
         if bias_grad:
-            sums = dz.sum(dim=0)  # in fp32 inside; with dtype= the CPU would convert dz first
+            sums = sums.view(-1)
             d_bias.copy_(sums) if first else d_bias.add_(sums)
         del dz  # else it outlives its successor's birth, and two never share their memory
-    loss, scale = _reduce(losses, row_weight, samples * tokens, reduction)
+    loss = _reduce(losses, scale * early, reduction)
     loss = loss.view(shape[:-1] if reduction == _NONE else ())
     return loss, scale, d_hidden.view(shape if hidden_grad else (0,)), d_weight, d_bias
 
 
-def _reduce(losses: list[Tensor], row_weight: Tensor | None, rows: int, reduction: int) -> tuple[Tensor, Tensor]:
-    """The loss, and what the gradients of the sum are to be multiplied by."""
-    if reduction == _NONE:
-        return torch.cat([loss.view(-1) for loss in losses]), losses[0].new_ones(())
-    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
-    if reduction == _SUM:
-        return total, torch.ones_like(total)
+def _accumulate(total: Tensor, part: Tensor, first: bool) -> None:
+    """Add a half type to fp32. The CPU makes a copy in fp32 for that, which should not be large."""
+    for to, x in [(total, part)] if first or total.is_cuda else zip(total.chunk(8), part.chunk(8), strict=True):
+        to.copy_(x) if first else to.add_(x)
+
+
+def _scale(row_weight: Tensor | None, rows: int, reduction: int, device: torch.device) -> Tensor:
+    """What the sum and its gradients are to be multiplied by."""
+    if reduction != _MEAN:
+        return torch.ones((), device=device)
     if row_weight is None:
-        scale = torch.full_like(total, 1 / rows)
-    else:
-        weights = row_weight.sum(dtype=torch.float64)
-        scale = torch.where(weights == 0, 0, 1 / weights).to(torch.float32)
-    return torch.where(total == 0, 0, total * scale), scale
+        return torch.full((), 1 / rows, device=device)
+    weights = row_weight.sum(dtype=torch.float64)
+    return torch.where(weights == 0, 0, 1 / weights).to(torch.float32)
+
+
+def _reduce(losses: list[Tensor], scale: Tensor, reduction: int) -> Tensor:
+    if reduction == _NONE:
+        return torch.cat([loss.view(-1) for loss in losses])
+    total = losses[0] if len(losses) == 1 else torch.stack(losses).sum()
+    return torch.where(total == 0, 0, total * scale)
 
 
 def _fake(
@@ -191,9 +227,9 @@ def _fake(
 
 
 # hidden: (..., D), weight: (P, D) and bias: (P,) of one dtype, teacher: (..., P), row_weight: (M,) contiguous float32,
-# grad: (...) of the loss for reduction "none", else None for one; neither M, D nor P is 0. Returns the loss; 1/Σw for
-# the mean, else 1; the gradients of -Σ grad·w·c with respect to hidden, weight and bias, the latter two in float32, or
-# (0,) where not wanted.
+# grad: (...) of the loss for reduction "none", else None for one; neither M, D nor P is 0. Returns the loss;
+# what is left to multiply the gradients by; those of hidden, weight and bias, the latter two in float32, or (0,) where
+# not wanted. For the mean that factor is 1/Σw, unless it is in the gradients already.
 RUN = _library.declare(
     "projected_alignment",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? row_weight, Tensor? grad, float eps, "
@@ -278,6 +314,8 @@ def _scaled(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
     """Multiply by a 0-d fp32 factor, unrounded: on a GPU, one without dimensions would be rounded to a half type."""
     if not in_place:
         return (gradient * factor.view(1)).to(gradient.dtype)
+    if factor.device.type == "cpu" and factor.item() == 1:
+        return gradient
     return gradient.mul_(factor.view(1) if gradient.is_cuda else factor)
 
 
