@@ -133,8 +133,8 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
                 _draw_band(axes, curves, color=color, label=name)
             axes.set(xlabel=label, ylabel=QUALITIES[quality], title=f"{QUALITIES[quality].capitalize()} by {label}")
             axes.grid(alpha=0.3)
-            axes.legend(title=f"mean and range, {len(report['seeds'])} seed(s)", loc="upper right")
-    known = {name: size for name, size in report["memory"].items() if size is not None}
+            axes.legend(title=f"mean and range, {len(report['seeds'])} seed(s)", loc="best")
+    known = {name: size for name in methods if (size := report["memory"][name]) is not None}
     memory_axes.bar(list(known), [size / 1e6 for size in known.values()], color=[colors[name] for name in known])
     memory_axes.set(ylabel="MB", title="Peak memory")
     rates = {name: entry["images_per_second"] for name, entry in methods.items()}
@@ -149,6 +149,10 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
 
 def _draw_band(axes: Any, curves: Sequence[tuple[Sequence[float], Sequence[float]]], **style: Any) -> None:
     """The mean of curves (xs, ys) and the band from the least to the greatest, over where all of them are known."""
+    if any(len(xs) < 2 for xs, _ in curves):  # no curves, but a point of each seed
+        points = np.array([(x, y) for one in curves for x, y in zip(*one, strict=True)])
+        axes.plot(*points.T, **style, marker="o", markersize=5, linestyle="none")
+        return
     # What is measured before training would hide the rest.
     curves = [(xs[1:], ys[1:]) if xs[0] == 0 and len(xs) > 2 else (xs, ys) for xs, ys in curves]
     low, high = max(xs[0] for xs, _ in curves), min(xs[-1] for xs, _ in curves)

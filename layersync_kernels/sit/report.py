@@ -133,13 +133,14 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
         rows = [[name, *(_spread(entry[q][key], _DIGITS[q]) for q in measured)] for name, entry in methods.items()]
         lines += _table(["method", *(QUALITIES[q] for q in measured)], rows)
     others = {name: entry for name, entry in methods.items() if name != baseline}
+    followed = [q for q in measured if all(len(curve(run, q, "step")[0]) > 1 for run in report["runs"])]
     lines += ["", f"## Sooner at the last quality of {baseline}", ""]
     lines += _table(
         ["method", "quality", "fewer steps", "less time"],
         [
             [name, QUALITIES[q], *(_reached(entry[q][key]) for key in ("speedup_steps", "speedup_seconds"))]
             for name, entry in others.items()
-            for q in measured
+            for q in followed
         ],
     )
     lines += ["", f"## Difference to {baseline}, seed by seed", "", "Less than 0 is better than it.", ""]
@@ -150,6 +151,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
             for name, entry in others.items()
             for q in measured
             for axis, key in (("steps", "at_steps"), ("seconds", "at_seconds"))
+            if axis == "steps" or q in followed
         ],
     )
     lines += ["", "## How it was measured", ""]

@@ -206,11 +206,22 @@ def test_summary_of_curves_worked_out_by_hand():
     assert loss["speedup_steps"] == [pytest.approx(20 / 15), None]
     assert loss["speedup_seconds"] == [pytest.approx(20 / 30), None]
     assert slow["frechet"]["at_steps"] == [None, None]
-    report = {"summary": summary, "seeds": [0, 1], "baseline": "a", "memory": {"a": None, "b": 2e6}}
+    report = {"summary": summary, "runs": runs, "seeds": [0, 1], "baseline": "a", "memory": {"a": None, "b": 2e6}}
     text = markdown(report | {"subject": "", "notes": ["n"]}, "p.png")
     assert "| b | validation loss | 1.33x; 1 of 2 seeds, else not reached | 0.67x; 1 of 2 seeds" in text
     assert "| b | validation loss | steps | -0.1000 | +0.4000 | +0.1500 | 1 of 2 |" in text
     assert "Fréchet" not in text
+
+
+def test_one_measurement_makes_no_curve():
+    """It says nothing of how soon a quality is reached, nor of equal seconds."""
+    runs = [run_of(method, 0, [1, 0.6, 0.4], 1) for method in "ab"]
+    for run in runs:
+        run["marks"][-1]["frechet"] = 5.0
+    report = {"summary": summarise(runs, baseline="a", batch_size=3), "runs": runs, "seeds": [0], "baseline": "a"}
+    text = markdown(report | {"memory": {"a": None, "b": None}, "subject": "", "notes": []}, "p.png")
+    assert "| b | Fréchet distance | steps | +0.0 |" in text
+    assert text.count("| b | Fréchet distance |") == 1
 
 
 def test_nothing_is_read_off_outside_of_the_marks():
