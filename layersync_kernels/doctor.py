@@ -16,7 +16,14 @@ from rich.table import Table
 from . import __version__, _environment
 from .ops import _dispatch, _native
 
-OPS = ("cosine_alignment", "gated_residual_norm", "gelu", "gram_alignment")
+OPS = (
+    "cosine_alignment",
+    "projected_alignment",
+    "gram_alignment",
+    "spatial_norm",
+    "gated_residual_norm",
+    "gelu",
+)
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
