@@ -135,21 +135,18 @@ def _check_reduction(op: str, reduction: str, eps: float = 1.0) -> None:
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:
     for name, tensor in (("student", student), ("teacher", teacher)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"layersync_loss: {name} must be a tensor (..., D), got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(f"layersync_loss: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+        _check_tokens("layersync_loss", name, tensor)
     if student.shape != teacher.shape:
         raise ValueError(
             f"layersync_loss: student and teacher must have equal shapes (..., D), got {tuple(student.shape)} and "
             f"{tuple(teacher.shape)}; drop extra tokens or project to the teacher's width first"
         )
-    if student.dim() == 0:
-        raise ValueError("layersync_loss: student and teacher need a channel dimension (..., D), got 0-d tensors")
+    _check_devices("layersync_loss", student, teacher)
+
+
+def _check_devices(op: str, student: Tensor, teacher: Tensor) -> None:
     if student.device != teacher.device:
-        raise ValueError(
-            f"layersync_loss: student is on {student.device} and teacher on {teacher.device}; move one of them"
-        )
+        raise ValueError(f"{op}: student is on {student.device} and teacher on {teacher.device}; move one of them")
 
 
 def _row_weights(op: str, tokens: Tensor, mask: Tensor | None, token_weight: Tensor | None) -> Tensor:
@@ -384,18 +381,10 @@ def gram_alignment_loss(
 
 def _check_gram(student: Tensor, teacher: Tensor, margin: float, kind: str, mask: Tensor | None) -> None:
     for name, tensor in (("student", student), ("teacher", teacher)):
-        if not isinstance(tensor, Tensor):
-            raise TypeError(f"gram_alignment_loss: {name} must be a tensor (..., N, D), got {type(tensor).__name__}")
-        if tensor.dtype not in _DTYPES:
-            raise TypeError(
-                f"gram_alignment_loss: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}"
-            )
+        _check_tokens("gram_alignment_loss", name, tensor)
         if tensor.dim() < 2:
             raise ValueError(f"gram_alignment_loss: {name} must be (..., N, D), got {tuple(tensor.shape)}")
-    if student.device != teacher.device:
-        raise ValueError(
-            f"gram_alignment_loss: student is on {student.device} and teacher on {teacher.device}; move one of them"
-        )
+    _check_devices("gram_alignment_loss", student, teacher)
     if student.shape[-2] != teacher.shape[-2]:
         raise ValueError(
             f"gram_alignment_loss: {student.shape[-2]} student tokens and {teacher.shape[-2]} teacher tokens; drop "
