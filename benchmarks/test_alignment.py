@@ -9,9 +9,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from layersync_kernels import RepresentationAlignmentLoss
-from layersync_kernels._memory import keep_freed_memory
-from layersync_kernels.functional import dispersive_loss
+from layersync_kernels.functional.dispersive import dispersive_loss
 from layersync_kernels.ops.dispersive import dispersive_loss_reference
+from layersync_kernels.runtime.memory import keep_freed_memory
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHAPE = (64, 256, 768)

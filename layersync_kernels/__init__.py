@@ -1,8 +1,10 @@
 """Fused representation-alignment losses for diffusion transformers: LayerSync on the CPU, Triton and CUDA."""
 
-from .functional import layersync_loss
+from .functional.cosine import layersync_loss
 from .integrate import LayerSync, apply_layersync_kernels
-from .losses import LayerSyncLoss, RepresentationAlignmentLoss, default_pair
+from .losses.layersync import LayerSyncLoss
+from .losses.pairs import default_pair
+from .losses.representation import RepresentationAlignmentLoss
 
 __version__ = "0.1.0"
 

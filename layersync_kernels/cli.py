@@ -24,20 +24,24 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("layersync_kernels.sit.commands:train_main", "train a SiT, with LayerSync or without"),
-    "sample": Command("layersync_kernels.sit.commands:sample_main", "draw a grid of samples from a run or checkpoint"),
+    "train": Command("layersync_kernels.sit.commands.train:train_main", "train a SiT, with LayerSync or without"),
+    "sample": Command(
+        "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint"
+    ),
     "probe": Command(
-        "layersync_kernels.sit.commands:probe_main", "measure the blocks of a run or checkpoint and propose a pair"
+        "layersync_kernels.sit.commands.probe:probe_main",
+        "measure the blocks of a run or checkpoint and propose a pair",
     ),
     "features": Command(
-        "layersync_kernels.sit.commands:features_main",
+        "layersync_kernels.sit.commands.features:features_main",
         "run a pretrained teacher over a data set once",
     ),
     "compare": Command(
-        "layersync_kernels.sit.commands:compare_main", "train vanilla, LayerSync, REPA and both in turns, and report"
+        "layersync_kernels.sit.commands.compare:compare_main",
+        "train vanilla, LayerSync, REPA and both in turns, and report",
     ),
     "demo": Command(
-        "layersync_kernels.sit.commands:demo_main", "train on digits for a few minutes, sample, compare speeds"
+        "layersync_kernels.bench.demo:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),
     "bench": Command("layersync_kernels.bench.cli:main", "time the ops and the trainer on this machine"),
     "doctor": Command("layersync_kernels.doctor:main", "what is installed, which backend runs where, and why"),

@@ -13,8 +13,9 @@ import tyro
 from rich.console import Console
 from rich.table import Table
 
-from . import __version__, _environment
-from .ops import _dispatch, _native
+from . import __version__
+from .ops import dispatch, native
+from .runtime import environment
 
 OPS = (
     "cosine_alignment",
@@ -54,12 +55,12 @@ def facts() -> Iterator[tuple[str, str]]:
             )
     else:
         yield "GPU", "none visible to torch"
-    cpp = _native.cpp()
+    cpp = native.cpp()
     yield "C++ extension", cpp.reason
     if cpp.facts is not None:
         yield "CPU kernels", f"{cpp.facts.cpu_isa()} (of generic, avx2, avx512)"
         yield "Self-attention", "these kernels on the CPU, unless they are the generic ones; else PyTorch's"
-    yield "CUDA extension", _native.cuda().reason
+    yield "CUDA extension", native.cuda().reason
 
 
 def choices() -> Iterator[tuple[str, str, str, str, str]]:
@@ -72,7 +73,7 @@ def choices() -> Iterator[tuple[str, str, str, str, str]]:
             grouped: dict[tuple[str, str], list[str]] = {}
             for dtype, name in _DTYPES.items():
                 try:
-                    choice = tuple(_dispatch.choose("auto", device, dtype))
+                    choice = tuple(dispatch.choose("auto", device, dtype))
                 except (RuntimeError, ValueError) as error:  # LAYERSYNC_BACKEND asks for what cannot run
                     choice = ("error", str(error))
                 grouped.setdefault(choice, []).append(name)  # type: ignore[arg-type]
@@ -100,7 +101,7 @@ def main(argv: Sequence[str] = ()) -> int:
         table.add_row(*choice)
     console.print(table)
     table = _table("Environment variables", "name", "default", "value here", "meaning")
-    for variable in _environment.VARIABLES:
+    for variable in environment.VARIABLES:
         table.add_row(variable.name, variable.default, variable.get(), variable.meaning)
     console.print(table)
     return 0

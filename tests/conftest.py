@@ -13,7 +13,7 @@ import pytest
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--write-matrix", type=Path, metavar="PATH", help="write the table of tests/integrations/test_matrix.py to PATH"
+        "--write-matrix", type=Path, metavar="PATH", help="write the table of tests/integrate/test_matrix.py to PATH"
     )
 
 

@@ -6,7 +6,8 @@ import sys
 import pytest
 
 from layersync_kernels import cli
-from layersync_kernels.sit.config import CONFIG, load_config
+from layersync_kernels.sit.config.io import load_config
+from layersync_kernels.sit.config.run import CONFIG
 
 TINY = [
     *("--image-size=4", "--model=SiT-P/2", "--hidden-size=8", "--num-heads=2", "--depth=3", "--batch-size=4"),

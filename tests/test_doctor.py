@@ -1,7 +1,8 @@
 import torch
 
-from layersync_kernels import _environment, doctor
-from layersync_kernels.ops import _dispatch
+from layersync_kernels import doctor
+from layersync_kernels.ops import dispatch
+from layersync_kernels.runtime import environment
 
 
 def test_the_report_names_backends_reasons_and_every_variable(capsys, monkeypatch):
@@ -10,15 +11,15 @@ def test_the_report_names_backends_reasons_and_every_variable(capsys, monkeypatc
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert torch.__version__ in report
-    choice = _dispatch.choose("auto", "cpu", torch.float32)
+    choice = dispatch.choose("auto", "cpu", torch.float32)
     assert choice.backend in report
-    for variable in _environment.VARIABLES:
+    for variable in environment.VARIABLES:
         assert variable.name in report
     assert "generic" in report
 
 
 def test_a_wish_that_cannot_be_met_is_shown_not_raised(monkeypatch):
-    monkeypatch.setattr(_dispatch, "_environment_backend", "cuda")
+    monkeypatch.setattr(dispatch, "_environment_backend", "cuda")
     backends = {(device, backend) for _, device, _, backend, _ in doctor.choices()}
     assert ("cpu", "error") in backends
 
@@ -27,5 +28,5 @@ def test_the_readme_has_the_table_of_variables():
     from pathlib import Path
 
     readme = (Path(__file__).parents[1] / "README.md").read_text()
-    for variable in _environment.VARIABLES:
+    for variable in environment.VARIABLES:
         assert f"| `{variable.name}` | {variable.default} | {variable.meaning} |" in readme

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import functional
-from ..ops import _dispatch
+from ..ops import dispatch
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 MODES = ("forward", "backward", "both")
@@ -248,7 +248,7 @@ def provider(name: str, case: Case) -> Function:
         raise RuntimeError("Triton needs a GPU to be timed")
     if case.op == "self_attention" and name != "cpp":
         raise RuntimeError("self_attention is torch's own but for the C++ kernels")
-    _dispatch.choose(name, case.device, case.dtype)
+    dispatch.choose(name, case.device, case.dtype)
     return functools.partial(OPS[case.op].fused, backend=name)
 
 
@@ -265,7 +265,7 @@ def _compiled_with_pass(case: Case) -> Function:
     compiled = torch.compile(own_code, dynamic=False)
 
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:
-        from .. import inductor
+        from ..compiler import inductor
 
         with inductor.enable():
             return compiled(*inputs)

@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass, field
 import torch
 from torch import Tensor
 
-from .._memory import keep_freed_memory
+from ..runtime.memory import keep_freed_memory
 from .cases import MODES, Case, Function, eager, exact, provider
 
 _ROTATE_BYTES = 256 << 20

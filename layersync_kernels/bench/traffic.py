@@ -11,10 +11,11 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ..analysis import KINDS, StepCount, block_count, count_step, ideal_block
-from ..losses import LayerSyncLoss, default_pair
-from ..sit.model import sit_models
-from ..sit.transport import create_transport
+from ..compiler.analysis import KINDS, StepCount, block_count, count_step, ideal_block
+from ..losses.layersync import LayerSyncLoss
+from ..losses.pairs import default_pair
+from ..sit.diffusion.transport import create_transport
+from ..sit.models.registry import sit_models
 from .cases import eager_loss
 from .engine import machine_facts
 from .report import new_table
@@ -54,7 +55,7 @@ def training_step(
 
     Args:
         provider: how to run the model.
-        model: name of `sit.model.sit_models`.
+        model: name of `sit.sit_models`.
         batch: images.
         autocast: dtype, or None for none.
         depth: blocks.
@@ -88,7 +89,7 @@ def measure(model: str, batch: int, precision: str) -> list[dict[str, object]]:
     """Count a step of every provider, and one block of it. Runs on the CPU, on any machine the same.
 
     Args:
-        model: name of `sit.model.sit_models`.
+        model: name of `sit.sit_models`.
         batch: images.
         precision: key of `PRECISIONS`.
 

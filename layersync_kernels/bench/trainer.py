@@ -7,11 +7,13 @@ import dataclasses
 import torch
 from rich.console import Console
 
-from ..sit.config import ModelConfig, OptimConfig, TrainConfig
-from ..sit.data import MemorySet
-from ..sit.throughput import TRAINERS, measure_throughput, provider_config
+from ..sit.config.model import ModelConfig
+from ..sit.config.optim import OptimConfig
+from ..sit.config.run import TrainConfig
+from ..sit.data.memory import MemorySet
 from .engine import machine_facts
 from .report import new_table
+from .throughput import TRAINERS, measure_throughput, provider_config
 
 # A step of SiT-S/2 at batch 8 takes a second or two on two cores; SiT-XL/2 at 64 is what a GPU of 80 GB trains with.
 _SETTINGS = {"cpu": ("SiT-S/2", 8), "cuda": ("SiT-XL/2", 64)}

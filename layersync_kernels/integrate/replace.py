@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..modules import AdaLNZeroBlock
-from ..recompute import check_mode
+from ..compiler.recompute import check_mode
+from ..modules.block import AdaLNZeroBlock
 
 if TYPE_CHECKING:
-    from ..sit.model import SiTBlock
+    from ..modules.published import SiTBlock
 
 __all__ = ["Replacement", "apply_layersync_kernels"]
 
@@ -294,7 +294,7 @@ def _mismatch(block: nn.Module) -> str | None:
 
 
 def _compare(block: nn.Module) -> str | None:
-    from ..sit.model import SiTBlock
+    from ..modules.published import SiTBlock
 
     # On the CPU in fp64, wherever the model is: no TF32, and no need of the model's own values. Hooks stay behind.
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")

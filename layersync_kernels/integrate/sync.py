@@ -11,120 +11,17 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import Variable
 
-from ..losses import LayerSyncLoss, default_pair
-from . import tap
-from .blocks import Block, Blocks, unwrapped
+from ..losses.layersync import LayerSyncLoss
+from ..losses.pairs import default_pair
+from . import reentrant
+from .blocks import Blocks, unwrapped
+from .capture import CapturedPair
 from .tokens import Layout, Pick, Select, align_tokens
 
 logger = logging.getLogger(__name__)
 
+
 End = int | str | nn.Module
-
-
-class _Pair:
-    """What two blocks returned in the last forward pass. Its methods are the hooks.
-
-    The hooks only keep references, so that they may run any number of times, in graphs and in recomputations. Every
-    attribute that they read is a guard of a compiled graph, hence flags and no counters.
-    """
-
-    def __init__(
-        self,
-        student: Block,
-        teacher: Block,
-        layouts: tuple[Layout, Layout],
-        projector: nn.Module | None,
-        tap_key: int | None,
-    ) -> None:
-        self.active = True
-        self.student, self.teacher, self.layouts = student, teacher, layouts
-        self.projector, self.tap_key = projector, tap_key
-        self.forget()
-
-    def forget(self) -> None:
-        """Drop what was captured."""
-        self.restore((None, None, False, False, False))
-
-    def captured(self) -> tuple[Any, ...]:
-        """What `restore` takes."""
-        return self.hidden, self.target, self.repeated, self.without_grad, self.reentrant
-
-    def restore(self, captured: tuple[Any, ...]) -> None:
-        """Go back to what was captured then."""
-        self.hidden, self.target, self.repeated, self.without_grad, self.reentrant = captured
-
-    def __getstate__(self) -> dict[str, Any]:
-        # Copies of the model (EMA) and pickles of it carry hooks that do nothing, and none of the activations.
-        return {"active": False}
-
-    def on_student(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the student block."""
-        if not self.active or not self._counts(args):
-            return None
-        recomputing = _recomputing()
-        hidden = output
-        if self.projector is not None or self.tap_key is not None:
-            hidden = self.layouts[0].find(output, self.student.path, unwrapped(module))
-        if self.projector is not None:
-            hidden = self.projector(hidden)
-        elif self.tap_key is not None:
-            if torch.is_grad_enabled():
-                tapped = tap.tap(hidden, self.tap_key)
-                output = self.layouts[0].put(output, tapped, self.student.path, unwrapped(module))
-            hidden = hidden.detach()
-        if not recomputing:
-            if self.target is not None:
-                self.repeated = True
-            self.hidden, self.target = hidden, None  # never one pass's student with another one's teacher
-        return output if self.tap_key is not None else None
-
-    def on_teacher(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        """Forward hook of the teacher block."""
-        if not self.active or not self._counts(args):
-            return None
-        if self.projector is None and self.tap_key is None:
-            if not _recomputing():
-                self.target = output
-            return None
-        target = self.layouts[1].find(output, self.teacher.path, unwrapped(module))
-        if not _recomputing():
-            self.target = target.detach() if self.tap_key is not None else target
-        if self.projector is None or self.hidden is None:
-            return None
-        # DDP looks for used parameters from the model's output, where the projector is not; this puts it there.
-        linked = _Linked.apply(target, self.hidden)
-        return self.layouts[1].put(output, linked, self.teacher.path, unwrapped(module))
-
-    def _counts(self, args: tuple[Any, ...]) -> bool:
-        """Whether a forward pass is one that trains."""
-        if torch.is_grad_enabled():
-            return True
-        if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
-            self.reentrant = True
-            return self.tap_key is not None
-        self.without_grad = True
-        return False
-
-
-def _recomputing() -> bool:
-    """Whether a backward pass is under way: a checkpoint runs its block again."""
-    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-class _Linked(torch.autograd.Function):
-    """The first tensor, in a graph that also leads to the second, with no gradient for that."""
-
-    @staticmethod
-    def forward(tensor: Tensor, other: Tensor) -> Tensor:
-        return tensor.view_as(tensor)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: Any, output: Any) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return grad, None
 
 
 class LayerSync(nn.Module):
@@ -227,7 +124,9 @@ class LayerSync(nn.Module):
         )
         layouts = _layouts(output, tokens, token_dim)
         head = None if projector is None else _projector(model, found, projector)
-        self._pairs = [_Pair(s, t, layouts, head, tap.new_key() if mode == "tap" else None) for s, t in ends]
+        self._pairs = [
+            CapturedPair(s, t, layouts, head, reentrant.new_key() if mode == "tap" else None) for s, t in ends
+        ]
         self._handles = [
             handle
             for pair in self._pairs
@@ -393,7 +292,7 @@ class LayerSync(nn.Module):
             loss.register_hook(self._keep_recomputations_out)
         return loss
 
-    def _tokens_of(self, pair: _Pair) -> tuple[Tensor, Tensor]:
+    def _tokens_of(self, pair: CapturedPair) -> tuple[Tensor, Tensor]:
         """The tensors that hold a pair's tokens, as the blocks laid them out."""
         student, teacher = pair.hidden, pair.target
         if pair.tap_key is None and pair.projector is None:  # else the hooks had to look already
@@ -428,7 +327,7 @@ class LayerSync(nn.Module):
         unit = 2.0 ** -(tokens.bit_length() if reduction == "mean" else 0)
         gradients = torch.autograd.grad(loss / unit, students)
         keys = [pair.tap_key for pair in self._pairs if pair.tap_key is not None]
-        return tap.token(loss.detach(), dict(zip(keys, gradients, strict=True)), unit)
+        return reentrant.token(loss.detach(), dict(zip(keys, gradients, strict=True)), unit)
 
     def _keep_recomputations_out(self, _grad: Tensor) -> None:
         """At the end of this backward pass, forget what the hooks kept when checkpoints ran the blocks again.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..modules import BlockOutput
+from ..modules.stream import BlockOutput
 
 Pick = int | str | Callable[[Any], Tensor] | None
 Select = slice | str | Callable[[Tensor], Tensor] | None

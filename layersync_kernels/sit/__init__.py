@@ -1,6 +1,8 @@
-"""The reference SiT: the model, and its transport between noise and data."""
+"""The reference SiT: model, transport, sampler, trainer."""
 
-from .model import SiT, SiTBlock, sit_models
-from .transport import Sampler, Transport, create_transport
+from ..modules.published import SiTBlock
+from .diffusion.transport import Sampler, Transport, create_transport
+from .models.registry import sit_models
+from .models.sit import SiT
 
 __all__ = ["Sampler", "SiT", "SiTBlock", "Transport", "create_transport", "sit_models"]

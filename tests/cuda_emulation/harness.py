@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from layersync_kernels.ops._rows import as_rows
+from layersync_kernels.ops.rows import as_rows
 
 FLOAT, BF16, HALF = TYPES = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {FLOAT: "fp32", BF16: "bf16", HALF: "fp16"}

@@ -7,7 +7,7 @@ import torch
 
 from layersync_kernels.ops.spatial_norm import spatial_norm_reference
 
-from ..ops.backends import assert_as_exact_as
+from ..support.backends import assert_as_exact_as
 from .harness import NAMES, TYPES, assert_same_bits, rows_of, run_program
 
 

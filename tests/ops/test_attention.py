@@ -7,14 +7,14 @@ import sys
 import pytest
 import torch
 
-from layersync_kernels.ops import _dispatch, _native
+from layersync_kernels.ops import dispatch, native
 from layersync_kernels.ops.attention import op, self_attention, self_attention_reference
 
-from .backends import assert_as_exact_as, run_on_lower_instruction_set
+from ..support.backends import assert_as_exact_as, run_on_lower_instruction_set
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
-needs_cpp = pytest.mark.skipif(not _native.cpp().loaded, reason=f"the C++ extension is {_native.cpp().reason}")
+needs_cpp = pytest.mark.skipif(not native.cpp().loaded, reason=f"the C++ extension is {native.cpp().reason}")
 
 
 def run(qkv, heads, backend, grad):
@@ -259,7 +259,7 @@ def test_the_reference_is_attention(dtype):
 
 def test_auto_takes_the_reference_where_the_kernels_cannot_run():
     qkv = torch.randn(2, 5, 24, dtype=torch.float64)
-    assert _dispatch.resolve("auto", "cpu", torch.float64) == "reference"
+    assert dispatch.resolve("auto", "cpu", torch.float64) == "reference"
     assert torch.equal(self_attention(qkv, 2), self_attention_reference(qkv, 2))
 
 

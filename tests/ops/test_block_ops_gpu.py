@@ -5,7 +5,8 @@ import torch
 import torch.nn.functional as F
 from torch.profiler import ProfilerActivity, profile
 
-from layersync_kernels.functional import gated_residual_norm, gelu_mlp, linear_gelu, modulated_layer_norm
+from layersync_kernels.functional.gelu import gelu_mlp, linear_gelu
+from layersync_kernels.functional.seam import gated_residual_norm, modulated_layer_norm
 from layersync_kernels.ops.gelu import cublaslt
 
 pytestmark = [pytest.mark.gpu, pytest.mark.parametrize("backend", ["cuda", "triton"])]

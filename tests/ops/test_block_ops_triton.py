@@ -8,11 +8,11 @@ import torch.nn.functional as F
 
 from layersync_kernels.ops.cosine_alignment.op import REDUCTIONS
 
-from . import specialisations
+from ..support import specialisations
 
 pytest.importorskip("triton", reason="triton is not installed")
 
-from layersync_kernels.ops import _triton as shared
+from layersync_kernels.ops import tiles as shared
 from layersync_kernels.ops.cosine_alignment import triton as cosine_alignment
 from layersync_kernels.ops.gated_residual_norm import triton as gated_residual_norm
 from layersync_kernels.ops.gelu import triton as gelu
@@ -27,12 +27,12 @@ runs_here = pytest.mark.skipif(
 
 COUNT_SPECIALISATIONS = """
 import torch
-from layersync_kernels.ops import _triton
+from layersync_kernels.ops import tiles
 from layersync_kernels.ops.gated_residual_norm import triton as norm
 from layersync_kernels.ops.gelu import triton as gelu
-from tests.ops.specialisations import watch
+from tests.support.specialisations import watch
 
-counts = watch(norm), watch(gelu), watch(_triton)
+counts = watch(norm), watch(gelu), watch(tiles)
 
 def zeros(*shape):
     return torch.zeros(shape, dtype=torch.bfloat16)

@@ -11,7 +11,7 @@ from torch.profiler import profile
 from layersync_kernels import layersync_loss
 from layersync_kernels.ops.cosine_alignment import op
 
-from .backends import (
+from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,
@@ -507,7 +507,7 @@ def test_a_mask_that_could_mean_samples_or_tokens_is_refused():
 @pytest.mark.parametrize("backend", ["cuda", "triton"])
 def test_a_backend_that_cannot_run_says_why_and_what_could(backend, monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    from layersync_kernels.ops import _dispatch
+    from layersync_kernels.ops import dispatch
 
     with pytest.raises(RuntimeError, match=rf"backend='{backend}' cannot run: .* are on cpu.*Possible here: reference"):
-        _dispatch.choose(backend, "cpu", torch.float32)
+        dispatch.choose(backend, "cpu", torch.float32)

@@ -9,15 +9,15 @@ import torch
 
 from layersync_kernels.ops.cosine_alignment.op import REDUCTIONS
 
-from . import specialisations
+from ..support import specialisations
 
-shared = pytest.importorskip("layersync_kernels.ops._triton", reason="triton is not installed")
+shared = pytest.importorskip("layersync_kernels.ops.tiles", reason="triton is not installed")
 triton_route = pytest.importorskip("layersync_kernels.ops.cosine_alignment.triton", reason="triton is not installed")
 
 COUNT_SPECIALISATIONS = """
 import torch
 from layersync_kernels.ops.cosine_alignment import triton as route
-from tests.ops.specialisations import watch
+from tests.support.specialisations import watch
 
 counts = watch(route)
 

@@ -7,18 +7,18 @@ import sys
 import pytest
 import torch
 
-from layersync_kernels.ops import _dispatch, _native
+from layersync_kernels.ops import dispatch, native
 
 
 @pytest.fixture
 def libraries(monkeypatch):
     """Pretend that the compiled libraries are there or not."""
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(_dispatch, "_environment_backend", "auto")
+    monkeypatch.setattr(dispatch, "_environment_backend", "auto")
 
     def pretend(*, cpp, cuda):
-        monkeypatch.setattr(_native, "cpp", lambda: _native.Library(cpp, "not built: no compiler"))
-        monkeypatch.setattr(_native, "cuda", lambda: _native.Library(cuda, "not built: no toolkit"))
+        monkeypatch.setattr(native, "cpp", lambda: native.Library(cpp, "not built: no compiler"))
+        monkeypatch.setattr(native, "cuda", lambda: native.Library(cuda, "not built: no toolkit"))
 
     return pretend
 
@@ -35,7 +35,7 @@ def libraries(monkeypatch):
 )
 def test_auto_takes_the_fastest_that_runs_and_says_why(libraries, cpp, cuda, device, expected, reason):
     libraries(cpp=cpp, cuda=cuda)
-    choice = _dispatch.choose("auto", device, torch.bfloat16)
+    choice = dispatch.choose("auto", device, torch.bfloat16)
     assert choice.backend == expected
     assert reason in choice.reason
 
@@ -43,7 +43,7 @@ def test_auto_takes_the_fastest_that_runs_and_says_why(libraries, cpp, cuda, dev
 def test_fp64_takes_the_reference(libraries):
     libraries(cpp=True, cuda=True)
     for device in ("cpu", "cuda"):
-        choice = _dispatch.choose("auto", device, torch.float64)
+        choice = dispatch.choose("auto", device, torch.float64)
         assert choice.backend == "reference"
         assert "float64" in choice.reason
 
@@ -51,24 +51,24 @@ def test_fp64_takes_the_reference(libraries):
 def test_an_explicit_backend_never_falls_back(libraries):
     libraries(cpp=False, cuda=False)
     with pytest.raises(RuntimeError, match=r"backend='cpp' cannot run: .*no compiler.*Possible here: reference"):
-        _dispatch.choose("cpp", "cpu", torch.float32)
+        dispatch.choose("cpp", "cpu", torch.float32)
     with pytest.raises(
         RuntimeError, match=r"backend='cuda' cannot run: .*no toolkit.*Possible here: reference, triton"
     ):
-        _dispatch.choose("cuda", "cuda", torch.float32)
+        dispatch.choose("cuda", "cuda", torch.float32)
 
 
 def test_the_environment_overrides_auto_and_is_named_in_the_error(libraries, monkeypatch):
     libraries(cpp=True, cuda=True)
-    monkeypatch.setattr(_dispatch, "_environment_backend", "reference")
-    assert _dispatch.choose("auto", "cpu", torch.float32).backend == "reference"
-    assert _dispatch.choose("cpp", "cpu", torch.float32).backend == "cpp"
-    monkeypatch.setattr(_dispatch, "_environment_backend", "cuda")
+    monkeypatch.setattr(dispatch, "_environment_backend", "reference")
+    assert dispatch.choose("auto", "cpu", torch.float32).backend == "reference"
+    assert dispatch.choose("cpp", "cpu", torch.float32).backend == "cpp"
+    monkeypatch.setattr(dispatch, "_environment_backend", "cuda")
     with pytest.raises(RuntimeError, match="LAYERSYNC_BACKEND=cuda cannot run"):
-        _dispatch.choose("auto", "cpu", torch.float32)
-    monkeypatch.setattr(_dispatch, "_environment_backend", "fast")
+        dispatch.choose("auto", "cpu", torch.float32)
+    monkeypatch.setattr(dispatch, "_environment_backend", "fast")
     with pytest.raises(ValueError, match="unknown LAYERSYNC_BACKEND=fast"):
-        _dispatch.choose("auto", "cpu", torch.float32)
+        dispatch.choose("auto", "cpu", torch.float32)
 
 
 def run(code, **environment):
@@ -78,7 +78,7 @@ def run(code, **environment):
 
 
 def test_the_extension_can_be_switched_off():
-    report = run("from layersync_kernels.ops import _native; print(_native.cpp())", LAYERSYNC_NATIVE="0")
+    report = run("from layersync_kernels.ops import native; print(native.cpp())", LAYERSYNC_NATIVE="0")
     assert "switched off by LAYERSYNC_NATIVE=0" in report.stdout
 
 

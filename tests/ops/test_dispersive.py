@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from layersync_kernels.functional import dispersive_loss
+from layersync_kernels.functional.dispersive import dispersive_loss
 from layersync_kernels.ops.dispersive import dispersive_loss_reference, op
 
-from .backends import assert_as_exact_as
+from ..support.backends import assert_as_exact_as
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 

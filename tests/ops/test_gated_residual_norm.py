@@ -9,10 +9,10 @@ import torch.nn.functional as F
 from torch.profiler import profile
 
 from layersync_kernels import functional, layersync_loss
-from layersync_kernels.functional import aligned_residual_norm, gated_residual_norm, modulated_layer_norm
+from layersync_kernels.functional.seam import aligned_residual_norm, gated_residual_norm, modulated_layer_norm
 from layersync_kernels.ops.gated_residual_norm import op
 
-from .backends import (
+from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,

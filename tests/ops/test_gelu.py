@@ -7,11 +7,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layersync_kernels.functional import gelu_mlp, linear_gelu
-from layersync_kernels.ops import _dispatch
+from layersync_kernels.functional.gelu import gelu_mlp, linear_gelu
+from layersync_kernels.ops import dispatch
 from layersync_kernels.ops.gelu import op
 
-from .backends import (
+from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,
@@ -233,7 +233,7 @@ def test_frozen_inputs_change_no_other_gradient(backend, frozen):
 def test_large_outputs_are_those_of_their_parts(dtype, inner, poisoned_memory):
     """From 8 MB on the CPU kernels write past the cache where rows are aligned, by other instructions."""
     device = "cuda" if HAS_GPU else "cpu"
-    backend = _dispatch.resolve("auto", device, dtype)
+    backend = dispatch.resolve("auto", device, dtype)
     if backend == "reference":
         pytest.skip("no compiled kernels")
     u, d_activation = (torch.randn(2100, inner, device=device).to(dtype) for _ in range(2))

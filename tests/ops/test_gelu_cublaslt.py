@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layersync_kernels import _environment
-from layersync_kernels.ops import _native
+from layersync_kernels.ops import native
 from layersync_kernels.ops.gelu import cublaslt, op
+from layersync_kernels.runtime import environment
 
 BF16 = torch.bfloat16
 
@@ -139,7 +139,7 @@ def test_what_the_library_cannot_take_goes_the_plain_way(change, calls):
 
 def test_other_backends_and_the_default_leave_it_alone(monkeypatch):
     x, weight, bias = inputs()[:3]
-    assert _environment.CUBLASLT.default == "0"
+    assert environment.CUBLASLT.default == "0"
     monkeypatch.setattr(cublaslt, "ENABLED", False)
     assert not cublaslt.supports("cuda", x, weight, bias)
     monkeypatch.setattr(cublaslt, "ENABLED", True)
@@ -179,7 +179,7 @@ def test_compiles_in_one_graph_for_any_number_of_rows(calls):
     assert len(graphs) == 1
 
 
-@pytest.mark.skipif(not _native.cuda().loaded, reason=f"the CUDA extension is {_native.cuda().reason}")
+@pytest.mark.skipif(not native.cuda().loaded, reason=f"the CUDA extension is {native.cuda().reason}")
 @pytest.mark.parametrize("name", ["linear_gelu_gemm", "gelu_mlp_gemm_backward"])
 def test_the_extension_brings_the_ops_and_loads_without_the_library(name):
     assert torch._C._dispatch_has_kernel_for_dispatch_key(f"layersync_cuda::{name}", "CUDA")

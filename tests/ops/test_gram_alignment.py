@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layersync_kernels.functional import gram_alignment_loss
+from layersync_kernels.functional.gram import gram_alignment_loss
 from layersync_kernels.ops.gram_alignment import KINDS, op, strips
 
-from .backends import ALL, FUSED, STRIDED, assert_as_exact_as, device_of, run_on_lower_instruction_set
+from ..support.backends import ALL, FUSED, STRIDED, assert_as_exact_as, device_of, run_on_lower_instruction_set
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 

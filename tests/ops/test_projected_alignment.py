@@ -5,11 +5,12 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from layersync_kernels.functional import layersync_loss, projected_alignment_loss
+from layersync_kernels.functional.cosine import layersync_loss
+from layersync_kernels.functional.projected import projected_alignment_loss
 from layersync_kernels.ops.cosine_alignment.op import IN_PLACE
 from layersync_kernels.ops.projected_alignment import op
 
-from .backends import (
+from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,

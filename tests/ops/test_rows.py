@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from layersync_kernels.ops._rows import as_rows
+from layersync_kernels.ops.rows import as_rows
 
 VIEWS = {
     "contiguous": (lambda: torch.randn(2, 3, 4, 5), True),

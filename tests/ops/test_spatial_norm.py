@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from layersync_kernels.functional import spatial_norm
-from layersync_kernels.ops import _dispatch
+from layersync_kernels.functional.spatial_norm import spatial_norm
+from layersync_kernels.ops import dispatch
 from layersync_kernels.ops.spatial_norm import op, spatial_norm_reference
 
-from .backends import (
+from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,
@@ -114,7 +114,7 @@ def test_nan_and_infinity_stay_in_their_channel_and_sample(backend, value, token
 @pytest.mark.parametrize("width", [768, 770])
 def test_large_outputs_are_those_of_their_samples(dtype, width, poisoned_memory):
     """From 8 MB on the CPU kernels write past the cache where rows are aligned; threads share samples and channels."""
-    backend = _dispatch.resolve("auto", "cuda" if HAS_GPU else "cpu", dtype)
+    backend = dispatch.resolve("auto", "cuda" if HAS_GPU else "cpu", dtype)
     x = torch.randn(3, 2000, width).to(dtype)
     whole = check(x, backend)
     for sample, expected in zip(x.split(1), whole.split(1), strict=True):

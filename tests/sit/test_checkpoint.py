@@ -11,11 +11,8 @@ import pytest
 import torch
 
 from layersync_kernels.errors import CheckpointError
-from layersync_kernels.sit import checkpoint
-from layersync_kernels.sit.checkpoint import (
-    Weights,
-    atomic_path,
-    fill_model,
+from layersync_kernels.sit.checkpoints import local as checkpoint
+from layersync_kernels.sit.checkpoints.local import (
     find_weights,
     list_checkpoints,
     load_optimizer,
@@ -25,7 +22,9 @@ from layersync_kernels.sit.checkpoint import (
     read_tensors,
     save_checkpoint,
 )
-from layersync_kernels.sit.model import SiT
+from layersync_kernels.sit.checkpoints.published import Weights, fill_model
+from layersync_kernels.sit.files import atomic_path
+from layersync_kernels.sit.models.sit import SiT
 
 
 def tiny_model():

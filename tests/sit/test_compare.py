@@ -10,13 +10,19 @@ from PIL import Image
 
 from layersync_kernels import cli
 from layersync_kernels.errors import CheckpointError, ConfigError
-from layersync_kernels.sit import compare as compare_module
-from layersync_kernels.sit.checkpoint import read_tensors
-from layersync_kernels.sit.compare import CompareCommand, CompareConfig, Comparison, compare, measure_memory
-from layersync_kernels.sit.config import DataConfig, LogConfig, ModelConfig, OptimConfig, SamplingConfig, TrainConfig
-from layersync_kernels.sit.quality import Gaussian, frechet_distance
-from layersync_kernels.sit.report import first_at, markdown, summarise, value_at
-from layersync_kernels.sit.train import Trainer
+from layersync_kernels.sit.checkpoints.local import read_tensors
+from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.config.model import ModelConfig
+from layersync_kernels.sit.config.optim import OptimConfig
+from layersync_kernels.sit.config.run import LogConfig, TrainConfig
+from layersync_kernels.sit.config.sampling import SamplingConfig
+from layersync_kernels.sit.evaluation.frechet import Gaussian, frechet_distance
+from layersync_kernels.sit.studies.compare import run as compare_module
+from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig
+from layersync_kernels.sit.studies.compare.memory import measure_memory
+from layersync_kernels.sit.studies.compare.report import first_at, markdown, summarise, value_at
+from layersync_kernels.sit.studies.compare.run import Comparison, compare
+from layersync_kernels.sit.training.loop import Trainer
 
 
 @pytest.fixture

@@ -10,9 +10,12 @@ import torchvision
 from PIL import Image
 
 from layersync_kernels.errors import DataError
-from layersync_kernels.sit import data as sit_data
-from layersync_kernels.sit.config import DataConfig
-from layersync_kernels.sit.data import EpochShuffle, MemorySet, StreamingSet, load_data
+from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.data import arrays as sit_data
+from layersync_kernels.sit.data.base import EpochShuffle
+from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.data.registry import load_data
+from layersync_kernels.sit.data.streaming import StreamingSet
 
 
 def first_batch(data, batch_size=4, *, seed=0, start=0):

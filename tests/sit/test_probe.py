@@ -12,23 +12,19 @@ from torch import nn
 
 from layersync_kernels import cli, default_pair
 from layersync_kernels.errors import CheckpointError, ConfigError, DataError, UserError
-from layersync_kernels.sit.checkpoint import save_checkpoint
-from layersync_kernels.sit.config import CONFIG, DataConfig, ModelConfig, TrainConfig, save_config
-from layersync_kernels.sit.data import MemorySet
-from layersync_kernels.sit.model import SiT
-from layersync_kernels.sit.paths import LinearPath
-from layersync_kernels.sit.plots import save_probe
-from layersync_kernels.sit.probe import (
-    ProbeCommand,
-    States,
-    analyse,
-    linear_cka,
-    linear_probe,
-    measure,
-    probe,
-    propose_pair,
-    teacher_range,
-)
+from layersync_kernels.sit.checkpoints.local import save_checkpoint
+from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.config.io import save_config
+from layersync_kernels.sit.config.model import ModelConfig
+from layersync_kernels.sit.config.run import CONFIG, TrainConfig
+from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.diffusion.interpolants import LinearPath
+from layersync_kernels.sit.evaluation.probes import linear_cka, linear_probe
+from layersync_kernels.sit.models.sit import SiT
+from layersync_kernels.sit.studies.pair.config import ProbeCommand
+from layersync_kernels.sit.studies.pair.plots import save_probe
+from layersync_kernels.sit.studies.pair.report import propose_pair, teacher_range
+from layersync_kernels.sit.studies.pair.run import States, analyse, measure, probe
 
 PAIRS = Path(__file__).parents[2] / "docs" / "integrations" / "pairs.md"
 
@@ -64,7 +60,7 @@ def command(run, **changes):
 @pytest.fixture
 def _no_picture(monkeypatch):
     """Most of a probe's time at this size goes into drawing."""
-    monkeypatch.setattr("layersync_kernels.sit.probe.save_probe", lambda report, path: path)
+    monkeypatch.setattr("layersync_kernels.sit.studies.pair.run.save_probe", lambda report, path: path)
 
 
 # What is measured

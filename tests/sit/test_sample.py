@@ -9,12 +9,18 @@ import torch
 from PIL import Image
 
 from layersync_kernels.errors import CheckpointError, ConfigError, UserError
-from layersync_kernels.sit.checkpoint import save_checkpoint
-from layersync_kernels.sit.config import CONFIG, ModelConfig, SamplingConfig, TrainConfig, save_config
-from layersync_kernels.sit.model import SiT
-from layersync_kernels.sit.plots import save_curves, save_grid
-from layersync_kernels.sit.sample import SampleCommand, draw, load_trained, sample
-from layersync_kernels.sit.transport import create_transport
+from layersync_kernels.sit.checkpoints.local import save_checkpoint
+from layersync_kernels.sit.commands.sample import SampleCommand, sample
+from layersync_kernels.sit.config.io import save_config
+from layersync_kernels.sit.config.model import ModelConfig
+from layersync_kernels.sit.config.run import CONFIG, TrainConfig
+from layersync_kernels.sit.config.sampling import SamplingConfig
+from layersync_kernels.sit.diffusion.transport import create_transport
+from layersync_kernels.sit.models.sit import SiT
+from layersync_kernels.sit.sampling.draw import draw
+from layersync_kernels.sit.sampling.grid import save_grid
+from layersync_kernels.sit.sampling.load import load_trained
+from layersync_kernels.sit.training.curves import save_curves
 
 FAST = SamplingConfig(solver="euler", sampling_steps=3)
 

@@ -11,26 +11,24 @@ from torch import nn
 
 from layersync_kernels import cli
 from layersync_kernels.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingDiverged
-from layersync_kernels.sit import teacher as teachers
-from layersync_kernels.sit import train
-from layersync_kernels.sit.checkpoint import load_weights, read_tensors
-from layersync_kernels.sit.commands import run_training
-from layersync_kernels.sit.config import (
-    AlignConfig,
-    DataConfig,
-    LayerSyncConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-    load_config,
-    save_config,
-)
-from layersync_kernels.sit.data import MemorySet
-from layersync_kernels.sit.runlog import read_records
-from layersync_kernels.sit.teacher import Features, Teacher, TeacherClock, compute_features, load_teacher
-from layersync_kernels.sit.train import Trainer
-from layersync_kernels.sit.transport import Transport
+from layersync_kernels.sit.checkpoints.local import load_weights, read_tensors
+from layersync_kernels.sit.commands.train import run_training
+from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.config.io import load_config, save_config
+from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig
+from layersync_kernels.sit.config.model import ModelConfig
+from layersync_kernels.sit.config.optim import OptimConfig
+from layersync_kernels.sit.config.run import LogConfig, TrainConfig
+from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.diffusion.transport import Transport
+from layersync_kernels.sit.teachers import clock as teacher_clock
+from layersync_kernels.sit.teachers.base import Teacher
+from layersync_kernels.sit.teachers.clock import TeacherClock
+from layersync_kernels.sit.teachers.features import Features, compute_features
+from layersync_kernels.sit.teachers.networks import load_teacher
+from layersync_kernels.sit.training import loop as train
+from layersync_kernels.sit.training.loop import Trainer
+from layersync_kernels.sit.training.runlog import read_records
 
 
 def tiny_config(**groups):
@@ -340,8 +338,8 @@ def test_features_beyond_fp16_are_not_written(tmp_path):
 
 
 def test_features_command_writes_what_training_reads(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("layersync_kernels.sit.commands.load_data", lambda config, device: tiny_data())
-    monkeypatch.setattr("layersync_kernels.sit.commands.load_teacher", tiny_teacher)
+    monkeypatch.setattr("layersync_kernels.sit.commands.features.load_data", lambda config, device: tiny_data())
+    monkeypatch.setattr("layersync_kernels.sit.commands.features.load_teacher", tiny_teacher)
     path = tmp_path / "f.safetensors"
     assert cli.main(["features", "--teacher", "tiny", "--flip", "--out", str(path), "--precision", "fp32"]) == 0
     assert "14 x 4 x 5" in capsys.readouterr().out
@@ -390,7 +388,7 @@ def test_defaults_are_those_of_repa():
 
 def test_clock_measures_the_teachers_part_of_measured_steps_only(monkeypatch):
     now = iter(range(100))
-    monkeypatch.setattr(teachers.time, "perf_counter", lambda: next(now))
+    monkeypatch.setattr(teacher_clock.time, "perf_counter", lambda: next(now))
     clock = TeacherClock(torch.device("cpu"))
     with clock.measure():
         pass

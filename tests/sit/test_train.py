@@ -15,28 +15,31 @@ import pytest
 import torch
 from PIL import Image
 
-from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged, UserError
-from layersync_kernels.modules import AdaLNZeroBlock
-from layersync_kernels.sit import checkpoint, train
-from layersync_kernels.sit.build import build_alignment
-from layersync_kernels.sit.checkpoint import list_checkpoints, read_tensors
-from layersync_kernels.sit.commands import demo_config, run_training
-from layersync_kernels.sit.config import (
-    CONFIG,
-    DataConfig,
-    LayerSyncConfig,
-    LogConfig,
-    ModelConfig,
-    OptimConfig,
-    SamplingConfig,
-    TrainConfig,
-    load_config,
-    save_config,
+from layersync_kernels.bench.demo import demo_config
+from layersync_kernels.bench.throughput import (
+    PROVIDERS,
+    TRAINERS,
+    PublishedTrainer,
+    measure_throughput,
+    provider_config,
 )
-from layersync_kernels.sit.data import MemorySet
-from layersync_kernels.sit.runlog import Meter, read_records
-from layersync_kernels.sit.throughput import PROVIDERS, TRAINERS, PublishedTrainer, measure_throughput, provider_config
-from layersync_kernels.sit.train import Trainer
+from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged, UserError
+from layersync_kernels.modules.block import AdaLNZeroBlock
+from layersync_kernels.sit.checkpoints import local as checkpoint
+from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
+from layersync_kernels.sit.commands.train import run_training
+from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.config.io import load_config, save_config
+from layersync_kernels.sit.config.loss import LayerSyncConfig
+from layersync_kernels.sit.config.model import ModelConfig
+from layersync_kernels.sit.config.optim import OptimConfig
+from layersync_kernels.sit.config.run import CONFIG, LogConfig, TrainConfig
+from layersync_kernels.sit.config.sampling import SamplingConfig
+from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.training import loop as train
+from layersync_kernels.sit.training.loop import Trainer
+from layersync_kernels.sit.training.runlog import Meter, read_records
+from layersync_kernels.sit.training.terms import build_alignment
 
 
 def tiny_config(**groups):
@@ -69,7 +72,7 @@ def tiny_data():
 
 @pytest.fixture(autouse=True)
 def _tiny_data(monkeypatch):
-    monkeypatch.setattr("layersync_kernels.sit.train.load_data", lambda config, device: tiny_data())
+    monkeypatch.setattr("layersync_kernels.sit.training.loop.load_data", lambda config, device: tiny_data())
 
 
 def weights(run, step, stem="model"):
@@ -409,7 +412,7 @@ def test_full_disk_at_the_end_is_an_error_that_names_the_last_checkpoint(tmp_pat
     with pytest.raises(CheckpointError, match=r"No space left.*last good checkpoint is .*step_00000004"):
         run_training(tiny_config(), tmp_path / "run")
     monkeypatch.undo()
-    monkeypatch.setattr("layersync_kernels.sit.train.load_data", lambda config, device: tiny_data())
+    monkeypatch.setattr("layersync_kernels.sit.training.loop.load_data", lambda config, device: tiny_data())
     assert run_training(tiny_config(), tmp_path / "run", resume=True).step == 12
 
 
@@ -438,7 +441,7 @@ def test_nan_weights_are_never_saved(tmp_path):
 SLOW_RUN = """
 import sys, time, torch
 from layersync_kernels import cli
-from layersync_kernels.sit.train import Trainer
+from layersync_kernels.sit.training.loop import Trainer
 step = Trainer.step
 def slow(self, *batch):
     step(self, *batch)
@@ -521,7 +524,7 @@ def test_throughput_of_every_provider():
 
 
 def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
-    from layersync_kernels.sit import throughput
+    from layersync_kernels.bench import throughput
 
     made = []
     monkeypatch.setattr(throughput, "Trainer", lambda *args: made.append(Trainer(*args)) or made[-1])

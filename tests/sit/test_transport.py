@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layersync_kernels.sit import Sampler, SiT, create_transport
-from layersync_kernels.sit.paths import DIFFUSION_FORMS, PATHS
+from layersync_kernels.sit.diffusion.interpolants import DIFFUSION_FORMS, PATHS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "transport.json").read_text(encoding="utf-8"))
 PREDICTIONS = ("velocity", "noise", "score")

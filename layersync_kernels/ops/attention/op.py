@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import _dispatch, _library, _native
-from .._autograd import FusedFunction, differentiable_once
+from .. import dispatch, native, raw_op
+from ..autograd import FusedFunction, differentiable_once
 
 
 def _fake_forward(qkv: Tensor, heads: int) -> Tensor:
@@ -31,11 +31,11 @@ def _fake_backward(d_out: Tensor, qkv: Tensor, heads: int) -> Tensor:
 
 
 # qkv: (B, N, 3·heads·E) at any stride. Returns the attention (B, N, heads·E), contiguous.
-FORWARD = _library.declare(
+FORWARD = raw_op.declare(
     "attention_forward", "(Tensor qkv, int heads) -> Tensor", _fake_forward, None, backends=("cpp",)
 )
 # d_out: (B, N, heads·E) of qkv's dtype, at any stride. Returns the gradient of qkv, contiguous.
-BACKWARD = _library.declare(
+BACKWARD = raw_op.declare(
     "attention_backward", "(Tensor d_out, Tensor qkv, int heads) -> Tensor", _fake_backward, None, backends=("cpp",)
 )
 
@@ -93,10 +93,10 @@ def _kernels_win() -> bool:
     widths 32 to 128: bf16 1.8 to 5.3, fp32 1.2 to 2.2, fp16 4.9 to 8.6. Held to AVX2, beside torch with AVX-512: 0.9 to
     1.5. The portable loops: 0.1.
     """
-    return _native.cpp().facts.cpu_isa() != "generic"
+    return native.cpp().facts.cpu_isa() != "generic"
 
 
-_kernels_win._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see _dispatch.resolve
+_kernels_win._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve
 
 
 def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor:
@@ -122,7 +122,7 @@ def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor
             f"self_attention: the last dimension of qkv must be 3 · {num_heads} heads · head width, got "
             f"{qkv.shape[-1]} in {tuple(qkv.shape)}"
         )
-    name = _dispatch.resolve(backend, qkv.device.type, qkv.dtype)
+    name = dispatch.resolve(backend, qkv.device.type, qkv.dtype)
     if name != "cpp" or (backend == "auto" and not _kernels_win()):
         out = F.scaled_dot_product_attention(*UnpackHeads.run(qkv, num_heads))
         return out.transpose(1, 2).flatten(2)

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
-from .._autograd import FusedFunction, differentiable_once
+from .. import raw_op
+from ..autograd import FusedFunction, differentiable_once
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -73,14 +73,14 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
 
 
 # weight: (M,) contiguous float32 or None. reduction: see REDUCTIONS. Returns (loss, stats (3, M), scale ()), all fp32.
-FORWARD = _library.declare(
+FORWARD = raw_op.declare(
     "cosine_alignment_forward",
     "(Tensor student, Tensor teacher, Tensor? weight, float eps, int reduction) -> (Tensor, Tensor, Tensor)",
     _fake_forward,
     _triton_forward,
 )
 # grad: the gradient of the loss, () or (leading), fp32. Returns both gradients, contiguous; an unwanted one is empty.
-BACKWARD = _library.declare(
+BACKWARD = raw_op.declare(
     "cosine_alignment_backward",
     "(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor stats, Tensor scale, bool student_grad, "
     "bool teacher_grad) -> (Tensor, Tensor)",
@@ -89,7 +89,7 @@ BACKWARD = _library.declare(
 )
 # Both passes in one, for a student (contiguous) that nothing else needs: its gradient, times `scale`, takes its place.
 # grad as above. Returns the loss and, where wanted, the sum of that gradient over the rows, fp32.
-IN_PLACE = _library.declare(
+IN_PLACE = raw_op.declare(
     "cosine_alignment_in_place",
     "(Tensor(a!) student, Tensor teacher, Tensor? weight, Tensor grad, float eps, float scale, int reduction, "
     "bool summed) -> (Tensor, Tensor)",

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import (
+from ..tiles import (
     cosine_of,
     device_of,
     fits,

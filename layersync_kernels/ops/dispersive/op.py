@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .._autograd import FusedFunction, differentiable_once
+from ..autograd import FusedFunction, differentiable_once
 
 # Elements of a chunk. A CPU's should fit its cache; a GPU's should outlast the launch of its kernels.
 _CHUNK = {"cpu": 1 << 18}

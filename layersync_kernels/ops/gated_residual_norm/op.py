@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
-from .._autograd import FusedFunction, differentiable_once
+from .. import raw_op
+from ..autograd import FusedFunction, differentiable_once
 
 
 def _fake_forward(
@@ -103,7 +103,7 @@ def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
 #   normed: (..., D) of `dtype`, or (0,) without norm.
 #   stats: (2, M) float32, mean (0 where rms) and 1/sqrt(variance + eps), or (0,).
 #   alignment: (3, M) float32, cosine and both reciprocal norms (student, residual) as in cosine_alignment, or (0,).
-FORWARD = _library.declare(
+FORWARD = raw_op.declare(
     "gated_residual_norm_forward",
     "(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? student, bool norm, bool rms, "
     "float eps, float align_eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
@@ -117,7 +117,7 @@ FORWARD = _library.declare(
 #   d_x: like residual; or (0,) where it equals d_residual, which is without d_normed and other.
 #   d_branch: like branch, or (0,) without branch.
 #   d_gate, d_shift, d_scale: (G, D) float32, or (0,): d_gate without gate, the other two without d_normed.
-BACKWARD = _library.declare(
+BACKWARD = raw_op.declare(
     "gated_residual_norm_backward",
     "(Tensor? d_residual, Tensor? d_normed, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale, "
     "Tensor? stats, Tensor? other, Tensor? factors, bool rms, SymInt groups) "

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import (
+from ..tiles import (
     MULTIPROCESSORS,
     Tile,
     add_partials,

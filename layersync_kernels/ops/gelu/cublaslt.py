@@ -9,10 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ... import _environment
-from .. import _library
+from ...runtime import environment
+from .. import raw_op
 
-ENABLED = _environment.CUBLASLT.get() == "1"
+ENABLED = environment.CUBLASLT.get() == "1"
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -26,7 +26,7 @@ def _fake_backward(d_output: Tensor, weight2: Tensor, preactivation: Tensor) -> 
 
 # x: (M, I), weight: (O, I), bias: (O,), of one half type. Returns gelu(x·Wᵀ + b) and its pre-activation, both (M, O).
 # The activation is that of the unrounded pre-activation.
-FORWARD = _library.declare(
+FORWARD = raw_op.declare(
     "linear_gelu_gemm",
     "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
     _fake_forward,
@@ -35,7 +35,7 @@ FORWARD = _library.declare(
 )["cuda"]
 # d_output: (M, O), weight2: (O, H), preactivation: (M, H) contiguous, of one half type. Returns the gradient of the
 # pre-activation and the column sums of that gradient, which the library can give in their half type only.
-BACKWARD = _library.declare(
+BACKWARD = raw_op.declare(
     "gelu_mlp_gemm_backward",
     "(Tensor d_output, Tensor weight2, Tensor preactivation) -> (Tensor, Tensor)",
     _fake_backward,

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
-from .._autograd import FusedFunction, differentiable_once
+from .. import raw_op
+from ..autograd import FusedFunction, differentiable_once
 from . import cublaslt
 
 
@@ -47,11 +47,11 @@ def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 # preactivation: (M, W) contiguous. Returns its tanh-GELU.
-FORWARD = _library.declare("gelu_forward", "(Tensor preactivation) -> Tensor", _fake_forward, _triton_forward)
+FORWARD = raw_op.declare("gelu_forward", "(Tensor preactivation) -> Tensor", _fake_forward, _triton_forward)
 # d_activation: (M, W) of preactivation's dtype, at any row stride. Returns, contiguous: the gradient of the
 # preactivation; the activation, or (0,) where not wanted; the column sums of that gradient, unrounded, in float32, or
 # (0,) where not wanted.
-BACKWARD = _library.declare(
+BACKWARD = raw_op.declare(
     "gelu_backward",
     "(Tensor d_activation, Tensor preactivation, bool activation, bool bias) -> (Tensor, Tensor, Tensor)",
     _fake_backward,

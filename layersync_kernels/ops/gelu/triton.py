@@ -11,17 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import (
-    MULTIPROCESSORS,
-    Tile,
-    add_partials,
-    device_of,
-    load_tile,
-    operand,
-    runs_of,
-    store_sums,
-    store_tile,
-)
+from ..tiles import MULTIPROCESSORS, Tile, add_partials, device_of, load_tile, operand, runs_of, store_sums, store_tile
 
 _SLOPE = tl.constexpr(2 * math.sqrt(2 / math.pi))
 _CUBIC = tl.constexpr(0.044715)

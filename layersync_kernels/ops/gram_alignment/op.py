@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
-from .._autograd import FusedFunction, differentiable_once
+from .. import raw_op
+from ..autograd import FusedFunction, differentiable_once
 
 KINDS = {"relu": 0, "square": 1, "abs": 2}
 
@@ -49,7 +49,7 @@ def _triton(*args: Any) -> tuple[Tensor, Tensor]:
 
 # mask: (..., N) bool or None. kind: see KINDS. Returns the value of each sample and, contiguous, the gradient of their
 # sum with respect to the student, or (0,) where it is not wanted; both fp32.
-GRAM = _library.declare(
+GRAM = raw_op.declare(
     "gram_alignment",
     "(Tensor student, Tensor teacher, Tensor? mask, float margin, int kind, float eps, bool gradient) "
     "-> (Tensor, Tensor)",
@@ -61,7 +61,7 @@ torch.library.impl("layersync_cuda::gram_alignment", "cuda")(_cuda)
 # difference: (samples, rows, columns), contiguous. Returns the sums of f(|difference|) over each row, (samples, rows)
 # float32: the first `diagonal` columns once, the others, which stand for their mirror images too, twice. Writes the
 # derivative of each term into `gradient`, which may be `difference`: float32, on a GPU of the dtype of the differences.
-STRIP = _library.declare(
+STRIP = raw_op.declare(
     "gram_alignment_strip",
     "(Tensor difference, int diagonal, float margin, int kind, Tensor(a!)? gradient) -> Tensor",
     _fake_strip,

@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import device_of
+from ..tiles import device_of
 from .op import KINDS
 from .strips import Strip
 

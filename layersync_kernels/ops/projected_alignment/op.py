@@ -21,10 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import _library
-from .._autograd import FusedFunction, differentiable_once, runs_eagerly
-from .._rows import as_rows
+from .. import raw_op
+from ..autograd import FusedFunction, differentiable_once, runs_eagerly
 from ..cosine_alignment.op import BACKWARD, FORWARD, IN_PLACE, REDUCTIONS
+from ..rows import as_rows
 
 _NONE, _MEAN, _SUM = (REDUCTIONS[name] for name in ("none", "mean", "sum"))
 
@@ -230,7 +230,7 @@ def _fake(
 # grad: (...) of the loss for reduction "none", else None for one; neither M, D nor P is 0. Returns the loss;
 # what is left to multiply the gradients by; those of hidden, weight and bias, the latter two in float32, or (0,) where
 # not wanted. For the mean that factor is 1/Σw, unless it is in the gradients already.
-RUN = _library.declare(
+RUN = raw_op.declare(
     "projected_alignment",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? row_weight, Tensor? grad, float eps, "
     "int reduction, bool hidden_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",

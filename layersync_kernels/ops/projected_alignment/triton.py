@@ -13,8 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._triton import cosine_of, device_of, layout_names, load_tile, operand, row_offset, store_alignment, store_tile
 from ..cosine_alignment.reference import reduce_rows
+from ..tiles import cosine_of, device_of, layout_names, load_tile, operand, row_offset, store_alignment, store_tile
 
 _ROWS, _BLOCK, _DEPTH_BLOCK = 64, 128, 64  # 128 programs for a chunk of 8192 rows; 256 columns would spill
 _EXPONENT = tl.constexpr(0x7F800000)

@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import _library
+from .. import raw_op
 
 
 def _fake(x: Tensor, alpha: float, eps: float) -> Tensor:
@@ -20,7 +20,7 @@ def _triton(*args: Any) -> Tensor:
 
 
 # x: (B, N, D) at any stride of samples and tokens, N > 1. Returns (x - alpha·mean) / (std + eps), contiguous.
-SPATIAL_NORM = _library.declare("spatial_norm", "(Tensor x, float alpha, float eps) -> Tensor", _fake, _triton)
+SPATIAL_NORM = raw_op.declare("spatial_norm", "(Tensor x, float alpha, float eps) -> Tensor", _fake, _triton)
 
 
 def spatial_norm(x: Tensor, alpha: float, eps: float, backend: str) -> Tensor:

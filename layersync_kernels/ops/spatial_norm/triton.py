@@ -8,8 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .._rows import as_rows
-from .._triton import device_of, load_tile, operand, store_tile
+from ..rows import as_rows
+from ..tiles import device_of, load_tile, operand, store_tile
 
 _SHRINK = tl.constexpr(2.0**-80)
 _LARGEST_SQUARES = tl.constexpr(1e37)

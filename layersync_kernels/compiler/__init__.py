@@ -1,0 +1,1 @@
+"""What looks at whole graphs: Inductor's pass, recomputation, exact counts."""

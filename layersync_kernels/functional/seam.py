@@ -1,0 +1,302 @@
+"""The seam between two half-blocks: gate, residual, norm, modulation, and an alignment riding along."""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..ops import dispatch
+from ..ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
+from ..ops.gated_residual_norm import gated_residual_norm_reference
+from ..ops.gated_residual_norm.groups import as_groups, in_equal_groups
+from .checks import check_tokens
+
+
+class Tap(NamedTuple):
+    """What a student block hands to its teacher, so that their alignment costs no pass over memory of its own.
+
+    Attributes:
+        hidden: (..., D), the student's tokens. Detached where `slot` is there: the gradient goes another way.
+        slot, factors: that way; empty where the gradient goes through `hidden`. They serve one teacher.
+    """
+
+    hidden: Tensor
+    slot: Tensor
+    factors: Tensor
+
+
+class Seam(NamedTuple):
+    """The results of `aligned_residual_norm`.
+
+    Attributes:
+        residual: (..., D), x + gate·branch.
+        normed: (..., D), modulated norm of it.
+        cosine: (...) fp32, cos(student, residual) per token, differentiable in the student; or None.
+        tap: for the teacher, or None.
+    """
+
+    residual: Tensor
+    normed: Tensor
+    cosine: Tensor | None
+    tap: Tap | None
+
+
+def modulated_layer_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    r"""adaLN: LayerNorm(x)·(1 + scale) + shift, in one pass forward and one backward.
+
+    Args:
+        x: (..., D) tokens, usually (B, N, D); float32, bfloat16 or float16 (float64 through the reference).
+        shift: modulation: (B, D), one row per sample (the first dimension of x); (D,), one for all; or as many
+            dimensions as x, each equal to x's or 1: (B, 1, D), per token (B, N, D). Per sample and per token cost no
+            copy; what broadcasts over leading dimensions, as (1, N, D), is expanded first.
+        scale: likewise.
+        eps: added to the variance.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
+
+    Returns:
+        Like x. Its dtype is what PyTorch's promotion of x, shift and scale gives, so bf16 x with fp32 modulation gives
+        fp32; under autocast it is the autocast dtype, rounded once: there eager PyTorch gives fp32, which the next
+        linear layer rounds.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on several devices.
+        TypeError: tensors that are not floating point.
+        RuntimeError: a backend that was asked for and cannot run; double backward.
+
+    Source: DiT (Peebles and Xie 2022, arXiv:2212.09748), adaLN. Mean and variance are fp32; a NaN or infinity stays in
+    its token.
+    """
+    return _seam("modulated_layer_norm", x, None, None, shift, scale, norm="layer", eps=eps, backend=backend).normed
+
+
+def modulated_rms_norm(
+    x: Tensor, shift: Tensor | None, scale: Tensor | None, *, eps: float = 1e-6, backend: str = "auto"
+) -> Tensor:
+    """RMSNorm(x)·(1 + scale) + shift, x / sqrt(mean(x²) + eps) being RMSNorm without weight.
+
+    A weight w folds into the modulation: scale' = w·(1 + scale) - 1. Arguments, results and errors are those of
+    `modulated_layer_norm`; None stands for zeros.
+
+    Source: Zhang and Sennrich 2019, arXiv:1910.07467; LightningDiT (Yao et al. 2025, arXiv:2501.01423).
+    """
+    return _seam("modulated_rms_norm", x, None, None, shift, scale, norm="rms", eps=eps, backend=backend).normed
+
+
+def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+    """X + gate·branch, the end of a half-block, in one pass; its backward reads and writes two tensors each.
+
+    Args:
+        x: (..., D) residual stream.
+        branch: (..., D), what attention or MLP returned.
+        gate: modulation, as `modulated_layer_norm` takes it.
+        backend: as there.
+
+    Returns:
+        Like x, of the dtype that PyTorch's promotion gives. Errors as `modulated_layer_norm`.
+    """
+    return _seam("gated_residual", x, branch, gate, None, None, norm=None, eps=1e-6, backend=backend).residual
+
+
+def gated_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    eps: float = 1e-6,
+    norm: str = "layer",
+    backend: str = "auto",
+) -> tuple[Tensor, Tensor]:
+    """The end of one half-block and the start of the next in one pass.
+
+    residual = x + gate·branch, normed = norm(residual)·(1 + scale) + shift. Forward moves four (M, D) tensors, backward
+    six and the sums for the modulation.
+
+    Args:
+        x: (..., D) residual stream.
+        branch: (..., D), what attention or MLP returned.
+        gate: modulation, as `modulated_layer_norm` takes it.
+        shift: modulation, or None for zeros.
+        scale: modulation, or None for zeros.
+        eps: added to the variance or the mean square.
+        norm: "layer" (LayerNorm without weights) or "rms".
+        backend: as in `modulated_layer_norm`.
+
+    Returns:
+        (residual, normed). The residual has the dtype of PyTorch's promotion of x, branch and gate; for `normed` see
+        `modulated_layer_norm`. Errors as there.
+    """
+    seam = _seam("gated_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend)
+    return seam.residual, seam.normed
+
+
+def aligned_residual_norm(
+    x: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    student: Tap | None = None,
+    tap: bool = False,
+    eps: float = 1e-6,
+    norm: str = "layer",
+    align_eps: float = 1e-6,
+    backend: str = "auto",
+) -> Seam:
+    """`gated_residual_norm` with an alignment riding along: the residual is a student, a teacher, or both.
+
+    At the student block ask for a `tap`; give it to the call at the teacher block as `student`. The cosine of the two
+    residuals comes out there, for one read of the student; its gradient enters the student's backward pass for one read
+    of the teacher. The teacher is a constant (stop-gradient), as in LayerSync.
+
+    Args:
+        x: as in `gated_residual_norm`.
+        branch: likewise.
+        gate: likewise.
+        shift: likewise.
+        scale: likewise.
+        student: the tap of a shallower block, from the same backend. A tap serves one call; a second one makes the
+            student's gradient NaN.
+        tap: whether this residual is a student.
+        eps: as in `gated_residual_norm`.
+        norm: likewise.
+        align_eps: a token whose norm is below it has cosine 0 and gradient 0.
+        backend: as in `gated_residual_norm`.
+
+    Returns:
+        A Seam. Its cosine equals `-layersync_loss(student, residual, reduction="none")`.
+
+    Raises:
+        ValueError: as `gated_residual_norm`; a student of another shape; a tap from another backend.
+    """
+    return _seam(
+        "aligned_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend,
+        student=student, tap=tap, align_eps=align_eps,
+    )  # fmt: skip
+
+
+def _seam(
+    op: str,
+    x: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
+    shift: Tensor | None,
+    scale: Tensor | None,
+    *,
+    norm: str | None,
+    eps: float,
+    backend: str,
+    student: Tap | None = None,
+    tap: bool = False,
+    align_eps: float = 1e-6,
+) -> Seam:
+    check_tokens(op, "x", x)
+    if branch is not None:
+        check_tokens(op, "branch", branch, x)
+        if branch.shape != x.shape:
+            raise ValueError(f"{op}: branch {tuple(branch.shape)} must have the shape of x, {tuple(x.shape)}")
+    if student is not None:
+        check_tokens(op, "student", student.hidden, x)
+        if student.hidden.shape != x.shape:
+            raise ValueError(
+                f"{op}: the student's hidden {tuple(student.hidden.shape)} must have the shape of x, {tuple(x.shape)}"
+            )
+    if norm not in ("layer", "rms", None):
+        raise ValueError(f"{op}: unknown norm={norm!r}; expected 'layer' or 'rms'")
+    for label, value in (("eps", eps), ("align_eps", align_eps)):
+        if not value > 0:
+            raise ValueError(f"{op}: {label} must be positive, got {value}")
+    modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
+    for name, m in modulations.items():
+        check_tokens(op, name, m, x)
+    promote = torch.promote_types
+    stream = x.dtype
+    if branch is not None:
+        stream = functools.reduce(promote, [branch.dtype, *([] if gate is None else [gate.dtype])], stream)
+    affine = [m.dtype for m in (shift, scale) if m is not None]
+    out = functools.reduce(promote, affine, stream)
+    if norm is not None and torch.is_autocast_enabled(x.device.type) and out != torch.float64:
+        out = torch.get_autocast_dtype(x.device.type)
+    name = dispatch.resolve(backend, x.device.type, promote(out, stream))
+    if name == "reference" or x.numel() == 0:
+        modulations = {name: _as_modulation(op, name, m, x) for name, m in modulations.items()}
+        return _reference_seam(
+            op, x.to(stream), branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtype=out
+        )
+
+    # The kernels take (stream, half-block) dtypes that are equal, or fp32 with anything; the rest is widened to fp32.
+    half = out if branch is None else branch.dtype if norm is None else promote(branch.dtype, out)
+    wide = stream if stream in (half, torch.float32) else torch.float32
+    if wide != stream and norm is None:
+        half = wide
+    per_sample = (x.shape[0], x.shape[-1])
+    groups = modulations
+    if any(m.shape != per_sample for m in groups.values()):
+        full = [as_groups(_as_modulation(op, key, m, x), x.shape[:-1]) for key, m in groups.items()]
+        groups = dict(zip(groups, in_equal_groups(full), strict=True))
+    kinds = {m.dtype for m in groups.values()}
+    if kinds - {half} and kinds != {torch.float32}:
+        groups = {key: m.to(torch.float32) for key, m in groups.items()}
+    if student is not None and student.slot.numel() == 0:
+        raise ValueError(f"{op}: the student's tap comes from the reference; this call runs on {name}")
+    taken = None if student is None else (student.hidden.to(wide), student.slot, student.factors)
+    residual, normed, cosine, link = _gated_residual_norm(
+        x.to(wide), None if branch is None else branch.to(half), groups.get("gate"), groups.get("shift"),
+        groups.get("scale"), taken, tap=tap, norm=norm is not None, rms=norm == "rms", eps=eps, align_eps=align_eps,
+        dtype=half, backend=name,
+    )  # fmt: skip
+    residual, normed = residual.to(stream), normed.to(out)
+    return Seam(residual, normed, None if student is None else cosine, Tap(residual.detach(), *link) if tap else None)
+
+
+def _reference_seam(
+    op: str,
+    x: Tensor,
+    branch: Tensor | None,
+    modulations: dict[str, Tensor],
+    student: Tap | None,
+    tap: bool,
+    *,
+    norm: str | None,
+    eps: float,
+    align_eps: float,
+    dtype: torch.dtype,
+) -> Seam:
+    if student is not None and student.slot.numel() > 0:
+        raise ValueError(f"{op}: the student's tap comes from a fused backend; this call runs on the reference")
+    residual, normed, cosine = gated_residual_norm_reference(
+        x, branch, modulations.get("gate"), modulations.get("shift"), modulations.get("scale"),
+        None if student is None else student.hidden, norm=norm is not None, rms=norm == "rms", eps=eps,
+        align_eps=align_eps, dtype=dtype,
+    )  # fmt: skip
+    empty = x.new_empty((0,))
+    return Seam(residual, empty if normed is None else normed, cosine, Tap(residual, empty, empty) if tap else None)
+
+
+def _as_modulation(op: str, name: str, modulation: Tensor, x: Tensor) -> Tensor:
+    """Give a modulation as many dimensions as x has, each equal to x's or 1, the last one D."""
+    *leading, width = x.shape
+    dims: list[int] | None = None
+    if modulation.shape[-1] == width:
+        given = list(modulation.shape[:-1])
+        if len(given) == len(leading):
+            dims = given
+        elif len(given) <= 1:  # one row for all, or one per sample: the first dimension
+            dims = [*given, *[1] * (len(leading) - len(given))]
+    if dims is None or any(d not in (1, n) for d, n in zip(dims, leading, strict=True)):
+        ones = ", ".join("1" * (len(leading) - 1))
+        expected = [f"({width},)"]
+        if leading:
+            expected += [f"({leading[0]}, {width})", f"({leading[0]}, {ones + ', ' if ones else ''}{width})"]
+        raise ValueError(
+            f"{op}: {name} of shape {tuple(modulation.shape)} does not fit x {tuple(x.shape)}; expected "
+            f"{', '.join(dict.fromkeys(expected))} or one value per token, {tuple(x.shape)}"
+        )
+    return modulation.reshape(*dims, width)

@@ -1,0 +1,38 @@
+"""The MLPs of a block."""
+
+from __future__ import annotations
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..functional.gelu import gelu_mlp
+
+
+class GeluMlp(nn.Module):
+    """Linear, tanh-GELU, linear; the activation is not kept for the backward pass."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(hidden_size, inner_size)
+        self.fc2 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) → (B, N, D)."""
+        if type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear:
+            # LoRA, quantised or sharded layers in their place: there is more to them than a weight and a bias.
+            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+
+
+class SwiGluMlp(nn.Module):
+    """silu(x·A)·(x·B) through a linear layer, A and B being one; torch.compile fuses the product."""
+
+    def __init__(self, hidden_size: int, inner_size: int) -> None:
+        super().__init__()
+        self.w12 = nn.Linear(hidden_size, 2 * inner_size)
+        self.w3 = nn.Linear(inner_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Tokens (B, N, D) → (B, N, D)."""
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)

@@ -1,0 +1,68 @@
+"""Norms: of a block's entrance, modulated, and of the heads of attention."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from ..functional.seam import Seam, Tap, aligned_residual_norm, modulated_layer_norm, modulated_rms_norm
+from .stream import Stream
+
+
+class ModulatedNorm(nn.Module):
+    """LayerNorm without weights, or RMSNorm with one, ahead of adaLN's shift and scale.
+
+    Args:
+        width: D.
+        norm: "layer" or "rms".
+        eps: added to the variance or the mean square.
+
+    Raises:
+        ValueError: another norm.
+    """
+
+    def __init__(self, width: int, norm: str = "layer", eps: float = 1e-6) -> None:
+        super().__init__()
+        if norm not in ("layer", "rms"):
+            raise ValueError(f"ModulatedNorm: unknown norm={norm!r}; expected 'layer' or 'rms'")
+        self.norm, self.eps = norm, eps
+        self.weight = nn.Parameter(torch.ones(width)) if norm == "rms" else None
+
+    def fold(self, scale: Tensor) -> Tensor:
+        """The scale with the weight in it: w·(1 + scale) - 1, one value per sample and channel."""
+        return scale if self.weight is None else self.weight * (1 + scale) - 1
+
+    def forward(self, x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+        """Tokens x (B, N, D), shift and scale (B, D) → (B, N, D)."""
+        run = modulated_layer_norm if self.norm == "layer" else modulated_rms_norm
+        return run(x, shift, self.fold(scale), eps=self.eps)
+
+    def enter(self, stream: Stream, shift: Tensor, scale: Tensor, student: Tap | None, tap: bool) -> Seam:
+        """Add the stream's pending update and norm the sum: the residual, its norm, cosine and tap."""
+        if stream.branch is None:
+            return Seam(stream.residual, self(stream.residual, shift, scale), None, None)
+        assert stream.gate is not None
+        return aligned_residual_norm(
+            stream.residual,
+            stream.branch,
+            stream.gate,
+            shift,
+            self.fold(scale),
+            student=student,
+            tap=tap,
+            eps=self.eps,
+            norm=self.norm,
+        )
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the channels of a head, with a weight."""
+
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, N, heads, E) → the same."""
+        return modulated_rms_norm(x, None, self.weight - 1, eps=self.eps)

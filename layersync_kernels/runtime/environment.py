@@ -1,0 +1,37 @@
+"""The one table of environment variables. `layersync doctor` prints it, the README and the build read from it."""
+
+from __future__ import annotations
+
+import os
+from typing import NamedTuple
+
+
+class Variable(NamedTuple):
+    """An environment variable, its default and what it does."""
+
+    name: str
+    default: str
+    meaning: str
+
+    def get(self) -> str:
+        """The value in force: the environment's, or the default."""
+        return os.environ.get(self.name) or self.default
+
+
+BACKEND = Variable(
+    "LAYERSYNC_BACKEND", "auto", "backend of every op: auto, reference, cpp, triton or cuda (read once, at import)"
+)
+NATIVE = Variable("LAYERSYNC_NATIVE", "1", "0: leave the compiled extension unloaded (read once, at import)")
+CPU_ISA = Variable("LAYERSYNC_CPU_ISA", "best", "cap on the CPU kernels: generic or avx2 (read at the first call)")
+
+CUBLASLT = Variable(
+    "LAYERSYNC_CUBLASLT", "0", "1: half-precision GELU in the epilogue of cuBLASLt on a GPU (read once, at import)"
+)
+
+BUILD = Variable(
+    "LAYERSYNC_BUILD", "auto", "build: auto, none (pure Python), cpu (no CUDA) or cuda (fail without nvcc)"
+)
+CUDA_ARCHS = Variable("TORCH_CUDA_ARCH_LIST", "by toolkit", 'build: CUDA architectures, e.g. "8.0;9.0;10.0+PTX"')
+CUDA_HOME = Variable("CUDA_HOME", "found", "build: the toolkit to use; else the real home of the nvcc on PATH")
+MAX_JOBS = Variable("MAX_JOBS", "by memory", "build: parallel compilations; default by cores and free memory")
+VARIABLES = (BACKEND, NATIVE, CPU_ISA, CUBLASLT, BUILD, CUDA_ARCHS, CUDA_HOME, MAX_JOBS)

@@ -1,0 +1,1 @@
+"""Weights in files: those of a run, and published ones."""

@@ -1,0 +1,1 @@
+"""The subcommands of `layersync` that concern the trainer."""

@@ -1,0 +1,64 @@
+"""`layersync features`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from ...errors import ConfigError
+from ..config.data import DataConfig
+from ..console import start_logging
+from ..data.registry import load_data
+from ..device import resolve_device, resolve_precision
+from ..teachers.features import compute_features
+from ..teachers.networks import load_teacher
+from .arguments import parse
+
+
+@dataclass(frozen=True)
+class FeaturesCommand:
+    """Run a teacher over a data set once. Its features, for `layersync train --features`, go to the file --out."""
+
+    teacher: str = "efficientnet-lite0"
+    """efficientnet-lite0 | dinov2-vits14, -vitb14, -vitl14 | timm/NAME | hub/REPO:NAME | hub/FOLDER:NAME."""
+    out: Path = Path("features.safetensors")
+    """The file to write: fp16, N x tokens x channels; twice that with --flip, for the mirrored images."""
+    data: DataConfig = field(default_factory=DataConfig)
+    grid: int | None = None
+    """Tokens per side, where the teacher can: as many as the model to be trained has. Others are interpolated."""
+    teacher_size: int | None = None
+    """Side of the teacher's images in pixels."""
+    teacher_weights: Path | None = None
+    """Read the teacher's weights from this file instead of downloading them."""
+    batch_size: int = 64
+    """Images at a time."""
+    device: str = "auto"
+    """auto: cuda if there is one, else cpu."""
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Autocast type; auto: bf16 where the device is faster with it, else fp32."""
+
+
+def features_main(argv: Sequence[str]) -> int:
+    """`layersync features`."""
+    start_logging()
+    command = parse(FeaturesCommand, argv, default=FeaturesCommand(), command="features")
+    if command.batch_size < 1:
+        raise ConfigError(f"--batch-size {command.batch_size}: expected at least 1")
+    device = resolve_device(command.device)
+    data = load_data(command.data, device)
+    teacher = load_teacher(
+        command.teacher, size=command.teacher_size, grid=command.grid, weights=command.teacher_weights
+    )
+    shape = compute_features(
+        teacher.to(device),
+        data,
+        command.out,
+        source=command.data.data,
+        flip=command.data.flip,
+        batch_size=command.batch_size,
+        autocast_dtype=resolve_precision(command.precision, device),
+    )
+    print(f"{command.out}: {' x '.join(map(str, shape))} features of {teacher.name}")
+    return 0

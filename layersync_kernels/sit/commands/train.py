@@ -1,0 +1,77 @@
+"""`layersync train`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ...errors import ConfigError
+from ..checkpoints.local import list_checkpoints
+from ..config.io import load_config
+from ..config.run import CONFIG, TrainConfig
+from ..console import console, start_logging
+from ..training.folder import check_run, start_run
+from ..training.loop import Outcome, Trainer
+from .arguments import INTERRUPTED, parse, peek_out
+
+
+@dataclass(frozen=True)
+class TrainCommand:
+    """Train a SiT. Everything goes to the folder --out: config, log, checkpoints, sample grids, loss curves."""
+
+    config: TrainConfig = field(default_factory=TrainConfig)
+    out: Path = Path("runs/sit")
+    """Folder of the run."""
+    resume: bool = False
+    """Go on from the newest checkpoint in --out, with its config; flags given now override it."""
+    overwrite: bool = False
+    """Delete the run in --out first."""
+
+
+def train_main(argv: Sequence[str]) -> int:
+    """`layersync train`."""
+    start_logging()
+    default = TrainCommand()
+    out, resume = peek_out(argv, default.out)
+    if resume and (out / CONFIG).is_file():
+        default = dataclasses.replace(default, config=load_config(out / CONFIG))
+    command = parse(TrainCommand, argv, default=default, command="train")
+    outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
+    return INTERRUPTED if outcome.ended == "interrupted" else 0
+
+
+def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool = False) -> Outcome:
+    """Trains in the folder `out` and says where everything is.
+
+    Raises:
+        UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
+    """
+    check_run(out, resume=resume, overwrite=overwrite)
+    # The trainer before the folder: settings that do not work must neither make a folder nor empty one.
+    trainer = Trainer(config, run_dir=out)
+    if resume and (checkpoints := list_checkpoints(out)):
+        trainer.load(checkpoints[-1])
+        console.print(f"resuming {out} at step {trainer.steps_done}")
+        if trainer.fraction >= 1:
+            raise ConfigError(f"{out} is finished at step {trainer.steps_done}; give more --steps or --max-seconds")
+    start_run(out, config, overwrite=overwrite)
+    if trainer.data.broken:
+        (out / "broken_files.txt").write_text("".join(f"{n}\t{r}\n" for n, r in trainer.data.broken.items()))
+    pairs = "off" if trainer.alignment is None else trainer.alignment.extra_repr()
+    teacher = "" if trainer.repa is None else f"; {config.align.align} {trainer.repa.extra_repr()}"
+    parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    console.print(
+        f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.shape}, "
+        f"{trainer.device}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
+    )
+    outcome = trainer.fit()
+    if trainer.teacher is not None and (share := outcome.metrics.get("teacher_share")) is not None:
+        what = "its precomputed features" if config.align.features else "running it"
+        console.print(f"the teacher {trainer.teacher.name} took {share:.1%} of a step ({what})")
+    if outcome.ended == "interrupted":
+        console.print(f"stopped and saved at step {outcome.step}; go on with: layersync train --out {out} --resume")
+    else:
+        console.print(f"done: step {outcome.step} after {outcome.seconds:.0f} s; draw with: layersync sample {out}")
+    return outcome

@@ -1,0 +1,33 @@
+"""Which model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Which SiT."""
+
+    model: str = "SiT-S/2"
+    """A published or preset name, such as SiT-XL/2."""
+    patch_size: int | None = None
+    """Overrides that of the name."""
+    hidden_size: int | None = None
+    """Overrides that of the name."""
+    depth: int | None = None
+    """Overrides that of the name."""
+    num_heads: int | None = None
+    """Overrides that of the name."""
+    num_classes: int | None = None
+    """None: as many as the data has."""
+    class_dropout: float = 0.1
+    """Share of labels replaced by the null label, which classifier-free guidance needs."""
+    kernels: Literal["fused", "eager"] = "fused"
+    """fused: blocks in single passes over memory; eager: the published blocks in plain PyTorch."""
+    recompute: Literal["none", "light", "full"] = "none"
+    """What the backward pass computes again to save memory: nothing; norms, gates and activations; whole blocks."""
+    init: Path | None = None
+    """Start from the weights of this checkpoint (a run, a checkpoint folder, a published .pt)."""

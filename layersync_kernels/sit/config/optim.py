@@ -1,0 +1,33 @@
+"""Optimiser and moving average."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """AdamW, its schedule and the average of the weights. The defaults are those of the paper."""
+
+    steps: int = 400_000
+    """Optimiser steps."""
+    max_seconds: float | None = None
+    """Also stop after this much training time, resumed time included; the learning rate then decays by time."""
+    batch_size: int = 256
+    """Samples per optimiser step."""
+    accumulate: int = 1
+    """Split the batch into this many passes to save memory."""
+    lr: float = 1e-4
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """After the warm-up: constant, or down to zero at the end of the run."""
+    warmup_steps: int = 0
+    """The learning rate rises linearly over these steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    clip_norm: float | None = None
+    """Scale gradients down to this total norm."""
+    ema_decay: float = 0.9999
+    """Decay of the averaged weights, which samples are drawn with."""
+    ema_warmup: bool = False
+    """Average over fewer steps at first: decay = min(ema_decay, (1 + step) / (10 + step))."""

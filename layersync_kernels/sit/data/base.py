@@ -1,0 +1,82 @@
+"""Training data for the reference SiT: images or cached latents, shuffled the same way on every machine.
+
+A data set answers three questions: its sample shape (C, H, W), its number of classes, and "give me batches from
+position p of the shuffled stream". The stream is a function of the seed alone: a resumed run needs no iterator state.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+class EpochShuffle:
+    """The endless shuffled stream of sample numbers: epoch after epoch, each in its own order.
+
+    Position p belongs to epoch p // n; the order of an epoch depends on the seed and the epoch's number only.
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self._cached: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
+
+    def _order(self, epoch: int) -> Tensor:
+        if self._cached[0] != epoch:
+            # SeedSequence mixes both numbers: (seed 0, epoch 1) and (seed 1, epoch 0) differ.
+            mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0])
+            generator = torch.Generator().manual_seed(mixed >> 1)
+            self._cached = (epoch, torch.randperm(self.num_samples, generator=generator))
+        return self._cached[1]
+
+    def indices(self, start: int, count: int) -> Tensor:
+        """Sample numbers at positions start .. start+count-1: int64 (count,)."""
+        pieces = []
+        while count > 0:
+            epoch, offset = divmod(start, self.num_samples)
+            piece = self._order(epoch)[offset : offset + count]
+            pieces.append(piece)
+            start, count = start + len(piece), count - len(piece)
+        return torch.cat(pieces)
+
+
+@dataclass(kw_only=True)
+class SampleSet(ABC):
+    """Samples of one shape with integer labels.
+
+    Attributes:
+        shape: (C, H, W) of one sample.
+        num_classes: labels lie in [0, num_classes).
+        class_names: one name per class.
+        latent: True when samples are VAE latents rather than pixels in [-1, 1].
+        broken: what could not be read, by file name, with the reason.
+    """
+
+    shape: tuple[int, int, int]
+    num_classes: int
+    class_names: list[str]
+    latent: bool = False
+    broken: dict[str, str] = field(default_factory=dict)
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless batches from position `start` of the stream: float32 (B, C, H, W) and int64 (B,)."""
+
+    @abstractmethod
+    def take(self, index: Tensor) -> Tensor:
+        """The samples of these numbers, int64 (B,) on the CPU: float32 (B, C, H, W)."""
+
+    def numbers(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
+        """The numbers of the samples that `batches` gives, int64 (B,) on the CPU."""
+        shuffle = EpochShuffle(len(self), seed)
+        while True:
+            yield shuffle.indices(start, batch_size)
+            start += batch_size

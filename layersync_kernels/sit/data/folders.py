@@ -1,0 +1,141 @@
+"""Image folders and torchvision's sets."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ...errors import DataError
+from ..config.data import DataConfig
+from .base import SampleSet
+from .memory import memory_set
+from .pixels import image_to_tensor
+from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message
+
+logger = logging.getLogger(__name__)
+
+
+def folder_source(path: Path) -> ImageSource:
+    """The images of a folder of class folders."""
+    from torchvision.datasets import ImageFolder
+
+    try:
+        folder = ImageFolder(str(path))
+    except (FileNotFoundError, OSError) as error:
+        raise DataError(
+            f"{path} is not an image folder (expected {path}/<class>/<image>.png or .jpg ...): {error}"
+        ) from error
+    files = folder.samples
+
+    def load(i: int) -> tuple[Image.Image, int]:
+        name, label = files[i]
+        with Image.open(name) as image:
+            image.load()
+            return image, label
+
+    return ImageSource(len(files), load, lambda i: files[i][0], list(folder.classes))
+
+
+def torchvision_source(name: str, config: DataConfig) -> ImageSource:
+    """The images of a classification set of torchvision."""
+    import torchvision.datasets as catalogue
+
+    kind = getattr(catalogue, name, None)
+    if not (inspect.isclass(kind) and issubclass(kind, catalogue.VisionDataset)):
+        raise DataError(f"torchvision has no data set {name!r}; it has: {', '.join(sorted(catalogue.__all__))}")
+    parameters = inspect.signature(kind.__init__).parameters
+    arguments: dict[str, Any] = {}
+    if "root" in parameters:
+        arguments["root"] = str(config.data_root)
+    if "download" in parameters:
+        arguments["download"] = config.download
+    try:
+        dataset: Any = kind(**arguments)
+    except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
+        hint = "" if config.download else " (add --download to fetch it)"
+        raise DataError(f"cannot open torchvision:{name} under {config.data_root}: {error}{hint}") from error
+
+    def load(i: int) -> tuple[Image.Image, int]:
+        image, label = dataset[i]
+        if not (isinstance(image, Image.Image) and isinstance(label, (int, np.integer))):
+            raise DataError(
+                f"torchvision:{name} gives ({type(image).__name__}, {type(label).__name__}); "
+                "expected an image and an integer class"
+            )
+        return image, int(label)
+
+    classes = getattr(dataset, "classes", None) or [str(c) for c in range(_count_classes(dataset, load))]
+    return ImageSource(len(dataset), load, lambda i: f"torchvision:{name}[{i}]", [str(c) for c in classes])
+
+
+def _count_classes(dataset: Any, load: Callable[[int], tuple[Image.Image, int]]) -> int:
+    if isinstance(count := getattr(dataset, "num_classes", None), int):
+        return count
+    for attribute in ("targets", "labels", "_labels"):
+        labels = getattr(dataset, attribute, None)
+        if labels is not None and len(labels) == len(dataset):
+            return int(torch.as_tensor(labels).max()) + 1
+    return max(load(i)[1] for i in range(len(dataset))) + 1
+
+
+def from_source(source: ImageSource, config: DataConfig, *, default_channels: int | None) -> SampleSet:
+    """Decodes everything now if it fits into `config.memory_limit_gb`, else streams."""
+    if len(source) == 0:
+        raise DataError(f"{config.data} holds no images")
+    channels, size = config.channels or default_channels, config.image_size
+    if channels is None or size is None:
+        first = _first_readable(source)
+        channels = channels or (1 if first.mode in ("1", "L", "I;16") else 3)
+        size = size or min(first.size)
+    if len(source) * channels * size * size > config.memory_limit_gb * 2**30:
+        logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
+        return StreamingSet(
+            shape=(channels, size, size),
+            num_classes=len(source.class_names),
+            class_names=source.class_names,
+            source=source,
+            workers=config.workers,
+        )
+
+    def decode(i: int) -> tuple[Tensor, int] | str:
+        try:
+            image, label = source.load(i)
+            return image_to_tensor(image, size, channels), label
+        except DataError:
+            raise
+        except DECODE_ERRORS as error:
+            return str(error) or type(error).__name__
+
+    with ThreadPoolExecutor(max_workers=max(config.workers, 1)) as pool:  # Pillow decodes without the GIL
+        decoded = list(pool.map(decode, range(len(source))))
+    good = [item for item in decoded if not isinstance(item, str)]
+    broken = {source.name(i): item for i, item in enumerate(decoded) if isinstance(item, str)}
+    if not good:
+        raise DataError(all_broken_message(broken))
+    for name, reason in broken.items():
+        logger.warning("skipped broken file %s (%s)", name, reason)
+    if broken:
+        logger.warning("%d of %d image files are broken and were skipped", len(broken), len(source))
+    samples, labels = torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+    return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
+
+
+def _first_readable(source: ImageSource) -> Image.Image:
+    broken: dict[str, str] = {}
+    for i in range(len(source)):
+        try:
+            return source.load(i)[0]
+        except DataError:
+            raise
+        except DECODE_ERRORS as error:
+            broken[source.name(i)] = str(error)
+    raise DataError(all_broken_message(broken))

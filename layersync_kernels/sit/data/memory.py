@@ -1,0 +1,100 @@
+"""Samples that are all in memory."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...errors import DataError
+from ..config.data import DataConfig
+from .base import SampleSet
+from .pixels import pixels_to_unit
+
+
+@dataclass(kw_only=True)
+class MemorySet(SampleSet):
+    """All samples in one tensor, on the training device when it fits there: a batch is one gather.
+
+    uint8 samples are pixels 0..255 and become [-1, 1]; floating samples are handed out as they are, times `scale`.
+    """
+
+    samples: Tensor
+    labels: Tensor
+    scale: float = 1.0
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def to(self, device: torch.device) -> MemorySet:
+        """Moves the samples to `device`, unless they would take more than a quarter of its free memory."""
+        if device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(device)
+            if self.samples.nbytes > free // 4:
+                self.samples, self.labels = self.samples.pin_memory(), self.labels.pin_memory()
+                return self
+        self.samples, self.labels = self.samples.to(device), self.labels.to(device)
+        return self
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `SampleSet.batches`; the batches are on the device of the samples."""
+        for index in self.numbers(batch_size, seed=seed, start=start):
+            yield self.take(index), self.labels[index.to(self.labels.device)]
+
+    def take(self, index: Tensor) -> Tensor:
+        """See `SampleSet.take`; on the device of the samples."""
+        samples = self.samples[index.to(self.samples.device)]
+        return pixels_to_unit(samples) if samples.dtype == torch.uint8 else samples.float() * self.scale
+
+
+def memory_set(
+    samples: Tensor,
+    labels: np.ndarray | Tensor | None,
+    config: DataConfig,
+    *,
+    class_names: list[str] | None = None,
+    latent: bool = False,
+    broken: dict[str, str] | None = None,
+) -> MemorySet:
+    """A set of checked samples and labels, uint8 pixels or floating latents (N, C, H, W)."""
+    checked = check_labels(labels, len(samples))
+    num_classes = len(class_names) if class_names else int(checked.max()) + 1
+    return MemorySet(
+        shape=(samples.shape[1], samples.shape[2], samples.shape[3]),
+        num_classes=num_classes,
+        class_names=class_names or [str(c) for c in range(num_classes)],
+        latent=latent,
+        broken=broken or {},
+        samples=samples,
+        labels=checked,
+        scale=config.latent_scale if latent else 1.0,
+    )
+
+
+def check_labels(labels: np.ndarray | Tensor | None, count: int) -> Tensor:
+    """Labels as int64 (count,), zeros where there are none; raises DataError for anything but integers from 0 on."""
+    if labels is None:
+        return torch.zeros(count, dtype=torch.long)
+    tensor = torch.as_tensor(labels)
+    if tensor.shape != (count,):
+        raise DataError(f"labels have shape {tuple(tensor.shape)}; expected ({count},), one per sample")
+    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+        raise DataError(f"labels are {tensor.dtype}; expected integers")
+    tensor = tensor.long()
+    if int(tensor.min()) < 0:
+        raise DataError(f"labels go down to {int(tensor.min())}; expected 0, 1, 2 ...")
+    return tensor
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Puts the file's name before a DataError raised inside."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{path}: {error}") from error

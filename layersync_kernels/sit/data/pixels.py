@@ -1,0 +1,61 @@
+"""From images to tensors in [-1, 1] and back."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+
+def pixels_to_unit(pixels: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def unit_to_pixels(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] (clamped) to uint8 0..255."""
+    return images.float().add(1.0).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def center_square(images: Tensor) -> Tensor:
+    """The largest centred square of (..., H, W)."""
+    height, width = images.shape[-2:]
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    return images[..., top : top + side, left : left + side]
+
+
+def resize_pixels(images: Tensor, size: int) -> Tensor:
+    """uint8 (N, C, H, W) to (N, C, size, size): a centred square, then exact averages for whole factors, else
+    anti-aliased bicubic interpolation.
+    """
+    images = center_square(images)
+    side = images.shape[-1]
+    if side == size:
+        return images
+    resized = []
+    for chunk in images.split(1024):  # bounds the float copy
+        chunk = chunk.float()
+        if side % size == 0:
+            chunk = F.avg_pool2d(chunk, side // size)
+        else:
+            chunk = F.interpolate(chunk, (size, size), mode="bicubic", antialias=True)
+        resized.append(chunk.round().clamp(0, 255).to(torch.uint8))
+    return torch.cat(resized)
+
+
+def image_to_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
+    """A PIL image to uint8 (channels, size, size). 16-bit grey keeps its upper byte.
+
+    Raises:
+        ValueError: 32-bit and floating-point images, whose range is unknown.
+    """
+    if image.mode in ("I", "F"):
+        raise ValueError(f"mode {image.mode} is not supported; expected 8-bit or 16-bit images")
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    image = image.convert("L" if channels == 1 else "RGB")
+    array = np.array(image, dtype=np.uint8).reshape(image.height, image.width, channels)
+    return resize_pixels(torch.from_numpy(array).permute(2, 0, 1)[None], size)[0].contiguous()

@@ -1,0 +1,126 @@
+"""Images decoded by worker processes as training goes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+from ...errors import DataError
+from .base import EpochShuffle, SampleSet
+from .pixels import image_to_tensor, pixels_to_unit
+
+logger = logging.getLogger(__name__)
+
+
+# What Pillow raises on damaged files: OSError (unreadable, unidentified, truncated), SyntaxError (PNG chunks), the rest
+# from format plugins that meet impossible headers.
+DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+
+
+class DecodedImages(TorchDataset[tuple[Tensor, int, dict[str, str]]]):
+    """Decodes on demand; a broken file is replaced by the next readable one and reported beside it."""
+
+    def __init__(self, source: ImageSource, size: int, channels: int) -> None:
+        self.source, self.size, self.channels = source, size, channels
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, str]]:
+        broken: dict[str, str] = {}
+        for shift in range(len(self.source)):
+            i = (index + shift) % len(self.source)
+            try:
+                image, label = self.source.load(i)
+                return image_to_tensor(image, self.size, self.channels), label, broken
+            except DataError:
+                raise
+            except DECODE_ERRORS as error:
+                broken[self.source.name(i)] = str(error)
+        raise DataError(all_broken_message(broken))
+
+
+class _StreamSampler(Sampler[int]):
+    def __init__(self, shuffle: EpochShuffle, start: int) -> None:
+        self.shuffle, self.start = shuffle, start
+
+    def __iter__(self) -> Iterator[int]:
+        position = self.start
+        while True:
+            yield from self.shuffle.indices(position, 1024).tolist()
+            position += 1024
+
+
+def _collate(items: list[tuple[Tensor, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict[str, str]]:
+    images, labels, broken = zip(*items, strict=True)
+    found: dict[str, str] = {}
+    for one in broken:
+        found |= one
+    return torch.stack(images), torch.tensor(labels), found
+
+
+@dataclass(kw_only=True)
+class StreamingSet(SampleSet):
+    """Images decoded by worker processes as training goes, for what does not fit in memory."""
+
+    source: ImageSource
+    workers: int = 4
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU."""
+        loader: DataLoader[Any] = DataLoader(
+            DecodedImages(self.source, self.shape[1], self.shape[0]),
+            batch_size=batch_size,
+            sampler=_StreamSampler(EpochShuffle(len(self), seed), start),
+            num_workers=self.workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+            # A worker must not die of the Ctrl-C that asks the trainer to save.
+            worker_init_fn=_ignore_interrupt,
+        )
+        for images, labels, broken in loader:
+            for name, reason in broken.items():
+                if name not in self.broken:
+                    self.broken[name] = reason
+                    logger.warning("skipped broken file %s (%s); %d so far", name, reason, len(self.broken))
+            yield pixels_to_unit(images), labels
+
+    def take(self, index: Tensor) -> Tensor:
+        """See `SampleSet.take`. A broken file is replaced as in `batches`."""
+        decoded = DecodedImages(self.source, self.shape[1], self.shape[0])
+        with ThreadPoolExecutor(max_workers=max(self.workers, 1)) as pool:
+            return pixels_to_unit(torch.stack([image for image, _, _ in pool.map(decoded.__getitem__, index.tolist())]))
+
+
+def _ignore_interrupt(_worker: int) -> None:
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@dataclass
+class ImageSource:
+    """Numbered images behind one interface: `load(i)` gives an RGB or grey PIL image and its label."""
+
+    count: int
+    load: Callable[[int], tuple[Image.Image, int]]
+    name: Callable[[int], str]
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def all_broken_message(broken: dict[str, str]) -> str:
+    """Says that nothing could be read, naming the first files."""
+    first = "; ".join(f"{name}: {reason}" for name, reason in list(broken.items())[:3])
+    return f"none of the {len(broken)} image files can be read ({first}); check the files"

@@ -1,0 +1,1 @@
+"""Between noise and data: interpolants, training targets, samplers."""

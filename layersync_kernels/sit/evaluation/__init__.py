@@ -1,0 +1,1 @@
+"""How good a model is: knows models and samples, and no trainer."""

@@ -1,0 +1,71 @@
+"""What features know: linear probes, and their similarity (CKA)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+_PENALTIES = tuple(10.0**exponent for exponent in range(-4, 3))
+
+
+def linear_cka(features: Tensor) -> Tensor:
+    """Linear centred kernel alignment of every two of L representations (Kornblith et al. 2019, arXiv:1905.00414).
+
+    |Y'X|² / (|X'X|·|Y'Y|) of the centred features: 1 for equal ones, whatever their rotation and scale. It is biased
+    upwards where there are not many more samples than channels. 0 with a representation that is constant.
+
+    Args:
+        features: (L, N, D).
+
+    Returns:
+        fp64 (L, L).
+    """
+    centred = features.double()
+    centred = centred - centred.mean(1, keepdim=True)
+    count = len(centred)
+    cross = centred.new_zeros(count, count)
+    for i in range(count):
+        for j in range(i, count):
+            cross[i, j] = cross[j, i] = (centred[j].T @ centred[i]).square().sum()
+    norm = cross.diagonal().sqrt()
+    return cross / (norm[:, None] * norm).clamp_min(torch.finfo(cross.dtype).tiny)
+
+
+def linear_probe(features: Tensor, labels: Tensor, train: int) -> Tensor:
+    """Whether a linear classifier, fitted to the first `train` samples, finds the labels of the others.
+
+    Ridge regression of the centred one-hot labels on standardised features, in closed form and fp64. Its penalty is the
+    one with the least square error on the last quarter of the training samples, when fitted to the rest of them.
+
+    Args:
+        features: (N, D).
+        labels: int64 (N,).
+        train: how many samples to fit.
+
+    Returns:
+        bool (N - train,).
+    """
+    features, targets = features.double(), F.one_hot(labels).double()
+    fitted = train * 3 // 4
+    errors = [
+        (prediction - targets[fitted:train]).square().sum()
+        for prediction in _ridge(features[:train], targets[:fitted], _PENALTIES)
+    ]
+    penalty = _PENALTIES[int(torch.stack(errors).argmin())]
+    (prediction,) = _ridge(features, targets[:train], (penalty,))
+    return prediction.argmax(1) == labels[train:]
+
+
+def _ridge(features: Tensor, targets: Tensor, penalties: Sequence[float]) -> list[Tensor]:
+    """For each penalty, what a fit of the targets (M, K) to the first M features says about the others."""
+    count = len(targets)
+    mean, std = features[:count].mean(0), features[:count].std(0)
+    x = (features - mean) / std.clamp_min(1e-12)
+    seen, unseen, offset = x[:count], x[count:], targets.mean(0)
+    eigenvalues, basis = torch.linalg.eigh(seen.T @ seen / count)  # one factorisation serves every penalty
+    moments = basis.T @ (seen.T @ (targets - offset)) / count
+    rotated = unseen @ basis
+    return [rotated @ (moments / (eigenvalues + penalty)[:, None]) + offset for penalty in penalties]

@@ -1,0 +1,59 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+from ...errors import ConfigError
+from ..config.model import ModelConfig
+from .sit import SiT
+
+# Width, depth, heads. XL to S are the published sizes; Ti (the shape of ViT-Ti), N and P are ours, for small images
+# and CPUs.
+_SIZES = {
+    "XL": (1152, 28, 16),
+    "L": (1024, 24, 16),
+    "B": (768, 12, 12),
+    "S": (384, 12, 6),
+    "Ti": (192, 12, 3),
+    "N": (192, 6, 3),
+    "P": (128, 6, 2),
+}
+
+sit_models: dict[str, Callable[..., SiT]] = {
+    f"SiT-{size}/{patch}": partial(SiT, hidden_size=width, depth=depth, num_heads=heads, patch_size=patch)
+    for size, (width, depth, heads) in _SIZES.items()
+    for patch in (2, 4, 8)
+}
+"""Constructors by name, "SiT-XL/2" being size XL with patches of 2; any keyword of `SiT` can be given or overridden."""
+
+
+def build_model(config: ModelConfig, shape: tuple[int, int, int], num_classes: int) -> SiT:
+    """The SiT that `config` names, for samples of `shape` (C, H, W).
+
+    Raises:
+        ConfigError: unknown name (the message lists the known ones), or sizes that do not go together.
+    """
+    if config.model not in sit_models:
+        raise ConfigError(f"no model is named {config.model!r}; known: {', '.join(sit_models)}")
+    channels, height, width = shape
+    if height != width:
+        raise ConfigError(f"samples are {height}x{width}; SiT takes squares")
+    overrides = {
+        name: value
+        for name in ("patch_size", "hidden_size", "depth", "num_heads")
+        if (value := getattr(config, name)) is not None
+    }
+    try:
+        return sit_models[config.model](
+            input_size=height,
+            in_channels=channels,
+            num_classes=num_classes,
+            class_dropout_prob=config.class_dropout,
+            kernels=config.kernels,
+            recompute=config.recompute,
+            **overrides,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -1,0 +1,89 @@
+"""Models ready to draw from, of a run or a lone file."""
+
+from __future__ import annotations
+
+import functools
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from ...errors import CheckpointError
+from ..checkpoints.local import find_weights, load_weights, read_state, run_of
+from ..checkpoints.published import Weights, fill_model
+from ..config.io import load_config
+from ..config.run import CONFIG
+from ..models.registry import build_model, sit_models
+from ..models.sit import SiT
+
+
+@dataclass
+class Trained:
+    """A model ready to draw from."""
+
+    model: SiT
+    shape: tuple[int, int, int]
+    num_classes: int
+    latent: bool
+
+
+def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) -> Trained:
+    """The model of a run or checkpoint, on the CPU in evaluation mode.
+
+    A run says what its model is; for a lone file the sizes are read from the shapes of its tensors.
+
+    Raises:
+        CheckpointError: damaged, foreign, or of a size whose number of heads is not known; names the file.
+    """
+    found = find_weights(path)
+    weights = load_weights(found, ema=ema)
+    run = run_of(found) if found.is_dir() else None
+    if run is None:
+        model = _model_from_shapes(weights, num_heads)
+        shape, latent = (model.in_channels, model.input_size, model.input_size), model.in_channels == 4
+    else:
+        state = read_state(found)
+        try:
+            channels, height, width = state["data"]["shape"]
+            shape, latent = (channels, height, width), bool(state["data"]["latent"])
+            num_classes = int(state["data"]["num_classes"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{found / 'state.json'} does not describe the data: {error!r}") from error
+        model = build_model(load_config(run / CONFIG).model, shape, num_classes)
+    fill_model(model, weights)
+    return Trained(model.eval().requires_grad_(False), shape, model.num_classes, latent)
+
+
+def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
+    tensors = weights.tensors
+    try:
+        hidden_size, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
+        tokens = tensors["pos_embed"].shape[1]
+        depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
+        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
+        outputs = tensors["final_layer.linear.weight"].shape[0]
+    except (KeyError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{weights.path} is no SiT checkpoint: {error!r}") from error
+    sizes = [made.keywords for made in sit_models.values() if isinstance(made, functools.partial)]
+    heads = num_heads or next(
+        (s["num_heads"] for s in sizes if (s["hidden_size"], s["depth"]) == (hidden_size, depth)), None
+    )
+    if heads is None:
+        raise CheckpointError(
+            f"{weights.path}: a SiT of width {hidden_size} and depth {depth} has no published number of heads; "
+            "give --num-heads"
+        )
+    dropout = 0.0 if weights.args.get("num_classes") == rows else 0.1  # a null label more than classes, unless told
+    try:
+        return SiT(
+            input_size=math.isqrt(tokens) * patch_size,
+            patch_size=patch_size,
+            in_channels=channels,
+            hidden_size=hidden_size,
+            depth=depth,
+            num_heads=heads,
+            class_dropout_prob=dropout,
+            num_classes=rows if dropout == 0 else rows - 1,
+            learn_sigma=outputs == 2 * channels * patch_size**2,
+        )
+    except ValueError as error:
+        raise CheckpointError(f"{weights.path}: {error}") from error

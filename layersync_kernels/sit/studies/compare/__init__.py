@@ -1,0 +1,1 @@
+"""`layersync compare`: which method wins, at equal steps and at equal time?"""

@@ -1,0 +1,119 @@
+"""Settings of a comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from ....errors import ConfigError, DataError
+from ...config.run import TrainConfig
+from ...data.base import SampleSet
+from ...data.registry import load_data
+from ...evaluation.validation import hold_out
+
+SETTINGS = "compare.json"
+"""Name of the settings file in the folder of a comparison."""
+METHODS = ("vanilla", "layersync", "repa", "both")
+_TEACHER = "efficientnet-lite0"
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """What is compared, and how."""
+
+    train: TrainConfig = field(default_factory=TrainConfig)
+    methods: tuple[str, ...] = METHODS
+    """vanilla (neither), layersync, repa, both. Which LayerSync and which teacher, the flags of `layersync train` say;
+    without --align it is REPA with efficientnet-lite0."""
+    seeds: int = 3
+    """Runs of each method: seeds --seed, --seed + 1 ..."""
+    marks: int = 8
+    """How often the quality is measured, evenly over --steps; runs take turns from mark to mark."""
+    held_out: int = 1000
+    """Samples kept from training for the validation loss."""
+    validation: Path | None = None
+    """Take the held-out samples from this .npz or .safetensors file, and train on all of --data."""
+    quality_network: str = _TEACHER
+    """Network whose features the Fréchet distance compares; none: no Fréchet distance."""
+    samples: int = 1000
+    """Samples drawn for a Fréchet distance, by the solver of the sampling flags."""
+    reference: int = 5000
+    """Training samples that they are compared with."""
+    frechet_every: int = 4
+    """Marks between two Fréchet distances; the last mark always has one."""
+
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        for method in self.methods:
+            if method in METHODS:
+                method_config(self.train, method).validate()
+        low = {"seeds": 1, "marks": 1, "held_out": 1, "samples": 2, "reference": 2, "frechet_every": 1}
+        for name, least in low.items():
+            if (value := getattr(self, name)) < least:
+                raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
+        if self.marks > self.train.optim.steps:
+            raise ConfigError(f"--marks {self.marks}: there are only {self.train.optim.steps} steps")
+        unknown = sorted(set(self.methods) - set(METHODS))
+        if unknown or len(self.methods) < 2 or len(set(self.methods)) < len(self.methods):
+            raise ConfigError(f"--methods {' '.join(self.methods)}: expected two or more of {', '.join(METHODS)}")
+        if self.train.layersync.layersync == ("off",) and set(self.methods) & {"layersync", "both"}:
+            raise ConfigError("--layersync off leaves nothing to compare; leave it out, or choose other --methods")
+        if self.validation is None and self.train.align.features is not None:
+            raise ConfigError("--features are those of all samples, so none can be held out: give --validation FILE")
+
+
+@dataclass(frozen=True)
+class CompareCommand:
+    """Train vanilla, LayerSync, REPA and both from the same seeds; write report.md, report.png and report.json.
+
+    Each run trains for --steps, or for --max-seconds of training where that is less. Runs of one seed take turns, so
+    that a slow spell of the machine hits all methods alike. Stopped and called again, it goes on where it was.
+    """
+
+    comparison: CompareConfig = field(default_factory=CompareConfig)
+    out: Path = Path("runs/compare")
+    """Folder of the comparison; its runs are METHOD/seed-N in it, as `layersync train` makes them."""
+    resume: bool = False
+    """Take the settings of the comparison in --out, so that no flag has to be repeated."""
+
+
+def method_config(config: TrainConfig, method: str) -> TrainConfig:
+    """`config` as `method` trains it. The time limit goes: `Comparison` sees to it; the rate follows steps."""
+    replace = dataclasses.replace
+    config = replace(config, optim=replace(config.optim, max_seconds=None))
+    if method in ("vanilla", "repa"):
+        config = replace(config, layersync=replace(config.layersync, layersync=("off",)))
+    align = config.align
+    if method in ("vanilla", "layersync"):
+        align = replace(align, align="off", teacher=None, features=None)
+    elif align.align == "off":
+        align = replace(align, align="repa")
+        if align.teacher is None and align.features is None:
+            align = replace(align, teacher=_TEACHER)
+    return replace(config, align=align)
+
+
+def load_sets(config: CompareConfig, device: torch.device) -> tuple[SampleSet, SampleSet]:
+    """What the runs are trained on, and what is held out.
+
+    Raises:
+        ConfigError: there is not enough to hold out.
+        DataError: the data cannot be used, or differs from that of --validation.
+    """
+    data = load_data(config.train.data, device)
+    if config.validation is None:
+        return hold_out(data, config.held_out)
+    held_out = load_data(dataclasses.replace(config.train.data, data=str(config.validation)), device)
+    if held_out.shape != data.shape or held_out.num_classes > data.num_classes:
+        raise DataError(
+            f"--validation {config.validation} has samples of {held_out.shape} in {held_out.num_classes} classes; "
+            f"--data has {data.shape} in {data.num_classes}"
+        )
+    return data, held_out

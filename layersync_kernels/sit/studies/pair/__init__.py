@@ -1,0 +1,1 @@
+"""`layersync probe`: what does each block know, and which pair follows from it?"""

@@ -1,0 +1,1 @@
+"""External teachers: pretrained networks whose tokens of the clean image a block is aligned with (REPA)."""

@@ -1,0 +1,148 @@
+"""Features of a teacher, computed before."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import torch
+from rich.progress import track
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from ...errors import DataError, TeacherError
+from ..console import console
+from ..data.base import SampleSet
+from ..data.pixels import unit_to_pixels
+from ..files import atomic_path
+from .base import Teacher, not_finite
+
+PRINTED_SAMPLES = 256
+
+
+class Features:
+    """Tokens that `compute_features` has written, looked up by the number of the sample.
+
+    With `flip` the tokens of the mirrored images are looked up too: a network's tokens of a mirrored image are not the
+    mirrored tokens.
+
+    Args:
+        path: of the file, which is read page by page as training asks for it.
+        data: what is trained on.
+        teacher: the name that the file has to carry; None takes any.
+        flip: whether samples get mirrored.
+
+    Attributes:
+        name: of the teacher.
+        width: channels of the tokens.
+
+    Raises:
+        TeacherError: not readable, or of other data, another teacher, or without mirrored images; names the file.
+    """
+
+    def __init__(self, path: Path, data: SampleSet, *, teacher: str | None = None, flip: bool = False) -> None:
+        try:
+            with safe_open(path, framework="pt") as file:
+                known = dict(file.metadata() or {})
+                keys = set(file.keys())
+                self._sets = [file.get_tensor(key) for key in ("features", "mirrored") if key in keys]
+        except (OSError, SafetensorError) as error:
+            raise TeacherError(f"cannot read the features {path}: {error}") from error
+        if not self._sets or any(tokens.ndim != 3 for tokens in self._sets):
+            raise TeacherError(f"{path} holds no features: expected 'features' (N, tokens, channels)")
+        self.name = known.get("teacher", path.name)
+        self.width = self._sets[0].shape[2]
+        count = len(self._sets[0])
+        again = "compute them with: layersync features"
+        if count != len(data):
+            raise TeacherError(f"{path} has features of {count} samples, the data has {len(data)}; {again}")
+        if teacher not in (None, self.name):
+            raise TeacherError(f"{path} has features of the teacher {self.name}, --teacher is {teacher}; {again}")
+        # Latents have no pixels to compare: their number has to do.
+        if not data.latent and "data" in known and known["data"] != fingerprint(data):
+            raise TeacherError(
+                f"{path} has features of other data (it was made from {known.get('source', 'another data set')}, and "
+                f"samples differ); {again}"
+            )
+        if flip and len(self._sets) < 2:
+            raise TeacherError(f"{path} has no features of mirrored images, which --flip needs; {again} --flip")
+
+    def tokens(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
+        """Those of the samples `index` (B,), mirrored where `mirrored` (B, ...) says so: fp16 (B, N, W), on the CPU."""
+        index = index.cpu()
+        tokens = self._sets[0][index]
+        if mirrored is not None:
+            rows = mirrored.flatten().cpu().nonzero().flatten()
+            tokens[rows] = self._sets[1][index[rows]]
+        return tokens
+
+
+def fingerprint(data: SampleSet) -> str:
+    """A hash of the shape, the number of samples, and some of the samples."""
+    index = torch.linspace(0, len(data) - 1, min(PRINTED_SAMPLES, len(data)), dtype=torch.float64).round().long()
+    pixels = unit_to_pixels(data.take(index)).cpu().contiguous()
+    return hashlib.sha256(json.dumps([*data.shape, len(data)]).encode() + pixels.numpy().tobytes()).hexdigest()
+
+
+def compute_features(
+    teacher: Teacher,
+    data: SampleSet,
+    path: Path,
+    *,
+    source: str,
+    flip: bool,
+    batch_size: int,
+    autocast_dtype: torch.dtype | None,
+) -> tuple[int, ...]:
+    """Runs the teacher over all samples once and writes its tokens as fp16 safetensors.
+
+    Args:
+        teacher: on the device that it shall run on.
+        data: pixels; the file holds them in this order.
+        path: of the file; it replaces one that is there. All of it is in memory before it is written.
+        source: what the data is called.
+        flip: also the tokens of the mirrored images.
+        batch_size: images at a time.
+        autocast_dtype: of the teacher's arithmetic; None: fp32.
+
+    Returns:
+        the shape of the features.
+
+    Raises:
+        DataError: latents, which have no pixels.
+        TeacherError: NaN, infinity or a number beyond fp16; the file cannot be written.
+    """
+    if data.latent:
+        raise DataError(latent_message(source))
+    device = teacher.device
+    width = teacher.width(data.take(torch.arange(1)).to(device))
+    names = ("features", "mirrored") if flip else ("features",)
+    tensors: dict[str, Tensor] = {}
+    for start in track(range(0, len(data), batch_size), "features", console=console, disable=not console.is_terminal):
+        index = torch.arange(start, min(start + batch_size, len(data)))
+        samples = data.take(index).to(device)
+        for name in names:
+            with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                tokens = teacher(samples if name == "features" else samples.flip(3)).half().cpu()
+            if not tokens.isfinite().all():
+                raise TeacherError(f"{not_finite(teacher.name)} in fp16 for samples from {start} on")
+            if name not in tensors:
+                tensors[name] = tokens.new_empty(len(data), tokens.shape[1], width)
+            tensors[name][index] = tokens
+    about = {"teacher": teacher.name, "teacher_size": str(teacher.size), "source": source, "data": fingerprint(data)}
+    try:
+        with atomic_path(path) as temporary:
+            save_file(tensors, temporary, metadata=about)
+    except (OSError, SafetensorError) as error:
+        raise TeacherError(f"cannot write {path}: {error}") from error
+    return tuple(tensors["features"].shape)
+
+
+def latent_message(source: str) -> str:
+    """Why a teacher cannot look at latents."""
+    return (
+        f"{source} holds latents, and a teacher needs pixels: compute the features of the images that they were made "
+        "from, in the same order (layersync features --data IMAGES), and give them with --features FILE"
+    )

@@ -1,0 +1,1 @@
+"""The trainer: knows no metric."""

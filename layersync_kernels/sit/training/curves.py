@@ -1,0 +1,36 @@
+"""Curves of loss and cosine as a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..files import atomic_path
+
+
+def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
+    """Draws loss and cosine over steps from the records of ``metrics.jsonl``."""
+    # Not pyplot: no global state and no display is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    FigureCanvasAgg(figure)
+    loss_axes, cosine_axes = figure.subplots(1, 2)
+    loss_axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="tab:blue")
+    loss_axes.set(xlabel="step", ylabel="velocity loss", title="Loss")
+    if any(r["loss"] > 0 for r in records):
+        loss_axes.set_yscale("log")
+    pairs = sorted({pair for r in records for pair in r.get("cosine", {})})
+    for pair in pairs:
+        with_pair = [r for r in records if pair in r.get("cosine", {})]
+        cosine_axes.plot([r["step"] for r in with_pair], [r["cosine"][pair] for r in with_pair], label=pair)
+    cosine_axes.set(xlabel="step", ylabel="mean cosine", title="Student to teacher")
+    if pairs:
+        cosine_axes.legend(title="blocks")
+    for axes in (loss_axes, cosine_axes):
+        axes.grid(alpha=0.3)
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

@@ -1,0 +1,162 @@
+"""What a run says: progress bar, ``metrics.jsonl``, TensorBoard."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
+from torch import Tensor
+
+from ..console import console
+from ..files import atomic_path
+from .curves import save_curves
+
+logger = logging.getLogger(__name__)
+
+
+RECORDS = "metrics.jsonl"
+CURVES = "curves.png"
+
+
+class Meter:
+    """Means of 0-d tensors over many steps, kept on their device: `read` synchronises once."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, name: str, value: Tensor) -> None:
+        """Adds one detached 0-d value."""
+        value = value.detach().float()
+        self._sums[name] = self._sums[name] + value if name in self._sums else value
+        self._counts[name] = self._counts.get(name, 0) + 1
+
+    def read(self) -> dict[str, float]:
+        """The means since the last call, and starts anew."""
+        if not self._sums:
+            return {}
+        values = torch.stack(list(self._sums.values())).tolist()
+        means = {name: value / self._counts[name] for name, value in zip(self._sums, values, strict=True)}
+        self._sums, self._counts = {}, {}
+        return means
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """The records of a run; a last line cut short by a crash is left out."""
+    records = []
+    path = run_dir / RECORDS
+    if path.is_file():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):
+                records.append(json.loads(line))
+    return records
+
+
+@contextlib.contextmanager
+def surviving_full_disk(what: str) -> Iterator[None]:
+    """Logs an OSError instead of raising it: training outlives a picture or a log line that cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        logger.warning("cannot write %s: %s; training goes on", what, error)
+
+
+class RunLog:
+    """Writes what a run reports to the terminal and to its folder.
+
+    Args:
+        run_dir: folder of the run, or None for the terminal alone.
+        step: where the run goes on; records beyond it (of an attempt that came further than its last checkpoint) go.
+        steps: where it ends.
+        tensorboard: also write TensorBoard events, when the package is there.
+    """
+
+    def __init__(self, run_dir: Path | None, *, step: int, steps: int, tensorboard: bool) -> None:
+        self.run_dir = run_dir
+        self._steps = steps
+        self._writer = self._open_tensorboard(run_dir, step) if run_dir and tensorboard else None
+        self._last_line = time.monotonic()
+        self._progress = Progress(
+            SpinnerColumn(),
+            TextColumn("step {task.fields[step]}/{task.fields[steps]}"),
+            BarColumn(),
+            TaskProgressColumn(),
+            TextColumn("{task.fields[facts]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task("train", total=1.0, step=step, steps=steps, facts="")
+        if run_dir:
+            kept = [r for r in read_records(run_dir) if r["step"] <= step]
+            with atomic_path(run_dir / RECORDS) as path:
+                path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+
+    @staticmethod
+    def _open_tensorboard(run_dir: Path, step: int) -> Any:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            logger.info("TensorBoard is not installed: no events are written (pip install tensorboard)")
+            return None
+        with surviving_full_disk("TensorBoard events"):
+            return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
+        return None
+
+    def __enter__(self) -> RunLog:
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+        if self._writer is not None:
+            with surviving_full_disk("TensorBoard events"):
+                self._writer.close()
+
+    def advance(self, step: int, fraction: float) -> None:
+        """Moves the bar; reads nothing from the device."""
+        self._progress.update(self._task, completed=fraction, step=step)
+
+    def record(self, record: Mapping[str, Any], *, seconds_left: float) -> None:
+        """Writes one record ("step", "loss", "images_per_second", "cosine": {pair: value}, ...) everywhere."""
+        facts = [f"{record['images_per_second']:.0f} images/s", f"loss {record['loss']:.4f}"]
+        facts += [f"cos {pair} {value:.3f}" for pair, value in record.get("cosine", {}).items()]
+        facts.append(f"{_clock(seconds_left)} left")
+        self._progress.update(self._task, facts="  ".join(facts))
+        if not console.is_terminal and (time.monotonic() - self._last_line > 10 or record["step"] >= self._steps):
+            self._last_line = time.monotonic()
+            logger.info("step %d/%d  %s", record["step"], self._steps, "  ".join(facts))
+        if self.run_dir is None:
+            return
+        with surviving_full_disk(RECORDS), (self.run_dir / RECORDS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._writer is not None:
+            with surviving_full_disk("TensorBoard events"):
+                for name, value in record.items():
+                    if name == "cosine":
+                        for pair, cosine in value.items():
+                            self._writer.add_scalar(f"cosine/{pair}", cosine, record["step"])
+                    elif name != "step":
+                        self._writer.add_scalar(name, value, record["step"])
+
+    def draw_curves(self) -> Path | None:
+        """Redraws ``curves.png`` from the records so far."""
+        if self.run_dir and (records := read_records(self.run_dir)):
+            with surviving_full_disk(CURVES):
+                return save_curves(records, self.run_dir / CURVES)
+        return None
+
+
+def _clock(seconds: float) -> str:
+    if not math.isfinite(seconds):
+        return "?"
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

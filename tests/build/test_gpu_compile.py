@@ -1,0 +1,312 @@
+"""Both GPU routes compiled for the supported cards, without a GPU: no spills, 16-byte accesses, bytes in flight."""
+
+import concurrent.futures
+import importlib.util
+import itertools
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ..support.sass import Kernel, find_cuobjdump, inspect
+
+ROOT = Path(__file__).resolve().parents[2]
+CAPABILITIES = (80, 90, 100)
+REGISTERS = 65536  # of a multiprocessor, on all of them
+# Little's law for the fastest of these cards: 8 TB/s over 148 multiprocessors, at a loaded latency of 1 µs.
+BYTES_IN_FLIGHT = 54 * 1024
+
+needs_cuobjdump = pytest.mark.skipif(
+    find_cuobjdump() is None, reason="no cuobjdump: neither a CUDA toolkit nor Triton's wheel is installed"
+)
+
+
+def bytes_in_flight(kernel):
+    """Of a multiprocessor full of threads that have issued a batch of loads. Registers are given out in steps of 8."""
+    threads = min(REGISTERS // (-(-kernel.registers // 8) * 8) // 128 * 128, 2048)
+    return threads * 16 * kernel.batch
+
+
+def needed_in_flight(kernel):
+    """Backward, a third of the traffic is stores, which nothing waits for."""
+    return BYTES_IN_FLIGHT if "forward" in kernel.name else BYTES_IN_FLIGHT * 2 / 3
+
+
+# ---- CUDA C++
+
+OPS = {
+    "cosine_alignment": "cosine_",
+    "gated_residual_norm": "gated_",
+    "gelu": "gelu_",
+    "gram_alignment": "gram_",
+    "spatial_norm": "spatial_",
+}
+"""Op → how the names of its kernels begin."""
+
+
+@pytest.fixture(scope="module")
+def cuda_kernels():
+    """Every kernel of the extension as it was built: (op, capability) → kernels."""
+    extension = importlib.util.find_spec("layersync_kernels._cuda")
+    if extension is None:
+        pytest.skip("the extension was built without CUDA")
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        found = dict(zip(CAPABILITIES, pool.map(lambda sm: inspect(extension.origin, sm), CAPABILITIES), strict=True))
+
+    def of(op, capability):
+        if not found[capability]:
+            pytest.skip(f"the extension was not built for sm_{capability}")
+        return [kernel for kernel in found[capability] if re.match(rf"_ZN9layersync\d+{OPS[op]}", kernel.name)]
+
+    return of
+
+
+def sizes_of(name):
+    """Bytes of an element of both tensors, from a mangled name; S1_ repeats the first type."""
+    first, second = re.search(r"kernelI(f|13__nv_bfloat16|6__half)(f|13__nv_bfloat16|6__half|S1_)", name).groups()
+    second = first if second == "S1_" else second
+    return [4 if dtype == "f" else 2 for dtype in (first, second)]
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_cosine_kernels_neither_spill_nor_use_narrow_accesses(cuda_kernels, capability):
+    kernels = cuda_kernels("cosine_alignment", capability)
+    # 9 pairs of dtypes, a warp or a block per row; forward, backward for one side and for both.
+    assert len(kernels) == 9 * 2 * 3 + 1
+    for kernel in kernels:
+        assert kernel.spills == 0, kernel
+        if "finish" in kernel.name:
+            continue
+        sizes = sizes_of(kernel.name)
+        values = 16 // min(sizes)
+        steps = 160 // (values * sum(sizes))  # RowPair::kSteps
+        assert kernel.loads[128] == steps * values * sum(sizes) // 16, kernel
+        assert kernel.batch == kernel.loads[128], kernel
+        assert bytes_in_flight(kernel) >= needed_in_flight(kernel), kernel
+        if "backward" in kernel.name:
+            written = sizes if "Lb1E" in kernel.name else sizes[:1]
+            assert kernel.stores[128] == sum(steps * values * size // 16 + 1 for size in written), kernel  # 1: zero_row
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", CAPABILITIES)
+class TestBlockKernels:
+    def test_spill_nothing(self, cuda_kernels, capability):
+        for op, count in (("gated_residual_norm", 5 * 7), ("gelu", 3 * 4), ("gram_alignment", 3 * 2)):
+            assert len(cuda_kernels(op, capability)) == count
+            for kernel in cuda_kernels(op, capability):
+                assert kernel.spills == 0, kernel
+
+    def test_norm_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        checked = 0
+        for kernel in cuda_kernels("gated_residual_norm", capability):
+            if not re.search(r"gated_(forward|backward)_kernel", kernel.name):
+                continue
+            sizes, numbers = sizes_of(kernel.name), [int(n) for n in re.findall(r"Li(\d+)E", kernel.name)]
+            if numbers == [1]:
+                continue  # rows that are not aligned
+            checked += 1
+            if "forward" in kernel.name:
+                threads, channels = numbers
+                quads = channels // threads * sum(sizes) // 16  # of x and branch, for a thread
+                assert set(kernel.loads) == {128}, kernel
+                assert kernel.stores[128] >= quads, kernel
+                assert set(kernel.stores) == {128, 32}, kernel
+                assert kernel.stores[32] == 5, kernel  # statistics of the norm and of the alignment
+                batch = kernel.batch
+            else:
+                quads = 8 * sum(sizes) // 16
+                assert kernel.loads[32] == 6, kernel  # statistics, factors, means
+                assert set(kernel.loads) == {128, 32}, kernel
+                # d_x, d_branch and three sums.
+                assert kernel.stores == {128: quads + 3 * 2}, kernel
+                batch = 2 * quads  # r and dr, the branch and dy
+            assert bytes_in_flight(kernel._replace(batch=batch)) >= needed_in_flight(kernel), kernel
+        assert checked == 5 * 4  # pairs of dtypes, kernels
+
+    def test_gelu_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        vectors = [k for k in cuda_kernels("gelu", capability) if re.search(r"gelu_\w+_kernelI.*Li[48]E", k.name)]
+        assert len(vectors) == 3 * 2
+        for kernel in vectors:
+            forward = "forward" in kernel.name
+            # The values that vectors leave over, one at a time.
+            assert sum(count for bits, count in kernel.loads.items() if bits != 128) == (1 if forward else 0), kernel
+            assert sum(count for bits, count in kernel.stores.items() if bits != 128) == (1 if forward else 0), kernel
+            assert bytes_in_flight(kernel) >= needed_in_flight(kernel), kernel
+
+    def test_gram_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        vectors = [k for k in cuda_kernels("gram_alignment", capability) if re.search(r"Li[48]E", k.name)]
+        assert len(vectors) == 3
+        for kernel in vectors:
+            assert set(kernel.loads) == {128}, kernel
+            assert kernel.stores == {128: 4, 32: 1}, kernel  # four steps, and the sum
+            assert kernel.batch == 4, kernel
+
+
+# ---- Triton
+
+BF16, FP16, FP32 = "bfloat16", "float16", "float32"
+COSINE_CASES = [
+    *(["cosine_alignment", 90, *dtypes, 1152] for dtypes in ([BF16] * 2, [FP32] * 2, [FP16] * 2, [BF16, FP32])),
+    ["cosine_alignment", 90, BF16, BF16, 8192],
+    *(["cosine_alignment", capability, *[dtype] * 2, 1152] for capability in (80, 100) for dtype in (BF16, FP32)),
+]
+NORM_CASES = [
+    *(["gated_residual_norm", capability, BF16, BF16, 1152] for capability in CAPABILITIES),
+    ["gated_residual_norm", 90, FP32, BF16, 1152],
+    *(["gated_residual_norm", capability, BF16, BF16, 4096] for capability in CAPABILITIES),
+    *(["gated_residual_norm_aligned", capability, FP32, FP32, 1152] for capability in CAPABILITIES),
+    ["gated_residual_norm_aligned", 90, BF16, BF16, 1152],
+    ["gated_residual_norm_aligned", 90, FP32, FP32, 4096],
+]
+GELU_CASES = [
+    ["gelu", capability, dtype, 4608] for capability, dtype in ((80, BF16), (90, BF16), (90, FP32), (100, BF16))
+]
+SPATIAL_CASES = [["spatial_norm", 90, dtype, 768] for dtype in (BF16, FP32)]
+PROJECTED_CASES = [["projected_alignment", capability, BF16, 1152] for capability in CAPABILITIES]
+GRAM_CASES = [
+    ["gram_alignment", capability, dtype, 1920] for capability, dtype in ((80, FP16), (90, FP32), (100, FP16))
+]
+
+
+def compile_triton(cases, cache):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
+    command = [sys.executable, "-m", "tests.support.compile_triton", json.dumps(cases)]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module")
+def triton_kernels(tmp_path_factory):
+    pytest.importorskip("triton")
+    cases = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *GRAM_CASES, *PROJECTED_CASES, *SPATIAL_CASES]
+    halves = cases[::2], cases[1::2]
+    caches = [tmp_path_factory.mktemp("triton") for _ in halves]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        return list(itertools.chain.from_iterable(pool.map(compile_triton, halves, caches)))
+
+
+def kernels_of(reports, case):
+    """The forward and the backward kernel of a case, with widths as numbers."""
+    kernels = {}
+    for report in reports:
+        if report["case"] == case:
+            for accesses in ("loads", "stores"):
+                report[accesses] = {int(bits): count for bits, count in report[accesses].items()}
+            kernels[report["name"]] = Kernel(**{field: report[field] for field in Kernel._fields})
+    return kernels["forward_kernel"], kernels.get("backward_kernel")
+
+
+def sixteen_byte_values(*dtypes):
+    """Accesses of 16 bytes for 8 values of each tensor."""
+    return sum(8 * (4 if dtype == FP32 else 2) // 16 for dtype in dtypes)
+
+
+def narrow(accesses):
+    return sum(count for bits, count in accesses.items() if bits != 128)
+
+
+def name_of(case):
+    return "-".join(map(str, case))
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", COSINE_CASES, ids=name_of)
+def test_triton_kernels_neither_spill_nor_use_narrow_accesses(triton_kernels, case):
+    *_, student, teacher, width = case
+    steps = -(-width // (256 if width <= 2048 else 2048))
+    for kernel in kernels_of(triton_kernels, case):
+        assert kernel.spills == 0, kernel
+        assert kernel.loads[128] >= steps * sixteen_byte_values(student, teacher), kernel
+        assert narrow(kernel.loads) <= 12, kernel  # statistics, weight, gradient
+        assert bytes_in_flight(kernel) >= needed_in_flight(kernel), kernel
+    assert set(kernel.stores) == {128}
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", NORM_CASES, ids=name_of)
+def test_triton_norm_kernels_neither_spill_nor_use_narrow_accesses(triton_kernels, case):
+    op, _, x, dtype, width = case
+    aligned = "aligned" in op
+    forward, backward = kernels_of(triton_kernels, case)
+    assert forward.spills == backward.spills == 0, (forward, backward)
+
+    steps = -(-width // (256 if width <= 2048 else 2048))
+    # x, branch, gate, shift and scale; the student, and once more if its squares leave the range of fp32.
+    assert forward.loads == {128: steps * sixteen_byte_values(x, *[dtype] * 4, *[x, x] * aligned)}, forward
+    assert forward.stores[128] == steps * sixteen_byte_values(x, dtype), forward
+    assert narrow(forward.stores) == (5 if aligned else 2), forward  # statistics
+    assert bytes_in_flight(forward) >= needed_in_flight(forward), forward
+
+    steps = width / (512 if width <= 1536 else 2048)  # where the last reaches beyond the width, less of it is read
+    loads = sixteen_byte_values(x, x, *[dtype] * 4, *[x] * aligned)  # both gradients, r, branch, gate, scale; teacher
+    assert backward.loads[128] >= steps * loads, backward
+    assert narrow(backward.loads) == (4 if aligned else 2), backward  # statistics, factors
+    assert set(backward.stores) == {128}, backward
+    assert bytes_in_flight(backward) >= needed_in_flight(backward), backward
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", GELU_CASES, ids=name_of)
+def test_triton_gelu_kernels_neither_spill_nor_use_narrow_accesses(triton_kernels, case):
+    dtype = case[2]
+    forward, backward = kernels_of(triton_kernels, case)
+    assert forward.spills == backward.spills == 0, (forward, backward)
+    assert forward.loads == forward.stores == {128: 2 * sixteen_byte_values(dtype)}, forward
+    assert backward.loads == {128: 4 * sixteen_byte_values(dtype)}, backward  # of this step and of the next
+    assert backward.stores[128] == 2 * sixteen_byte_values(dtype), backward
+    assert narrow(backward.stores) == 1, backward  # the sums, once
+    # Half of the traffic is stores.
+    assert bytes_in_flight(forward) >= BYTES_IN_FLIGHT / 2, forward
+    assert bytes_in_flight(backward) >= BYTES_IN_FLIGHT / 2, backward
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", PROJECTED_CASES, ids=name_of)
+def test_triton_projection_neither_spills_nor_stores_narrowly(triton_kernels, case):
+    (kernel,) = (report for report in triton_kernels if report["case"] == case)
+    assert kernel["spills"] == 0, kernel
+    assert kernel["stores"] == {"128": 64 * 128 // (8 * 32 * 8), "32": 3}, kernel  # a tile of z, statistics
+
+
+@pytest.mark.parametrize("case", GRAM_CASES, ids=name_of)
+def test_triton_gram_kernels_neither_spill_nor_use_narrow_stores(triton_kernels, case):
+    (kernel,) = (report for report in triton_kernels if report["case"] == case)
+    assert kernel["spills"] == 0, kernel
+    assert kernel["stores"] == {"128": 8, "32": 1}, kernel  # derivatives; the sum. Loads are asynchronous copies.
+
+
+@needs_cuobjdump
+def test_triton_kernels_that_finish_sums_compile(triton_kernels):
+    reports = [report for report in triton_kernels if report["name"] in ("finish_kernel", "sum_kernel")]
+    assert {report["name"] for report in reports} == {"finish_kernel", "sum_kernel"}
+    assert all(report["spills"] == 0 for report in reports)
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", SPATIAL_CASES, ids=name_of)
+def test_triton_spatial_norm_neither_spills_nor_uses_narrow_accesses(triton_kernels, case):
+    kernel, _ = kernels_of(triton_kernels, case)
+    assert kernel.spills == 0, kernel
+    assert narrow(kernel.loads) == narrow(kernel.stores) == 0, kernel
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_spatial_norm_neither_spills_nor_uses_narrow_accesses(cuda_kernels, capability):
+    kernels = cuda_kernels("spatial_norm", capability)
+    assert len(kernels) == 3 * 2
+    for kernel in kernels:
+        assert kernel.spills == 0, kernel
+        if "Li1E" in kernel.name:
+            continue  # rows that are not aligned
+        # The first token, and a batch in each of three passes, of which two read from the caches.
+        assert kernel.loads == {128: 1 + 3 * 4}, kernel
+        assert kernel.stores == {128: 4}, kernel
+        assert bytes_in_flight(kernel) >= BYTES_IN_FLIGHT, kernel

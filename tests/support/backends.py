@@ -1,0 +1,86 @@
+"""Which backends the tests of an op can run here, on which device, with which layouts, and how exact they must be."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from layersync_kernels.ops import dispatch
+
+HAS_GPU = torch.cuda.is_available()
+
+
+def device_of(backend):
+    return "cuda" if backend == "cuda" or (backend == "triton" and HAS_GPU) else "cpu"
+
+
+def _mark(backend):
+    reasons = []
+    if backend == "cuda":
+        reasons.append(pytest.mark.gpu)
+    else:
+        try:
+            dispatch.choose(backend, device_of(backend), torch.float32)
+        except RuntimeError as error:  # a build without a compiler, tested by tests/build/test_build.py
+            reasons.append(pytest.mark.skip(reason=str(error)))
+    return pytest.param(backend, marks=reasons)
+
+
+FUSED = [_mark(backend) for backend in ("cpp", "triton", "cuda")]
+ALL = [*FUSED, "reference"]
+
+
+def each_backend(values, interpreted):
+    """Pairs of backend and value for `parametrize`: of many cases Triton's interpreter, which is slow, takes a few."""
+    return [
+        pytest.param(backend.values[0], value, marks=backend.marks)
+        for backend in FUSED
+        for value in values
+        if HAS_GPU or backend.values[0] != "triton" or value in interpreted
+    ]
+
+
+# Layouts of tokens (B, N, D) that rows at two strides cover.
+STRIDED = {
+    "without the class token": lambda x: torch.cat([x[:, :1], x], dim=1)[:, 1:],
+    "batch second": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "slice of wider channels": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "every other token": lambda x: x.repeat_interleave(2, dim=1)[:, ::2],
+    "one token for all": lambda x: x[:, :1].expand_as(x),
+}
+
+
+def run_on_lower_instruction_set(isa, file, tests):
+    """Run tests of a file (an expression as for pytest's -k) in a process that the CPU kernels of `isa` serve.
+
+    The kernels are chosen at run time; a machine with AVX-512 must not leave the other two untested.
+    """
+    environment = {**os.environ, "LAYERSYNC_CPU_ISA": isa}
+    facts = subprocess.run(
+        [sys.executable, "-c", "from layersync_kernels.ops import native; print(native.cpp().facts.cpu_isa())"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    if facts.stdout.strip() != isa:
+        pytest.skip(f"this machine has no {isa} kernels: {facts.stdout or facts.stderr}")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", file, "-k", tests]
+    report = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert report.returncode == 0, report.stdout[-3000:]
+
+
+def assert_as_exact_as(actual, baseline, truth, *, terms=0.0, factor=2.0, ulps=4.0):
+    """A kernel may be twice as far from the fp64 truth as PyTorch in the same dtype, plus a few ulp.
+
+    The floor is `ulps` units in the last place of `actual.dtype` at the magnitude of the largest true value, as
+    PyTorch's own error can be zero by luck and rounding the result once already costs half an ulp; and of fp32 at the
+    magnitude of the largest of the `terms` that were subtracted on the way, where the true value is what their
+    cancellation left.
+    """
+    assert actual.shape == truth.shape
+    truth = truth.double()
+    error = (actual.double() - truth).abs().max().item() if actual.numel() else 0.0
+    allowed = (baseline.double() - truth).abs().max().item() if actual.numel() else 0.0
+    scale = truth.abs().max().item() if actual.numel() else 0.0
+    limit = factor * allowed + ulps * (torch.finfo(actual.dtype).eps * scale + torch.finfo(torch.float32).eps * terms)
+    assert error <= limit, f"error {error:.3g} > {limit:.3g} (PyTorch's own: {allowed:.3g}, largest value {scale:.3g})"
