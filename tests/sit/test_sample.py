@@ -155,7 +155,7 @@ def test_published_file_tells_its_own_size(tmp_path, null_label):
     args = argparse.Namespace(model="SiT-S/4", num_classes=5)
     torch.save({"ema": made.state_dict(), "args": args}, tmp_path / "0001.pt")
     trained = load_trained(tmp_path / "0001.pt")
-    assert trained.shape == (4, 8, 8)
+    assert trained.spec.shape == (4, 8, 8)
     assert trained.num_classes == 5
     assert trained.latent
     assert trained.model.num_heads == 6

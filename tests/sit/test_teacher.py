@@ -21,6 +21,7 @@ from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import LogConfig, TrainConfig
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.diffusion.transport import Transport
+from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.teachers import clock as teacher_clock
 from layersync_kernels.sit.teachers.base import Teacher
 from layersync_kernels.sit.teachers.clock import TeacherClock
@@ -50,7 +51,7 @@ def tiny_config(**groups):
 def tiny_data(seed=0, **fields):
     pixels = torch.randint(0, 256, (14, 1, 4, 4), generator=torch.Generator().manual_seed(seed), dtype=torch.uint8)
     data = MemorySet(
-        shape=(1, 4, 4), num_classes=2, class_names=["a", "b"], samples=pixels, labels=torch.arange(14) % 2
+        spec=SampleSpec(1, (4, 4)), num_classes=2, class_names=["a", "b"], samples=pixels, labels=torch.arange(14) % 2
     )
     return dataclasses.replace(data, **fields)
 

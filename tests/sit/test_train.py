@@ -36,6 +36,7 @@ from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import CONFIG, LogConfig, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.training import loop as train
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import Meter, read_records
@@ -62,7 +63,7 @@ def tiny_config(**groups):
 def tiny_data():
     generator = torch.Generator().manual_seed(0)
     return MemorySet(
-        shape=(1, 4, 4),
+        spec=SampleSpec(1, (4, 4)),
         num_classes=3,
         class_names=["a", "b", "c"],
         samples=torch.randint(0, 256, (16, 1, 4, 4), generator=generator, dtype=torch.uint8),

@@ -63,7 +63,7 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     teacher = "" if trainer.repa is None else f"; {config.align.align} {trainer.repa.extra_repr()}"
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     console.print(
-        f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.shape}, "
+        f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.spec}, "
         f"{trainer.device}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
     )
     outcome = trainer.fit()

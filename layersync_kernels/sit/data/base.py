@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..spec import SampleSpec
+
 
 class EpochShuffle:
     """The endless shuffled stream of sample numbers: epoch after epoch, each in its own order.
@@ -50,14 +52,14 @@ class SampleSet(ABC):
     """Samples of one shape with integer labels.
 
     Attributes:
-        shape: (C, H, W) of one sample.
+        spec: the shape of one sample.
         num_classes: labels lie in [0, num_classes).
         class_names: one name per class.
         latent: True when samples are VAE latents rather than pixels in [-1, 1].
         broken: what could not be read, by file name, with the reason.
     """
 
-    shape: tuple[int, int, int]
+    spec: SampleSpec
     num_classes: int
     class_names: list[str]
     latent: bool = False

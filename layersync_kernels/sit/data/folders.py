@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..config.data import DataConfig
+from ..spec import SampleSpec
 from .base import SampleSet
 from .memory import memory_set
 from .pixels import image_to_tensor
@@ -99,7 +100,7 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
     if len(source) * channels * size * size > config.memory_limit_gb * 2**30:
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
-            shape=(channels, size, size),
+            spec=SampleSpec(channels, (size, size)),
             num_classes=len(source.class_names),
             class_names=source.class_names,
             source=source,

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..config.data import DataConfig
+from ..spec import SampleSpec
 from .base import SampleSet
 from .pixels import pixels_to_unit
 
@@ -65,7 +66,7 @@ def memory_set(
     checked = check_labels(labels, len(samples))
     num_classes = len(class_names) if class_names else int(checked.max()) + 1
     return MemorySet(
-        shape=(samples.shape[1], samples.shape[2], samples.shape[3]),
+        spec=SampleSpec.of(samples.shape[1:]),
         num_classes=num_classes,
         class_names=class_names or [str(c) for c in range(num_classes)],
         latent=latent,

@@ -78,7 +78,7 @@ class StreamingSet(SampleSet):
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU."""
         loader: DataLoader[Any] = DataLoader(
-            DecodedImages(self.source, self.shape[1], self.shape[0]),
+            DecodedImages(self.source, self.spec.side, self.spec.channels),
             batch_size=batch_size,
             sampler=_StreamSampler(EpochShuffle(len(self), seed), start),
             num_workers=self.workers,
@@ -96,7 +96,7 @@ class StreamingSet(SampleSet):
 
     def take(self, index: Tensor) -> Tensor:
         """See `SampleSet.take`. A broken file is replaced as in `batches`."""
-        decoded = DecodedImages(self.source, self.shape[1], self.shape[0])
+        decoded = DecodedImages(self.source, self.spec.side, self.spec.channels)
         with ThreadPoolExecutor(max_workers=max(self.workers, 1)) as pool:
             return pixels_to_unit(torch.stack([image for image, _, _ in pool.map(decoded.__getitem__, index.tolist())]))
 

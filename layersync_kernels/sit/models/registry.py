@@ -7,6 +7,7 @@ from functools import partial
 
 from ...errors import ConfigError
 from ..config.model import ModelConfig
+from ..spec import SampleSpec
 from .sit import SiT
 
 # Width, depth, heads. XL to S are the published sizes; Ti (the shape of ViT-Ti), N and P are ours, for small images
@@ -29,17 +30,14 @@ sit_models: dict[str, Callable[..., SiT]] = {
 """Constructors by name, "SiT-XL/2" being size XL with patches of 2; any keyword of `SiT` can be given or overridden."""
 
 
-def build_model(config: ModelConfig, shape: tuple[int, int, int], num_classes: int) -> SiT:
-    """The SiT that `config` names, for samples of `shape` (C, H, W).
+def build_model(config: ModelConfig, spec: SampleSpec, num_classes: int) -> SiT:
+    """The SiT that `config` names, for samples of that shape.
 
     Raises:
         ConfigError: unknown name (the message lists the known ones), or sizes that do not go together.
     """
     if config.model not in sit_models:
         raise ConfigError(f"no model is named {config.model!r}; known: {', '.join(sit_models)}")
-    channels, height, width = shape
-    if height != width:
-        raise ConfigError(f"samples are {height}x{width}; SiT takes squares")
     overrides = {
         name: value
         for name in ("patch_size", "hidden_size", "depth", "num_heads")
@@ -47,8 +45,8 @@ def build_model(config: ModelConfig, shape: tuple[int, int, int], num_classes: i
     }
     try:
         return sit_models[config.model](
-            input_size=height,
-            in_channels=channels,
+            input_size=spec.side,
+            in_channels=spec.channels,
             num_classes=num_classes,
             class_dropout_prob=config.class_dropout,
             kernels=config.kernels,

@@ -18,6 +18,7 @@ from ...modules.block import AdaLNZeroBlock
 from ...modules.norm import ModulatedNorm
 from ...modules.published import SiTBlock, modulate
 from ...modules.stream import Stream
+from ..spec import SampleSpec
 from .embedders import LabelEmbedder, TimestepEmbedder
 from .patches import PatchEmbed
 from .positions import sincos_positions
@@ -139,6 +140,11 @@ class SiT(nn.Module):
         final_layer = FinalLayer if kernels == "fused" else PlainFinalLayer
         self.final_layer = final_layer(hidden_size, patch_size, self.out_channels)
         self.initialize_weights()
+
+    @property
+    def spec(self) -> SampleSpec:
+        """The samples that the model takes and predicts."""
+        return SampleSpec(self.in_channels, (self.input_size, self.input_size))
 
     @torch.no_grad()
     def initialize_weights(self) -> None:
@@ -299,8 +305,8 @@ class SiT(nn.Module):
         return torch.cat([first, second])
 
     def _check_inputs(self, x: Tensor, t: Tensor, y: Tensor) -> None:
-        expected = (self.in_channels, self.input_size, self.input_size)
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+        expected = self.spec.shape
+        if tuple(x.shape[1:]) != expected:
             shape = ", ".join(map(str, expected))
             raise ValueError(f"SiT: x has shape {tuple(x.shape)}; this model expects (N, {shape})")
         if t.ndim != 1 or y.ndim != 1 or t.shape[0] != x.shape[0] or y.shape[0] != x.shape[0]:

@@ -57,8 +57,7 @@ def draw(
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    shape = (model.in_channels, model.input_size, model.input_size)
-    noise = torch.randn(len(labels), *shape, generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    noise = torch.randn(len(labels), *model.spec.shape, generator=torch.Generator().manual_seed(seed)).to(labels.device)
     interval = None if sampling.guidance_interval == (0.0, 1.0) else sampling.guidance_interval
     drawn = []
     with torch.autocast(labels.device.type, autocast_dtype, enabled=autocast_dtype is not None):

@@ -14,6 +14,7 @@ from ..config.io import load_config
 from ..config.run import CONFIG
 from ..models.registry import build_model, sit_models
 from ..models.sit import SiT
+from ..spec import SampleSpec
 
 
 @dataclass
@@ -21,7 +22,7 @@ class Trained:
     """A model ready to draw from."""
 
     model: SiT
-    shape: tuple[int, int, int]
+    spec: SampleSpec
     num_classes: int
     latent: bool
 
@@ -39,18 +40,17 @@ def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) 
     run = run_of(found) if found.is_dir() else None
     if run is None:
         model = _model_from_shapes(weights, num_heads)
-        shape, latent = (model.in_channels, model.input_size, model.input_size), model.in_channels == 4
+        spec, latent = model.spec, model.in_channels == 4
     else:
         state = read_state(found)
         try:
-            channels, height, width = state["data"]["shape"]
-            shape, latent = (channels, height, width), bool(state["data"]["latent"])
+            spec, latent = SampleSpec.of(state["data"]["shape"]), bool(state["data"]["latent"])
             num_classes = int(state["data"]["num_classes"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{found / 'state.json'} does not describe the data: {error!r}") from error
-        model = build_model(load_config(run / CONFIG).model, shape, num_classes)
+        model = build_model(load_config(run / CONFIG).model, spec, num_classes)
     fill_model(model, weights)
-    return Trained(model.eval().requires_grad_(False), shape, model.num_classes, latent)
+    return Trained(model.eval().requires_grad_(False), spec, model.num_classes, latent)
 
 
 def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:

@@ -83,7 +83,7 @@ def fingerprint(data: SampleSet) -> str:
     """A hash of the shape, the number of samples, and some of the samples."""
     index = torch.linspace(0, len(data) - 1, min(PRINTED_SAMPLES, len(data)), dtype=torch.float64).round().long()
     pixels = unit_to_pixels(data.take(index)).cpu().contiguous()
-    return hashlib.sha256(json.dumps([*data.shape, len(data)]).encode() + pixels.numpy().tobytes()).hexdigest()
+    return hashlib.sha256(json.dumps([*data.spec.shape, len(data)]).encode() + pixels.numpy().tobytes()).hexdigest()
 
 
 def compute_features(

@@ -102,7 +102,7 @@ class Trainer:
         if self.num_classes < self.data.num_classes:
             raise ConfigError(f"--num-classes {self.num_classes}: the data has {self.data.num_classes}")
         torch.manual_seed(config.seed)
-        self.model = build_model(config.model, self.data.shape, self.num_classes)
+        self.model = build_model(config.model, self.data.spec, self.num_classes)
         if config.model.init is not None:
             fill_model(self.model, load_weights(config.model.init))
         self.model.to(self.device).train()
@@ -153,7 +153,7 @@ class Trainer:
             raise DataError(latent_message(self.config.data.data))
         else:
             assert align.teacher is not None  # `validate` has seen to that
-            grid = data.shape[1] // self.model.patch_size
+            grid = data.spec.side // self.model.patch_size
             teacher = load_teacher(align.teacher, size=align.teacher_size, grid=grid, weights=align.teacher_weights)
             teacher.to(self.device)
             width = teacher.width(data.take(torch.arange(min(2, len(data)))).to(self.device))
@@ -334,7 +334,7 @@ class Trainer:
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict(),
             "data": {
-                "shape": self.data.shape,
+                "shape": self.data.spec.shape,
                 "num_classes": self.num_classes,
                 "class_names": self.data.class_names,
                 "latent": self.data.latent,

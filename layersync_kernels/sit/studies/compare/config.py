@@ -111,9 +111,9 @@ def load_sets(config: CompareConfig, device: torch.device) -> tuple[SampleSet, S
     if config.validation is None:
         return hold_out(data, config.held_out)
     held_out = load_data(dataclasses.replace(config.train.data, data=str(config.validation)), device)
-    if held_out.shape != data.shape or held_out.num_classes > data.num_classes:
+    if held_out.spec != data.spec or held_out.num_classes > data.num_classes:
         raise DataError(
-            f"--validation {config.validation} has samples of {held_out.shape} in {held_out.num_classes} classes; "
-            f"--data has {data.shape} in {data.num_classes}"
+            f"--validation {config.validation} has samples of {held_out.spec} in {held_out.num_classes} classes; "
+            f"--data has {data.spec} in {data.num_classes}"
         )
     return data, held_out

@@ -242,7 +242,7 @@ class Comparison:
         own = "".join(f", {name} {value}" for name, value in sizes.items() if value is not None)
         device = f"{self.device}" + (f" ({torch.get_num_threads()} threads)" if self.device.type == "cpu" else "")
         return (
-            f"{model.model}{own}; {len(self.train_set)} samples of {self.train_set.shape} from {train.data.data}; "
+            f"{model.model}{own}; {len(self.train_set)} samples of {self.train_set.spec} from {train.data.data}; "
             f"batches of {optim.batch_size}, learning rate {optim.lr:g} ({optim.lr_schedule}); "
             f"{device}, PyTorch {torch.__version__}."
         )

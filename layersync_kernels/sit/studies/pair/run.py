@@ -80,7 +80,7 @@ def measure(
     count, depth = min(samples, len(data)), model.depth
     blocks = tuple(range(1, depth + 1))
     label = model.num_classes if model.y_embedder.dropout_prob > 0 else 0
-    noise = torch.randn(count, *data.shape, generator=torch.Generator().manual_seed(seed))
+    noise = torch.randn(count, *data.spec.shape, generator=torch.Generator().manual_seed(seed))
     pieces: list[list[Tensor]] = [[] for _ in times]
     labels: list[Tensor] = []
     cosine, tokens = torch.zeros(depth, depth, dtype=torch.float64), 0
@@ -169,9 +169,9 @@ def probe(command: ProbeCommand) -> Path:
         data = load_data(command.data, device)
     except DataError as error:
         raise DataError(f"{error}; give the data to probe with by --data") from error
-    if data.shape != trained.shape:
+    if data.spec != trained.spec:
         raise DataError(
-            f"--data {command.data.data} has samples of {data.shape}, the model was trained on {trained.shape}; "
+            f"--data {command.data.data} has samples of {data.spec}, the model was trained on {trained.spec}; "
             "give other --data, --image-size or --channels"
         )
     if len(data) < MIN_SAMPLES:
