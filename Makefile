@@ -3,8 +3,9 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The tests start processes of their own; two threads each would only get into each other's way.
+# Two workers of one thread each: threads of several processes on the same cores would only wait for each other.
 PYTEST := $(BIN)/python -m pytest
+WORKERS ?= 2
 
 SOURCES := setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
 
@@ -31,7 +32,8 @@ demo: $(VENV)/.built  ## install, train a SiT on digits with the fused loss, sam
 	$(BIN)/layersync demo
 
 test: $(VENV)/.built  ## install, then run all tests
-	$(PYTEST)
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not threads"
+	$(PYTEST) -m threads
 
 check: $(VENV)/.built  ## lint and type-check
 	$(BIN)/ruff check .

@@ -4,10 +4,13 @@ pytest-benchmark runs the providers one after the other and keeps histories (`--
 `--benchmark-compare`); for ratios inside one run use `layersync bench ops`, which interleaves them.
 """
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
-from layersync_kernels.bench.cases import MODES, OPS, PROVIDERS, cases, provider
+from layersync_kernels.bench.cases import MODES, OPS, PROVIDERS, Case, cases, provider
 from layersync_kernels.bench.engine import check
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -17,7 +20,7 @@ CASES = [case for op in OPS for case in cases(DEVICE, ops=(op,))[:2]]
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", PROVIDERS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case.op} {case.name}")
-def test_op(benchmark, case, name, mode):
+def test_op(benchmark: Any, case: Case, name: str, mode: str) -> None:
     """Time one mode of one provider; extra_info holds the bandwidth."""
     if mode not in case.modes:
         pytest.skip("nothing to differentiate")
@@ -30,20 +33,20 @@ def test_op(benchmark, case, name, mode):
     inputs = case.inputs(seed=0)
     synchronize = torch.cuda.synchronize if DEVICE == "cuda" else lambda: None
 
-    def forward():
+    def forward() -> tuple[Tensor, ...]:
         outputs = function(*inputs)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     gradients = [torch.ones_like(x) for x in forward()]
 
-    def setup():
+    def setup() -> tuple[tuple[tuple[Tensor, ...] | None], dict[str, Any]]:
         for x in inputs:
             x.grad = None
         outputs = forward() if mode == "backward" else None
         synchronize()
         return (outputs,), {}
 
-    def call(outputs):
+    def call(outputs: tuple[Tensor, ...] | None) -> None:
         outputs = forward() if outputs is None else outputs
         if mode != "forward":
             torch.autograd.backward(outputs, gradients)

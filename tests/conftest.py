@@ -35,7 +35,16 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
 
 
+# Tests of a folder that share what takes long to make; each goes to one worker as a whole, the longest first.
+_TOGETHER = ("tests/build", "tests/cuda_emulation", "tests/integrate/test_matrix.py")
+
+
 def pytest_collection_modifyitems(items):
+    for item in items:
+        for place in _TOGETHER:
+            if item.nodeid.startswith(place):
+                item.add_marker(pytest.mark.xdist_group(place))
+    items.sort(key=lambda item: not item.nodeid.startswith(_TOGETHER))
     if torch.cuda.is_available():
         return
     skip = pytest.mark.skip(reason="no NVIDIA GPU")

@@ -131,6 +131,7 @@ def test_cpp_nan_reaches_what_the_reference_says(part, dtype):
         assert torch.equal(a.isnan(), e.isnan())
 
 
+@pytest.mark.threads
 @needs_cpp
 def test_cpp_results_do_not_depend_on_threads_or_batch():
     qkv, grad = torch.randn(3, 50, 3 * 4 * 24).bfloat16(), torch.randn(3, 50, 96).bfloat16()
@@ -219,6 +220,7 @@ def test_cpp_saves_its_input_alone():
     assert saved == [qkv.data_ptr()]
 
 
+@pytest.mark.threads
 @needs_cpp
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_cpp_memory_grows_with_tokens_not_with_their_square():

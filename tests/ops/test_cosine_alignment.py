@@ -294,6 +294,7 @@ def test_teacher_is_a_constant_unless_asked(backend):
     assert teacher.grad is not None
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("backend", FUSED)
 def test_results_are_deterministic(backend):
     device = device_of(backend)

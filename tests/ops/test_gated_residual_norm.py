@@ -396,6 +396,7 @@ def test_large_outputs_are_those_of_their_parts(dtypes, width, name, poisoned_me
                 assert torch.equal(result[part], expected[n])
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("backend", FUSED)
 def test_results_are_deterministic(backend):
     shape = (2, 9, 8) if backend == "triton" else (3, 257, 65)

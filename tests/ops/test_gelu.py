@@ -244,6 +244,7 @@ def test_large_outputs_are_those_of_their_parts(dtype, inner, poisoned_memory):
             assert torch.equal(result[part], expected)
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("backend", FUSED)
 def test_results_are_deterministic(backend):
     inputs = tensors("gelu_mlp", (67, 8) if backend == "triton" else (1000, 8), 131)

@@ -315,6 +315,7 @@ def test_gradients_of_fp16_do_not_vanish_before_the_loss_scale():
     torch.testing.assert_close(scaled.float() / scale, exact, rtol=1e-2, atol=1e-8)
 
 
+@pytest.mark.threads
 def test_results_do_not_depend_on_the_number_of_threads():
     difference = torch.randn(2, 37, 300)
     first = op.STRIP["cpp"](difference, 37, 0.1, 0, None)

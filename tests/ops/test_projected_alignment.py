@@ -341,6 +341,7 @@ def test_auto_takes_the_linear_layer_for_few_rows():
     )
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=lambda d: str(d)[6:])
 def test_cpp_sums_of_the_bias_do_not_depend_on_threads(dtype):
     """A part of the rows is a task, whoever runs it; the GEMMs are the library's."""
