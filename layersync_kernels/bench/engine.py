@@ -36,8 +36,8 @@ class Row:
         bytes_moved: what an ideal kernel reads and writes; None for an op with matrix products.
         gb_per_s: that over the median time.
         copy_fraction: that, over the bandwidth of copying one tensor in the same rounds, a read and a write. No limit:
-            more than 1 where inputs come from the cache, which `bytes_moved` does not know, or where a kernel writes
-            past the cache, while an ordinary store, such as the copy's, first reads the line that it writes to.
+            more than 1 where inputs come from the cache, as a backward pass finds there what the forward pass has just
+            read, and where a kernel's stores go past it, while the copy's first fetch the line that they write to.
         saved_bytes: bytes kept for the backward pass beyond the inputs.
         peak_bytes: most memory allocated beyond the inputs (GPU only).
         vs_eager, vs_compile: how many times faster; the median over rounds of the ratio inside a round.
