@@ -14,37 +14,23 @@ from .. import functional
 from ..ops import dispatch
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
+Shape = tuple[int, ...]
 MODES = ("forward", "backward", "both")
 
 
-@dataclass(frozen=True)
-class Op:
-    """An op that is timed.
+_TOKENS = 256  # of a sample: a latent of 32x32 in patches of 2x2
+_HEAD = 64
+_TEACHER_WIDTH = 768  # channels of ViT-B, the usual teacher
+_GRAM_MARGIN = 0.1
 
-    Attributes:
-        eager: its formula as training repositories write it.
-        fused: the same with a `backend` keyword.
-        inputs: (rows, width) to the sizes of its inputs.
-        constants: how many of the last inputs need no gradient.
-        moved: (rows, width)-sized tensors that an ideal kernel reads and writes forward and backward, or None for an op
-            with matrix products.
-    """
 
-    eager: Function
-    fused: Function
-    inputs: Callable[[int, int], list[tuple[int, ...]]]
-    constants: int = 0
-    moved: tuple[int, int] | None = None
+# The formulas, as training repositories write them.
 
 
 def eager_loss(student: Tensor, teacher: Tensor) -> Tensor:
     """The alignment loss, upcast to fp32."""
     student, teacher = F.normalize(student.float(), dim=-1), F.normalize(teacher.float(), dim=-1)
     return -(student * teacher).sum(dim=-1).mean()
-
-
-def _fp64_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    return -torch.cosine_similarity(student, teacher, dim=-1, eps=1e-12).mean()
 
 
 def _eager_norm(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -62,23 +48,8 @@ def _eager_mlp(x: Tensor, weight1: Tensor, bias1: Tensor, weight2: Tensor, bias2
     return F.linear(F.gelu(F.linear(x, weight1, bias1), approximate="tanh"), weight2, bias2)
 
 
-def _eager_spatial_norm(x: Tensor) -> Tensor:
-    return (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-6)
-
-
-_CRITIC = 768  # channels of ViT-B, the usual critic
-
-
 def _eager_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
     return eager_loss(F.linear(hidden, weight, bias), teacher)
-
-
-def _fp64_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
-    return _fp64_loss(F.linear(hidden, weight, bias), teacher)
-
-
-def _linear_and_cosine(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
-    return functional.layersync_loss(F.linear(hidden, weight, bias), teacher)
 
 
 def _eager_gram(student: Tensor, teacher: Tensor) -> Tensor:
@@ -88,59 +59,126 @@ def _eager_gram(student: Tensor, teacher: Tensor) -> Tensor:
     return F.relu(difference.abs() - _GRAM_MARGIN).mean()
 
 
-_GRAM_MARGIN = 0.1
-_HEAD = 64
-_TOKENS = 256
-
-
 def _eager_attention(qkv: Tensor) -> Tensor:
     q, k, v = qkv.unflatten(-1, (3, -1, _HEAD)).permute(2, 0, 3, 1, 4).unbind(0)
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+
+
+def _eager_spatial_norm(x: Tensor) -> Tensor:
+    return (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-6)
+
+
+# The same in fp64, where they cast to fp32.
+
+
+def _fp64_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    return -torch.cosine_similarity(student, teacher, dim=-1, eps=1e-12).mean()
+
+
+def _fp64_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return _fp64_loss(F.linear(hidden, weight, bias), teacher)
+
+
+# What is timed against them, where it is not a function as it stands.
 
 
 def _fused_attention(qkv: Tensor, *, backend: str) -> Tensor:
     return functional.self_attention(qkv, qkv.shape[-1] // (3 * _HEAD), backend=backend)
 
 
-def _samples(rows: int) -> tuple[int, int]:
+def _linear_and_cosine(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
+    return functional.layersync_loss(F.linear(hidden, weight, bias), teacher)
+
+
+# Sizes of their inputs.
+
+
+def _tokens(rows: int, width: int) -> Shape:
+    """(B, N, D)."""
     tokens = min(rows, _TOKENS)
-    return rows // tokens, tokens
+    return rows // tokens, tokens, width
+
+
+def _per_sample(rows: int, width: int) -> Shape:
+    """(B, D)."""
+    return _tokens(rows, width)[0], width
+
+
+def _norm_inputs(rows: int, width: int) -> list[Shape]:
+    return [_tokens(rows, width), *[_per_sample(rows, width)] * 2]
+
+
+def _residual_norm_inputs(rows: int, width: int) -> list[Shape]:
+    return [*[_tokens(rows, width)] * 2, *[_per_sample(rows, width)] * 3]
+
+
+def _mlp_inputs(rows: int, width: int) -> list[Shape]:
+    return [_tokens(rows, width), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+
+
+def _projected_inputs(rows: int, width: int) -> list[Shape]:
+    return [_tokens(rows, width), (_TEACHER_WIDTH, width), (_TEACHER_WIDTH,), _tokens(rows, _TEACHER_WIDTH)]
+
+
+@dataclass(frozen=True)
+class Op:
+    """An op that is timed.
+
+    Attributes:
+        eager: its formula as training repositories write it.
+        fused: the same with a `backend` keyword.
+        inputs: (rows, width) to the sizes of its inputs.
+        constants: how many of the last inputs need no gradient.
+        moved: (rows, width)-sized tensors that an ideal kernel reads and writes forward and backward, or None for an op
+            with matrix products.
+        exact: the formula for fp64 inputs, where eager casts to fp32.
+        unfused: the op as a linear layer and a fused loss, if it is one.
+    """
+
+    eager: Function
+    fused: Function
+    inputs: Callable[[int, int], list[Shape]]
+    constants: int = 0
+    moved: tuple[int, int] | None = None
+    exact: Function | None = None
+    unfused: Function | None = None
 
 
 OPS = {
     "cosine_alignment": Op(
-        eager_loss, functional.layersync_loss, lambda m, d: [(m, d), (m, d)], constants=1, moved=(2, 3)
-    ),
-    "modulated_layer_norm": Op(
-        _eager_norm,
-        functional.modulated_layer_norm,
-        lambda m, d: [(*_samples(m), d), *[(_samples(m)[0], d)] * 2],
+        eager_loss,
+        functional.layersync_loss,
+        inputs=lambda rows, width: [(rows, width), (rows, width)],
+        constants=1,
         moved=(2, 3),
+        exact=_fp64_loss,
     ),
+    "modulated_layer_norm": Op(_eager_norm, functional.modulated_layer_norm, inputs=_norm_inputs, moved=(2, 3)),
     "gated_residual_norm": Op(
-        _eager_residual_norm,
-        functional.gated_residual_norm,
-        lambda m, d: [*[(*_samples(m), d)] * 2, *[(_samples(m)[0], d)] * 3],
-        moved=(4, 6),
+        _eager_residual_norm, functional.gated_residual_norm, inputs=_residual_norm_inputs, moved=(4, 6)
     ),
-    "gelu_mlp": Op(
-        _eager_mlp, functional.gelu_mlp, lambda m, d: [(*_samples(m), d), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
-    ),
+    "gelu_mlp": Op(_eager_mlp, functional.gelu_mlp, inputs=_mlp_inputs),
     "projected_alignment": Op(
         _eager_projected,
         functional.projected_alignment_loss,
-        lambda m, d: [(*_samples(m), d), (_CRITIC, d), (_CRITIC,), (*_samples(m), _CRITIC)],
+        inputs=_projected_inputs,
         constants=1,
+        exact=_fp64_projected,
+        unfused=_linear_and_cosine,
     ),
     "gram_alignment": Op(
         _eager_gram,
         functools.partial(functional.gram_alignment_loss, margin=_GRAM_MARGIN),
-        lambda m, d: [(1, m, d), (1, m, d)],
+        inputs=lambda rows, width: [(1, rows, width), (1, rows, width)],
         constants=1,
     ),
-    "self_attention": Op(_eager_attention, _fused_attention, lambda m, d: [(*_samples(m), 3 * d)]),
+    "self_attention": Op(_eager_attention, _fused_attention, inputs=lambda rows, width: [_tokens(rows, 3 * width)]),
     "spatial_norm": Op(
-        _eager_spatial_norm, functional.spatial_norm, lambda m, d: [(*_samples(m), d)], constants=1, moved=(2, 0)
+        _eager_spatial_norm,
+        functional.spatial_norm,
+        inputs=lambda rows, width: [_tokens(rows, width)],
+        constants=1,
+        moved=(2, 0),
     ),
 }
 
@@ -220,8 +258,8 @@ def eager(case: Case) -> Function:
 
 def exact(case: Case) -> Function:
     """The op in plain PyTorch, for fp64 inputs."""
-    own: dict[str, Function] = {"cosine_alignment": _fp64_loss, "projected_alignment": _fp64_projected}
-    return own.get(case.op, OPS[case.op].eager)
+    op = OPS[case.op]
+    return op.exact or op.eager
 
 
 def provider(name: str, case: Case) -> Function:
@@ -237,9 +275,10 @@ def provider(name: str, case: Case) -> Function:
         torch._dynamo.reset()  # a graph per case, specialised to its shape: the best that the compiler does
         return torch.compile(eager(case), dynamic=False)
     if name == "unfused":
-        if case.op != "projected_alignment":
+        unfused = OPS[case.op].unfused
+        if unfused is None:
             raise RuntimeError("only projected_alignment has a form of linear layer and fused loss")
-        return _linear_and_cosine
+        return unfused
     if name == "inductor":
         return _compiled_with_pass(case)
     if name not in PROVIDERS:

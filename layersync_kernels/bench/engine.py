@@ -1,9 +1,10 @@
 """Times the providers of a case against each other.
 
 Providers take turns inside every round, so that a slow spell of the machine hits them alike and ratios hold where
-single times do not; inputs rotate through more memory than the caches hold; a provider is timed only after its outputs
-and gradients have been checked against fp64, and a copy of one tensor runs in the same rounds as the yardstick of
-bandwidth.
+single times do not. From round to round inputs rotate through 256 MB or 16 sets, and inside a round they are the same
+for all: small ones are in the cache by the second provider's turn. A provider is timed only after its outputs and
+gradients have been checked against fp64, one that fails is a row with its problem, and a copy of one tensor runs in the
+same rounds as the yardstick of bandwidth.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor
 
 from ..runtime.memory import keep_freed_memory
-from .cases import MODES, Case, Function, eager, exact, provider
+from .cases import MODES, PROVIDERS, Case, Function, eager, exact, provider
 
 _ROTATE_BYTES = 256 << 20
 _MAX_SETS = 16
@@ -34,7 +35,9 @@ class Row:
         p20_ms, p50_ms, p80_ms: quantiles of the time, milliseconds.
         bytes_moved: what an ideal kernel reads and writes; None for an op with matrix products.
         gb_per_s: that over the median time.
-        copy_fraction: that, over the bandwidth of copying one tensor in the same rounds.
+        copy_fraction: that, over the bandwidth of copying one tensor in the same rounds, a read and a write. No limit:
+            more than 1 where inputs come from the cache, as a backward pass finds there what the forward pass has just
+            read, and where a kernel's stores go past it, while the copy's first fetch the line that they write to.
         saved_bytes: bytes kept for the backward pass beyond the inputs.
         peak_bytes: most memory allocated beyond the inputs (GPU only).
         vs_eager, vs_compile: how many times faster; the median over rounds of the ratio inside a round.
@@ -237,31 +240,38 @@ def measure(
             half of the time, of every provider, by their luck.
 
     Yields:
-        one row per mode and provider, and one for the copy.
+        one row per mode and provider, and one for the copy. A provider that cannot run, computes something wrong or
+        fails in whatever way, in its check or later, has a problem instead of times, and the others go on.
+
+    Raises:
+        ValueError: an unknown provider.
     """
+    if unknown := set(providers) - set(PROVIDERS):
+        raise ValueError(f"unknown provider {', '.join(sorted(unknown))}; expected some of {', '.join(PROVIDERS)}")
     if keep_memory and case.device == "cpu":
         keep_freed_memory()
     facts = machine_facts(case.device)
     functions: dict[str, Function] = {}
     problems: dict[str, str] = {}
+    saved: dict[str, int] = {}
+    first = case.inputs(0)
     for name in providers:
         try:
-            functions[name] = provider(name, case)
-            problem = check(case, functions[name])
-        except RuntimeError as error:
-            problem = str(error)
+            function = provider(name, case)
+            problem = check(case, function)
+            if problem is None:
+                functions[name], saved[name] = function, saved_bytes(function, first)
+        except Exception as error:  # Triton's and Inductor's are of many classes
+            problem = describe_failure(error)
         if problem is not None:
-            functions.pop(name, None)
             problems[name] = problem
 
-    first = case.inputs(0)
     size = sum(x.numel() * x.element_size() for x in first)
     sets = [first, *map(case.inputs, range(1, min(_MAX_SETS, max(2, -(-_ROTATE_BYTES // size)))))]
     gradients = _gradients_of(_outputs(eager(case), first))
     source = torch.empty((case.rows, case.width), dtype=case.dtype, device=case.device).normal_()
     target = torch.empty_like(source)
     timer = _Timer(case.device)
-    saved = {name: saved_bytes(function, first) for name, function in functions.items()}
     for mode in [mode for mode in modes if mode in case.modes]:
         times: dict[str, list[float]] = {name: [] for name in ("copy", *functions)}
         peaks: dict[str, int] = {}
@@ -271,11 +281,16 @@ def measure(
                 break
             inputs = sets[turn % len(sets)]
             milliseconds = {"copy": timer(lambda: target.copy_(source))}
-            for name, function in functions.items():
+            for name, function in list(functions.items()):
                 if case.device == "cuda":
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
-                milliseconds[name] = _timed(timer, function, mode, inputs, gradients, case.repeats)
+                try:
+                    milliseconds[name] = _timed(timer, function, mode, inputs, gradients, case.repeats)
+                except Exception as error:  # out of memory: the check was of fewer rows
+                    problems[name] = describe_failure(error)
+                    del functions[name]
+                    continue
                 if case.device == "cuda":
                     peaks[name] = torch.cuda.max_memory_allocated() - before
             if turn >= warmup:
@@ -298,7 +313,12 @@ def measure(
             yield Row(case.op, case.name, mode, name, case.device, problem=problem, machine=facts)
 
 
+def describe_failure(error: Exception) -> str:
+    """The message, and the class where that says more than that something is not possible here."""
+    return str(error) if type(error) is RuntimeError else f"{type(error).__name__}: {error}"
+
+
 def _speedup(times: dict[str, list[float]], name: str, against: str) -> float | None:
-    if against not in times or name == "copy":
+    if name == "copy" or len(times.get(against, ())) != len(times[name]):  # not asked for, or it failed
         return None
     return statistics.median(other / own for own, other in zip(times[name], times[against], strict=True))

@@ -1,8 +1,8 @@
-"""Hooks that keep what two blocks return."""
+"""What the hooks of a pair keep: the outputs of its two blocks in the last forward pass."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -12,8 +12,26 @@ from .blocks import Block, unwrapped
 from .tokens import Layout
 
 
+class Captured(NamedTuple):
+    """What the hooks of a pair have seen since it was forgotten last.
+
+    Attributes:
+        hidden: what the student returned; its tokens, projected or detached, where the hook had to look at them.
+        target: what the teacher returned after that.
+        repeated: another forward pass began before this one's loss.
+        without_grad: a pass came by without grad, as in validation.
+        reentrant: a pass came by in which a reentrant checkpoint switched grad off.
+    """
+
+    hidden: Any = None
+    target: Any = None
+    repeated: bool = False
+    without_grad: bool = False
+    reentrant: bool = False
+
+
 class CapturedPair:
-    """What two blocks returned in the last forward pass. Its methods are the hooks.
+    """A pair of blocks with what they returned in the last forward pass. Its methods are the hooks.
 
     The hooks only keep references, so that they may run any number of times, in graphs and in recomputations. Every
     attribute that they read is a guard of a compiled graph, hence flags and no counters.
@@ -25,22 +43,22 @@ class CapturedPair:
         teacher: Block,
         layouts: tuple[Layout, Layout],
         projector: nn.Module | None,
-        tap_key: int | None,
+        entry_key: int | None,
     ) -> None:
         self.active = True
         self.student, self.teacher, self.layouts = student, teacher, layouts
-        self.projector, self.tap_key = projector, tap_key
+        self.projector, self.entry_key = projector, entry_key
         self.forget()
 
     def forget(self) -> None:
         """Drop what was captured."""
-        self.restore((None, None, False, False, False))
+        self.restore(Captured())
 
-    def captured(self) -> tuple[Any, ...]:
-        """What `restore` takes."""
-        return self.hidden, self.target, self.repeated, self.without_grad, self.reentrant
+    def captured(self) -> Captured:
+        """What was captured, for `restore`."""
+        return Captured(self.hidden, self.target, self.repeated, self.without_grad, self.reentrant)
 
-    def restore(self, captured: tuple[Any, ...]) -> None:
+    def restore(self, captured: Captured) -> None:
         """Go back to what was captured then."""
         self.hidden, self.target, self.repeated, self.without_grad, self.reentrant = captured
 
@@ -54,32 +72,32 @@ class CapturedPair:
             return None
         again = recomputing()
         hidden = output
-        if self.projector is not None or self.tap_key is not None:
+        if self.projector is not None or self.entry_key is not None:
             hidden = self.layouts[0].find(output, self.student.path, unwrapped(module))
         if self.projector is not None:
             hidden = self.projector(hidden)
-        elif self.tap_key is not None:
+        elif self.entry_key is not None:
             if torch.is_grad_enabled():
-                tapped = reentrant.tap(hidden, self.tap_key)
-                output = self.layouts[0].put(output, tapped, self.student.path, unwrapped(module))
+                entered = reentrant.entry(hidden, self.entry_key)
+                output = self.layouts[0].put(output, entered, self.student.path, unwrapped(module))
             hidden = hidden.detach()
         if not again:
             if self.target is not None:
                 self.repeated = True
             self.hidden, self.target = hidden, None  # never one pass's student with another one's teacher
-        return output if self.tap_key is not None else None
+        return output if self.entry_key is not None else None
 
     def on_teacher(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
         """Forward hook of the teacher block."""
         if not self.active or not self._counts(args):
             return None
-        if self.projector is None and self.tap_key is None:
+        if self.projector is None and self.entry_key is None:
             if not recomputing():
                 self.target = output
             return None
         target = self.layouts[1].find(output, self.teacher.path, unwrapped(module))
         if not recomputing():
-            self.target = target.detach() if self.tap_key is not None else target
+            self.target = target.detach() if self.entry_key is not None else target
         if self.projector is None or self.hidden is None:
             return None
         # DDP looks for used parameters from the model's output, where the projector is not; this puts it there.
@@ -92,7 +110,7 @@ class CapturedPair:
             return True
         if any(isinstance(arg, Tensor) and arg.requires_grad for arg in args):
             self.reentrant = True
-            return self.tap_key is not None
+            return self.entry_key is not None
         self.without_grad = True
         return False
 

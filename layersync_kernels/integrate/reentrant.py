@@ -1,14 +1,23 @@
-"""`mode="tap"`: an identity on the student whose backward pass adds the alignment's gradient.
+"""`mode="reentrant"`: the alignment of blocks that run under reentrant checkpoints.
 
-Under a reentrant checkpoint the first pass of a block has no graph, so nothing that is captured there can be
-differentiated. The tap is applied again when the block runs again in the backward pass, and finds there the gradient
-that `loss()` has computed. It waits in `_ARRIVED` from the moment when the loss's own node, which autograd runs before
-the older ones of the model, learns by what factor the loss was multiplied.
+A reentrant checkpoint (`torch.utils.checkpoint` with `use_reentrant=True`) runs a block without grad in the forward
+pass, so that nothing of it is kept, and once more in the backward pass, with grad, to differentiate it on the spot.
+
+What goes wrong: the output that a hook sees in the forward pass has no graph, so a loss made of it trains nothing. The
+output that has one comes to be while the backward pass is under way, and by then the loss must have been computed.
+
+What this file does: `carrier` differentiates the loss with respect to the student's tokens at once, and the student's
+hook puts an `entry` on the block's output whenever that has a graph: an identity whose backward pass adds the gradient
+that is waiting to what comes from the rest of the model. The two meet because the loss that the trainer gets is a node
+of its own. Autograd runs the newest nodes of a device first, so that node runs before those of the model, learns by
+what factor the loss was multiplied (loss scaling, accumulation), and puts the gradients where entries look: into
+`_ARRIVED`. A backward pass in which they did not meet raises.
 """
 
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -20,18 +29,18 @@ _ARRIVED: dict[int, tuple[_Alignment, Tensor]] = {}
 
 
 class _Alignment:
-    """The gradients that one `loss()` adds, by tap, in units of `unit`."""
+    """The gradients that one `loss()` adds, by key of an entry, in units of `unit`, a power of two."""
 
     def __init__(self, gradients: dict[int, Tensor], unit: float) -> None:
         self.waiting = gradients
         self.unit = unit
 
     def arrive(self, grad: Tensor) -> None:
-        """The loss's node ran: its taps may add their gradients, times `grad`."""
+        """The loss's node ran: its entries may add their gradients, times `grad`."""
         taken = [key for key in self.waiting if key in _ARRIVED]
         if taken:
             raise RuntimeError(
-                "LayerSync: mode='tap' takes one loss() in a backward pass; backpropagate each by itself"
+                "LayerSync: mode='reentrant' takes one loss() in a backward pass; backpropagate each by itself"
             )
         self.left = set(self.waiting)
         for key, gradient in self.waiting.items():
@@ -44,14 +53,14 @@ class _Alignment:
             _ARRIVED.pop(key, None)
         if self.left:
             raise RuntimeError(
-                "LayerSync: mode='tap' could not add the alignment's gradient, as the student block took no part in "
-                "this backward pass after the loss did: backpropagate loss() together with the task's loss, once, and "
-                "make sure that something up to the student is trained"
+                "LayerSync: mode='reentrant' could not add the alignment's gradient, as the student block took no part "
+                "in this backward pass after the loss did: backpropagate loss() together with the task's loss, once, "
+                "and make sure that something up to the student is trained"
             )
 
 
 def new_key() -> int:
-    """A key for a pair's tap."""
+    """A key for a pair's entry."""
     return next(_keys)
 
 
@@ -75,7 +84,7 @@ def _(grad: Tensor, key: int) -> Tensor:
     return torch.empty_like(grad)
 
 
-class _Tap(torch.autograd.Function):
+class _Entry(torch.autograd.Function):
     @staticmethod
     def forward(hidden: Tensor, key: int) -> Tensor:
         return hidden.view_as(hidden)
@@ -89,12 +98,12 @@ class _Tap(torch.autograd.Function):
         return _add_alignment(grad, ctx.key) if torch.compiler.is_compiling() else _add(grad, ctx.key), None
 
 
-def tap(hidden: Tensor, key: int) -> Tensor:
-    """The student's tensor, with its tap."""
-    return _Tap.apply(hidden, key)
+def entry(hidden: Tensor, key: int) -> Tensor:
+    """The student's tensor, where the alignment's gradient enters its backward pass."""
+    return _Entry.apply(hidden, key)
 
 
-class _Token(torch.autograd.Function):
+class _Carrier(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, value: Tensor, alignment: _Alignment) -> Tensor:
         ctx.alignment = alignment
@@ -106,13 +115,17 @@ class _Token(torch.autograd.Function):
         return None, None, None
 
 
-def token(value: Tensor, gradients: dict[int, Tensor], unit: float) -> Tensor:
-    """The loss as a scalar whose gradient makes the taps add theirs.
+def carrier(loss: Tensor, students: Mapping[int, Tensor], *, mean: bool) -> Tensor:
+    """The loss as a scalar whose backward pass makes the entries add their gradients.
 
     Args:
-        value: 0-d, on the model's device: autograd runs the nodes of a device newest first.
-        gradients: by key, of value / unit.
-        unit: a power of two.
+        loss: 0-d, on the model's device: autograd runs the nodes of a device newest first. Differentiated here.
+        students: key of an entry → the tokens that the loss was made of, leaves.
+        mean: whether the loss is a mean over tokens; else a sum.
     """
-    anchor = torch.zeros((), device=value.device, requires_grad=True)
-    return _Token.apply(anchor, value, _Alignment(gradients, unit))
+    # In units in which a half-precision gradient does not underflow; the incoming factor takes them out again.
+    tokens = max(student.numel() // student.shape[-1] for student in students.values())
+    unit = 2.0 ** -(tokens.bit_length() if mean else 0)
+    gradients = torch.autograd.grad(loss / unit, list(students.values()))
+    anchor = torch.zeros((), device=loss.device, requires_grad=True)
+    return _Carrier.apply(anchor, loss.detach(), _Alignment(dict(zip(students, gradients, strict=True)), unit))

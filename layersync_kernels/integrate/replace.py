@@ -13,16 +13,14 @@ import math
 import warnings
 from collections.abc import Hashable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from ..compiler.recompute import check_mode
 from ..modules.block import AdaLNZeroBlock
-
-if TYPE_CHECKING:
-    from ..modules.published import SiTBlock
+from ..modules.published import SiTBlock
 
 __all__ = ["Replacement", "apply_layersync_kernels"]
 
@@ -41,7 +39,7 @@ _ALREADY_FUSED = "it is fused already"
 # In fp64 other ways of writing the same block differ by 1e-15, GELU without the tanh by 1e-4.
 _TOLERANCE = 1e-6
 
-_Block = TypeVar("_Block", "SiTBlock", AdaLNZeroBlock)
+_Block = TypeVar("_Block", SiTBlock, AdaLNZeroBlock)
 
 
 class Replacement:
@@ -294,8 +292,6 @@ def _mismatch(block: nn.Module) -> str | None:
 
 
 def _compare(block: nn.Module) -> str | None:
-    from ..modules.published import SiTBlock
-
     # On the CPU in fp64, wherever the model is: no TF32, and no need of the model's own values. Hooks stay behind.
     draw = partial(torch.randn, generator=torch.Generator().manual_seed(0), dtype=torch.float64, device="cpu")
     stand_ins: dict[int, object] = {

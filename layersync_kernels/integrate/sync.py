@@ -16,10 +16,9 @@ from ..losses.pairs import default_pair
 from . import reentrant
 from .blocks import Blocks, unwrapped
 from .capture import CapturedPair
-from .tokens import Layout, Pick, Select, align_tokens
+from .tokens import Pick, Select, align_tokens, both_layouts
 
 logger = logging.getLogger(__name__)
-
 
 End = int | str | nn.Module
 
@@ -39,12 +38,13 @@ class LayerSync(nn.Module):
         model: the network, wrapped or not. It holds the hooks and is not a submodule of this module.
         student: the shallow block: its depth, counted from 1; its module path ("blocks.7", counted from 0 as Python
             does); or the module. Default: `default_pair` for the model's depth.
-        teacher: the deep block, likewise.
+        teacher: the deep block, given as the student is.
         weight: λ, one for all pairs or one each.
         pairs: (student, teacher) tuples instead of one student and teacher.
-        mode: "hooks"; or "tap", for models under reentrant checkpoints alone: the alignment's gradient, computed in
-            `loss()`, joins that of the student in its backward pass (one more hidden state in memory; `loss()` must be
-            backpropagated together with the task's loss; no projector, no reduction="none", no teacher_grad).
+        mode: "hooks"; or "reentrant" (once called "tap", which is still taken), for models under reentrant checkpoints
+            alone: the alignment's gradient, computed in `loss()`, joins that of the student in its backward pass (one
+            more hidden state in memory; `loss()` must be backpropagated together with the task's loss; no projector,
+            no reduction="none", no teacher_grad).
         blocks: path, or paths in order, of what holds the blocks, where it is not found by itself.
         output: which part of a block's output holds the hidden tokens: None finds it in a tensor, a tuple, a mapping or
             a dataclass with one candidate, and in pairs of streams whose names say so; else an index, a key or
@@ -56,13 +56,14 @@ class LayerSync(nn.Module):
         projector: a module applied to the student's tokens (last dimension), part of the model so that the optimiser,
             DDP, FSDP, EMA and checkpoints see it; or its path. Where steps are skipped, DDP needs
             find_unused_parameters=True.
-        schedule: as in `LayerSyncLoss`, with `start_step`, `stop_step` and `every`; set `step` before each forward.
-        start_step: as in `LayerSyncLoss`.
-        stop_step: likewise.
-        every: likewise.
-        teacher_grad: as in `functional.layersync_loss`.
-        eps: likewise.
-        backend: likewise.
+        schedule: "constant"; or "linear" or "cosine" from 1 at `start_step` to 0 at `stop_step`. Set `step` before each
+            forward pass where anything depends on it.
+        start_step: where a decay begins.
+        stop_step: from this step on the loss is off; None: never, for "constant" alone.
+        every: align in every n-th step only (those divisible by n), with unchanged weight.
+        teacher_grad: whether the gradient flows into the teacher too.
+        eps: a row whose norm is under it has cosine 0 and gradient 0.
+        backend: of the loss: "auto", "reference", "cpp", "triton" or "cuda".
 
     Attributes:
         value: what `loss()` returned last, detached, without a host synchronisation; None before.
@@ -104,10 +105,11 @@ class LayerSync(nn.Module):
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        if mode not in ("hooks", "tap"):
-            raise ValueError(f"LayerSync: unknown mode={mode!r}; expected 'hooks' or 'tap'")
-        if mode == "tap" and (projector is not None or teacher_grad):
-            raise ValueError("LayerSync: mode='tap' has no projector and no teacher_grad; use mode='hooks'")
+        mode = "reentrant" if mode == "tap" else mode
+        if mode not in ("hooks", "reentrant"):
+            raise ValueError(f"LayerSync: unknown mode={mode!r}; expected 'hooks' or 'reentrant'")
+        if mode == "reentrant" and (projector is not None or teacher_grad):
+            raise ValueError("LayerSync: mode='reentrant' has no projector and no teacher_grad; use mode='hooks'")
         self.mode = mode
         found = Blocks(model, blocks)
         ends = [(found.find(s), found.find(t)) for s, t in self._ends(found, student, teacher, pairs)]
@@ -122,10 +124,10 @@ class LayerSync(nn.Module):
             eps=eps,
             backend=backend,
         )
-        layouts = _layouts(output, tokens, token_dim)
+        layouts = both_layouts(output, tokens, token_dim)
         head = None if projector is None else _projector(model, found, projector)
         self._pairs = [
-            CapturedPair(s, t, layouts, head, reentrant.new_key() if mode == "tap" else None) for s, t in ends
+            CapturedPair(s, t, layouts, head, reentrant.new_key() if mode == "reentrant" else None) for s, t in ends
         ]
         self._handles = [
             handle
@@ -286,7 +288,7 @@ class LayerSync(nn.Module):
                     f"LayerSync: nothing up to student {pair.student} is trained, so the loss is a constant; choose a "
                     "later student, or train (LoRA) earlier blocks too"
                 )
-        compute = self._tapped_loss if self.mode == "tap" else self._aligned
+        compute = self._reentrant_loss if self.mode == "reentrant" else self._aligned
         loss = compute(hidden, mask, reduction, token_weight)
         if loss.requires_grad and not torch.compiler.is_compiling():
             loss.register_hook(self._keep_recomputations_out)
@@ -295,7 +297,7 @@ class LayerSync(nn.Module):
     def _tokens_of(self, pair: CapturedPair) -> tuple[Tensor, Tensor]:
         """The tensors that hold a pair's tokens, as the blocks laid them out."""
         student, teacher = pair.hidden, pair.target
-        if pair.tap_key is None and pair.projector is None:  # else the hooks had to look already
+        if pair.entry_key is None and pair.projector is None:  # else the hooks had to look already
             student = pair.layouts[0].find(student, pair.student.path, unwrapped(pair.student.module))
             teacher = pair.layouts[1].find(teacher, pair.teacher.path, unwrapped(pair.teacher.module))
         return student, teacher
@@ -311,23 +313,24 @@ class LayerSync(nn.Module):
             mask, token_weight = aligned.mask, aligned.token_weight
         return self.alignment(states, step=self._step, mask=mask, token_weight=token_weight, reduction=reduction)
 
-    def _tapped_loss(
+    def _reentrant_loss(
         self, hidden: list[tuple[Tensor, Tensor]], mask: Tensor | None, reduction: str, token_weight: Tensor | None
     ) -> Tensor:
         if not torch.is_grad_enabled():
             return self._aligned(hidden, mask, reduction, token_weight)
         if torch.compiler.is_compiling():
-            raise RuntimeError("LayerSync: with mode='tap' call loss() outside of what torch.compile sees in one graph")
+            raise RuntimeError(
+                "LayerSync: with mode='reentrant' call loss() outside of what torch.compile sees in one graph"
+            )
         if reduction == "none":
-            raise ValueError("LayerSync: mode='tap' gives a scalar; reduction must be 'mean' or 'sum'")
-        students = [student.requires_grad_() for student, _ in hidden]  # leaves: the hooks detached them
+            raise ValueError("LayerSync: mode='reentrant' gives a scalar; reduction must be 'mean' or 'sum'")
+        students = {
+            pair.entry_key: student.requires_grad_()  # a leaf: the hook detached it
+            for pair, (student, _) in zip(self._pairs, hidden, strict=True)
+            if pair.entry_key is not None
+        }
         loss = self._aligned(hidden, mask, reduction, token_weight)
-        # In units in which a half-precision gradient does not underflow; what reaches the loss takes them out again.
-        tokens = max(student.numel() // student.shape[-1] for student in students)
-        unit = 2.0 ** -(tokens.bit_length() if reduction == "mean" else 0)
-        gradients = torch.autograd.grad(loss / unit, students)
-        keys = [pair.tap_key for pair in self._pairs if pair.tap_key is not None]
-        return reentrant.token(loss.detach(), dict(zip(keys, gradients, strict=True)), unit)
+        return reentrant.carrier(loss, students, mean=reduction == "mean")
 
     def _keep_recomputations_out(self, _grad: Tensor) -> None:
         """At the end of this backward pass, forget what the hooks kept when checkpoints ran the blocks again.
@@ -346,7 +349,7 @@ class LayerSync(nn.Module):
         if any(pair.reentrant for pair in self._pairs):
             return (
                 "LayerSync: the blocks ran under a reentrant checkpoint, whose first pass records no graph; use "
-                "checkpoint(..., use_reentrant=False), or LayerSync(..., mode='tap')"
+                "checkpoint(..., use_reentrant=False), or LayerSync(..., mode='reentrant')"
             )
         for pair in self._pairs:
             if pair.hidden is not None:
@@ -373,23 +376,6 @@ class LayerSync(nn.Module):
         weights = self.alignment.weights
         pairs = [f"{p.student} <- {p.teacher} x {w:g}" for p, w in zip(self._pairs, weights, strict=True)]
         return ", ".join([*pairs, f"mode={self.mode}"])
-
-
-def _layouts(
-    output: Pick | tuple[Pick, Pick], tokens: Select | tuple[Select, Select], token_dim: int | tuple[int, int]
-) -> tuple[Layout, Layout]:
-    """The student's and the teacher's layout from arguments for both, or for each."""
-    sides: list[list[Any]] = []
-    for name, value in (("output", output), ("tokens", tokens), ("token_dim", token_dim)):
-        if isinstance(value, tuple) and len(value) != 2:
-            raise ValueError(f"LayerSync: {name}={value!r}; a tuple holds the student's and the teacher's, two values")
-        sides.append(list(value) if isinstance(value, tuple) else [value, value])
-    student, teacher = (Layout(*side) for side in zip(*sides, strict=True))
-    for layout in (student, teacher):
-        layout.check()
-    if student.select != teacher.select and any(layout.select in ("head", "tail") for layout in (student, teacher)):
-        raise ValueError(f"LayerSync: tokens={tokens!r}; 'head' and 'tail' are for both sides")
-    return student, teacher
 
 
 def _projector(model: nn.Module, found: Blocks, projector: nn.Module | str) -> nn.Module:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from ..modules.stream import BlockOutput
+from ..modules.block import BlockOutput
 
 Pick = int | str | Callable[[Any], Tensor] | None
 Select = slice | str | Callable[[Tensor], Tensor] | None
@@ -147,7 +147,7 @@ class Layout(NamedTuple):
             copied[key] = tensor
             return copied
         raise TypeError(
-            f"LayerSync: {block} returns {_describe(output)}; mode='tap' and projector= need a "
+            f"LayerSync: {block} returns {_describe(output)}; mode='reentrant' and projector= need a "
             "tensor, tuple, list or dict"
         )
 
@@ -164,6 +164,28 @@ class Layout(NamedTuple):
                 f"LayerSync: {block} returns {tuple(tensor.shape)}; token_dim={self.token_dim} is not there"
             )
         return tensor.movedim(self.token_dim, 1)
+
+
+def both_layouts(
+    output: Pick | tuple[Pick, Pick], tokens: Select | tuple[Select, Select], token_dim: int | tuple[int, int]
+) -> tuple[Layout, Layout]:
+    """The student's and the teacher's layout from arguments of `LayerSync`, for both or for each.
+
+    Raises:
+        TypeError: an argument of the wrong kind.
+        ValueError: a tuple of other than two; "head" or "tail" for one side alone.
+    """
+    sides: list[list[Any]] = []
+    for name, value in (("output", output), ("tokens", tokens), ("token_dim", token_dim)):
+        if isinstance(value, tuple) and len(value) != 2:
+            raise ValueError(f"LayerSync: {name}={value!r}; a tuple holds the student's and the teacher's, two values")
+        sides.append(list(value) if isinstance(value, tuple) else [value, value])
+    student, teacher = (Layout(*side) for side in zip(*sides, strict=True))
+    for layout in (student, teacher):
+        layout.check()
+    if student.select != teacher.select and any(layout.select in ("head", "tail") for layout in (student, teacher)):
+        raise ValueError(f"LayerSync: tokens={tokens!r}; 'head' and 'tail' are for both sides")
+    return student, teacher
 
 
 class Aligned(NamedTuple):

@@ -1,10 +1,8 @@
 """nn.Module pieces of a denoiser's block."""
 
-from .attention import Attention
-from .block import AdaLNZeroBlock
+from .attention import Attention, rope_2d
+from .block import AdaLNZeroBlock, BlockOutput
 from .mlp import GeluMlp, SwiGluMlp
-from .norm import ModulatedNorm
-from .rope import rope_2d
-from .stream import BlockOutput, Stream
+from .norm import ModulatedNorm, Stream
 
 __all__ = ["AdaLNZeroBlock", "Attention", "BlockOutput", "GeluMlp", "ModulatedNorm", "Stream", "SwiGluMlp", "rope_2d"]

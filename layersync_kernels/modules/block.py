@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from torch import Tensor, nn
 
 from ..compiler.recompute import check_mode, recomputed
 from ..functional.seam import Tap, gated_residual
 from .attention import Attention
 from .mlp import GeluMlp, SwiGluMlp
-from .norm import ModulatedNorm
-from .stream import BlockOutput, Stream
+from .norm import ModulatedNorm, Stream
+
+
+class BlockOutput(NamedTuple):
+    """What a block does to a stream.
+
+    Attributes:
+        stream: with this block's MLP branch still to be added.
+        hidden: (B, N, D), the stream at the block's entrance, which is the output of the block before.
+        cosine: (B, N) fp32, of the student with `hidden`, or None.
+        tap: of `hidden`, or None.
+    """
+
+    stream: Stream
+    hidden: Tensor
+    cosine: Tensor | None
+    tap: Tap | None
 
 
 class AdaLNZeroBlock(nn.Module):

@@ -1,12 +1,27 @@
-"""Norms: of a block's entrance, modulated, and of the heads of attention."""
+"""Norms: of a block's entrance, where a stream's pending update is added, and of the heads of attention."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..functional.seam import Seam, Tap, aligned_residual_norm, modulated_layer_norm, modulated_rms_norm
-from .stream import Stream
+
+
+class Stream(NamedTuple):
+    """A residual stream whose last update is still to be added, in the pass that also norms it.
+
+    Attributes:
+        residual: (B, N, D).
+        branch: (B, N, D), what the last half-block returned, or None.
+        gate: (B, D), its gate, or None.
+    """
+
+    residual: Tensor
+    branch: Tensor | None = None
+    gate: Tensor | None = None
 
 
 class ModulatedNorm(nn.Module):

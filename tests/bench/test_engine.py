@@ -37,6 +37,60 @@ def test_a_wrong_provider_is_named_and_not_timed(wrong, what, monkeypatch):
     assert rows["eager"].p50_ms > 0
 
 
+class CompilationError(Exception):
+    """No RuntimeError, as Triton's is none."""
+
+
+def fails_when_made():
+    raise CompilationError("no such instruction")
+
+
+def fails_when_called():
+    def run(student, teacher):
+        raise CompilationError("no such instruction")
+
+    return run
+
+
+def fails_when_timed():
+    """It gets through the check and the count of saved bytes, which call it once each."""
+    calls = iter(range(2))
+
+    def run(student, teacher):
+        if next(calls, None) is None:
+            raise CompilationError("no such instruction")
+        return layersync_loss(student, teacher)
+
+    return run
+
+
+@pytest.mark.parametrize("make", [fails_when_made, fails_when_called, fails_when_timed])
+def test_a_provider_that_fails_is_a_row_and_the_others_go_on(make, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(engine, "provider", lambda name, case: make() if name == "triton" else provider(name, case))
+    path = tmp_path / "rows.jsonl"
+    arguments = ["ops", "--device", "cpu", "--ops", "cosine_alignment", "--size", "64", "32", "--rounds", "1"]
+    assert cli.main([*arguments, "--providers", "triton", "eager", "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    failed = [row for row in rows if row["provider"] == "triton"]
+    assert {row["mode"] for row in failed} == {"forward", "backward", "both"}
+    assert {row["problem"] for row in failed} == {"CompilationError: no such instruction"}
+    assert {row["p50_ms"] for row in failed} == {None}
+    assert all(row["p50_ms"] > 0 for row in rows if row["provider"] == "eager")
+    assert capsys.readouterr().out.count("64x32 float32: triton not timed: CompilationError") == 1
+
+
+def test_an_interrupt_and_an_unknown_provider_end_the_run(monkeypatch):
+    with pytest.raises(ValueError, match="unknown provider"):
+        list(engine.measure(SMALL, ["jax"]))
+
+    def interrupted(name, case):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(engine, "provider", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        list(engine.measure(SMALL, ["eager"]))
+
+
 def test_rows_carry_bytes_bandwidth_and_ratios():
     rows = list(engine.measure(SMALL, ["eager", "cpp"], rounds=5, warmup=1))
     assert [(row.mode, row.provider) for row in rows if row.problem is None] == [

@@ -96,7 +96,7 @@ def repa(_):
 
 def lightningdit(by_hand):
     torch.compiler.reset()
-    # The formula by hand cannot be used under reentrant checkpoints, which is why the guide takes the tap.
+    # The formula by hand cannot be used under reentrant checkpoints, which is why the guide takes mode="reentrant".
     model = standins.LightningDiT(depth=28, use_checkpoint=not by_hand)
     return ddp_names(model) | {
         "transport": standins.Transport(),

@@ -16,8 +16,9 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from layersync_kernels import LayerSync, layersync_loss
+from layersync_kernels.integrate.capture import Captured
 from layersync_kernels.modules.block import AdaLNZeroBlock
-from layersync_kernels.modules.stream import Stream
+from layersync_kernels.modules.norm import Stream
 
 WIDTH = 16
 
@@ -394,7 +395,8 @@ def test_the_model_is_untouched_and_removal_leaves_no_hook(tokens):
 
 
 @pytest.mark.parametrize(
-    ("mode", "reentrant"), [("hooks", None), ("hooks", False), ("tap", None), ("tap", False), ("tap", True)]
+    ("mode", "reentrant"),
+    [("hooks", None), ("hooks", False), ("reentrant", None), ("reentrant", False), ("reentrant", True)],
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_nothing_is_kept_after_the_step(mode, reentrant, compiled, tokens):
@@ -407,11 +409,11 @@ def test_nothing_is_kept_after_the_step(mode, reentrant, compiled, tokens):
         with set_checkpoint_early_stop(False):  # a recomputation runs to the end of the block, and its hooks too
             output = model(tokens).square().mean()
         (output + (loss := sync.loss())).backward()
-        assert sync._pairs[0].captured() == (None, None, False, False, False)
+        assert sync._pairs[0].captured() == Captured()
     assert not loss.isnan()
 
 
-@pytest.mark.parametrize("mode", ["hooks", "tap"])
+@pytest.mark.parametrize("mode", ["hooks", "reentrant"])
 def test_a_recomputation_without_the_loss_keeps_nothing(mode, tokens):
     model = Model(reentrant=False)
     sync = LayerSync(model, 2, 4, mode=mode)
@@ -419,7 +421,7 @@ def test_a_recomputation_without_the_loss_keeps_nothing(mode, tokens):
         output = model(tokens).square().mean()
     sync.loss()
     output.backward()
-    assert sync._pairs[0].captured() == (None, None, False, False, False)
+    assert sync._pairs[0].captured() == Captured()
 
 
 def test_hidden_states_die_with_the_step(tokens):
@@ -516,7 +518,7 @@ def test_switching_off_and_on_recompiles_once_and_validation_once(tokens):
     assert counter.frame_count == 3
 
 
-@pytest.mark.parametrize("mode", ["hooks", "tap"])
+@pytest.mark.parametrize("mode", ["hooks", "reentrant"])
 @torch._dynamo.config.patch(skip_fwd_side_effects_in_bwd_under_checkpoint=True)
 def test_checkpoints_inside_of_a_fully_compiled_model(mode, tokens):
     model = Model(reentrant=False)
@@ -530,7 +532,7 @@ def test_checkpoints_inside_of_a_fully_compiled_model(mode, tokens):
         assert_same(got, wanted)
 
 
-@pytest.mark.parametrize("mode", ["hooks", "tap"])
+@pytest.mark.parametrize("mode", ["hooks", "reentrant"])
 def test_a_compiled_training_step(mode, tokens):
     model = Model()
     plain = copy.deepcopy(model)
@@ -546,12 +548,13 @@ def test_a_compiled_training_step(mode, tokens):
         torch.testing.assert_close(sync.cosine["2:4"], -by_hand(states[1], states[3]).detach())
 
 
-# --- tap
+# --- reentrant mode
 
 
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
 @pytest.mark.parametrize(
-    ("mode", "reentrant"), [("hooks", None), ("hooks", False), ("tap", None), ("tap", False), ("tap", True)]
+    ("mode", "reentrant"),
+    [("hooks", None), ("hooks", False), ("reentrant", None), ("reentrant", False), ("reentrant", True)],
 )
 @pytest.mark.parametrize("compiled", [False, True])
 def test_both_modes_give_the_same_gradients(mode, reentrant, compiled, device, tokens):
@@ -571,11 +574,11 @@ def test_both_modes_give_the_same_gradients(mode, reentrant, compiled, device, t
         assert_same(got, wanted, scale)
 
 
-def test_the_tap_does_not_underflow_in_half_precision():
+def test_reentrant_mode_does_not_underflow_in_half_precision():
     model = Model().half()
     tokens = 1000 * torch.randn(8, 64, WIDTH, dtype=torch.half)  # unscaled, their gradients are below the least half
     both = []
-    for mode in ("hooks", "tap"):
+    for mode in ("hooks", "reentrant"):
         sync = LayerSync(model, 2, 4, mode=mode)
         both.append(gradients(model, 1024 * (0 * model(tokens).float().sum() + sync.loss())))
         sync.remove()
@@ -585,9 +588,9 @@ def test_the_tap_does_not_underflow_in_half_precision():
         torch.testing.assert_close(got[name], gradient, rtol=0.05, atol=0.05 * float(gradient.abs().max()))
 
 
-def test_a_tapped_loss_on_its_own_is_an_error_and_left_out_adds_nothing(tokens):
+def test_a_reentrant_loss_on_its_own_is_an_error_and_left_out_adds_nothing(tokens):
     model = Model(reentrant=True)
-    sync = LayerSync(model, 2, 4, mode="tap")
+    sync = LayerSync(model, 2, 4, mode="reentrant")
     model(tokens)
     with pytest.raises(RuntimeError, match="backpropagate loss\\(\\) together with the task's loss"):
         sync.loss().backward()
@@ -598,12 +601,16 @@ def test_a_tapped_loss_on_its_own_is_an_error_and_left_out_adds_nothing(tokens):
     assert_same(got, wanted)
 
 
-def test_two_tapped_losses_in_one_backward_pass_are_an_error(tokens):
+def test_two_reentrant_losses_in_one_backward_pass_are_an_error(tokens):
     model = Model()
-    sync = LayerSync(model, 2, 4, mode="tap")
+    sync = LayerSync(model, 2, 4, mode="reentrant")
     total = model(tokens).mean() + sync.loss() + model(tokens).mean() + sync.loss()
     with pytest.raises(RuntimeError, match="takes one loss\\(\\) in a backward pass"):
         total.backward()
+
+
+def test_the_old_name_of_reentrant_mode_is_still_taken():
+    assert LayerSync(Model(), 2, 4, mode="tap").mode == "reentrant"
 
 
 # --- projector
@@ -666,7 +673,7 @@ def test_a_reentrant_checkpoint_is_recognised(tokens):
     model = Model(reentrant=True)
     sync = LayerSync(model, 2, 4)
     model(tokens)
-    with pytest.raises(RuntimeError, match=r"use_reentrant=False\), or LayerSync\(\.\.\., mode='tap'\)"):
+    with pytest.raises(RuntimeError, match=r"use_reentrant=False\), or LayerSync\(\.\.\., mode='reentrant'\)"):
         sync.loss()
 
 
@@ -780,7 +787,7 @@ def test_token_counts_and_widths_that_differ_are_explained(tokens):
         ((2, 4.0), {}, TypeError, "got float"),
         ((2, Block()), {}, ValueError, "not a submodule"),
         ((2, 4), {"mode": "hook"}, ValueError, "unknown mode='hook'"),
-        ((2, 4), {"mode": "tap", "projector": "embed"}, ValueError, "mode='tap' has no projector"),
+        ((2, 4), {"mode": "reentrant", "projector": "embed"}, ValueError, "mode='reentrant' has no projector"),
         ((2, 4), {"projector": nn.Linear(2, 2)}, ValueError, r"not part of the model.*do model\.projector = projector"),
         ((2, 4), {"projector": 3}, TypeError, "a module or its path, got int"),
         ((2, 4), {"tokens": 1}, TypeError, r"tokens=1; .*slice\(1, None\)"),

@@ -12,12 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layersync_kernels import layersync_loss
 from layersync_kernels.compiler.recompute import RECOMPUTE
-from layersync_kernels.modules.attention import Attention
-from layersync_kernels.modules.block import AdaLNZeroBlock
-from layersync_kernels.modules.norm import ModulatedNorm
+from layersync_kernels.modules.attention import Attention, rope_2d
+from layersync_kernels.modules.block import AdaLNZeroBlock, BlockOutput
+from layersync_kernels.modules.norm import ModulatedNorm, Stream
 from layersync_kernels.modules.published import SiTBlock, modulate
-from layersync_kernels.modules.rope import rope_2d
-from layersync_kernels.modules.stream import BlockOutput, Stream
 from layersync_kernels.ops import native
 
 from ..support.backends import assert_as_exact_as

@@ -15,9 +15,8 @@ from torch import Tensor, nn
 from ...compiler.recompute import check_mode
 from ...functional.seam import Seam, Tap
 from ...modules.block import AdaLNZeroBlock
-from ...modules.norm import ModulatedNorm
+from ...modules.norm import ModulatedNorm, Stream
 from ...modules.published import SiTBlock, modulate
-from ...modules.stream import Stream
 from ..spec import SampleSpec
 from .embedders import LabelEmbedder, TimestepEmbedder
 from .patches import PatchEmbed
