@@ -13,16 +13,14 @@ import torch
 from layersync_kernels.errors import CheckpointError
 from layersync_kernels.sit.checkpoints import local as checkpoint
 from layersync_kernels.sit.checkpoints.local import (
-    find_weights,
     list_checkpoints,
     load_optimizer,
-    load_weights,
     optimizer_tensors,
     read_state,
     read_tensors,
     save_checkpoint,
 )
-from layersync_kernels.sit.checkpoints.published import Weights, fill_model
+from layersync_kernels.sit.checkpoints.weights import Weights, fill_model, find_weights, load_weights
 from layersync_kernels.sit.files import atomic_path
 from layersync_kernels.sit.models.sit import SiT
 

@@ -6,8 +6,7 @@
                                   rng.safetensors        generator states
                                   state.json             step, samples seen, training seconds, shape of the data
 
-Nothing here is pickled. Published ``.pt`` files ({"model", "ema", "opt", "args"}, or a bare state dict) are read with
-``weights_only=True``, where `argparse.Namespace` is the one class that is let through.
+Nothing here is pickled.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..config.run import CONFIG
 from ..files import TEMPORARY, flush
-from .published import Weights, load_published
 
 FOLDER = "checkpoints"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
@@ -149,46 +148,9 @@ def load_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tenso
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
-def find_weights(path: Path) -> Path:
-    """The newest checkpoint of a run, or the checkpoint folder or weight file that `path` is.
-
-    Raises:
-        CheckpointError: nothing there, or a run without checkpoints.
-    """
-    if path.is_file() or (path / "state.json").is_file():
-        return path
-    if not path.exists():
-        raise CheckpointError(
-            f"{path} does not exist; expected a run, a checkpoint folder, a .pt or a .safetensors file"
-        )
-    checkpoints = list_checkpoints(path)
-    if not checkpoints:
-        raise CheckpointError(f"{path} holds no checkpoint")
-    return checkpoints[-1]
-
-
 def run_of(path: Path) -> Path | None:
     """The run that a run folder or checkpoint folder belongs to, or None for a lone file."""
     for folder in (path, *path.absolute().parents[:2]):
-        if (folder / "config.json").is_file():
+        if (folder / CONFIG).is_file():
             return folder
     return None
-
-
-def load_weights(path: Path, *, ema: bool = True) -> Weights:
-    """Reads model weights from a run, a checkpoint folder, a safetensors file or a published ``.pt``.
-
-    Args:
-        path: where to look.
-        ema: take the averaged weights where both are there.
-
-    Raises:
-        CheckpointError: not found, truncated, or of a foreign kind; names the file.
-    """
-    found = find_weights(path)
-    if found.is_dir():
-        file = found / ("ema.safetensors" if ema else "model.safetensors")
-        return Weights(read_tensors(file), file)
-    if found.suffix == ".safetensors":
-        return Weights(read_tensors(found), found)
-    return load_published(found, ema=ema)

@@ -14,7 +14,8 @@ from rich.progress import track
 from torch import Tensor
 
 from ....errors import CheckpointError, ConfigError, DataError
-from ...checkpoints.local import find_weights, run_of
+from ...checkpoints.local import run_of
+from ...checkpoints.weights import find_weights
 from ...console import console
 from ...data.base import SampleSet
 from ...data.registry import load_data
