@@ -141,9 +141,9 @@ def test_last_weights_can_be_asked_for(run):
 
 def test_checkpoint_folder_inside_its_run_and_copied_out_of_it(run, tmp_path):
     inside = run / "checkpoints" / "step_00000005"
-    assert load_trained(inside).shape == (1, 4, 4)
+    assert load_trained(inside).spec.shape == (1, 4, 4)
     shutil.copytree(inside, tmp_path / "copy")
-    assert load_trained(tmp_path / "copy", num_heads=4).shape == (1, 4, 4)
+    assert load_trained(tmp_path / "copy", num_heads=4).spec.shape == (1, 4, 4)
 
 
 @pytest.mark.parametrize("null_label", [True, False])
@@ -187,6 +187,17 @@ def test_weights_that_diverged_are_reported(run):
     )
     with pytest.raises(CheckpointError, match="not finite"):
         sample(SampleCommand(run, sampling=FAST))
+
+
+def test_flipped_bit_in_the_weights_stops_it(run):
+    ema = run / "checkpoints" / "step_00000005" / "ema.safetensors"
+    content = bytearray(ema.read_bytes())
+    content[-100] ^= 1
+    ema.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors: it is damaged"):
+        sample(SampleCommand(run, sampling=FAST))
+    assert not (run / "samples").exists()
+    sample(SampleCommand(run, sampling=FAST, weights="model"))
 
 
 @pytest.mark.parametrize(
