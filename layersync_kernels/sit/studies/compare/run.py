@@ -18,8 +18,9 @@ from ...config.io import load_settings, save_config
 from ...config.run import TrainConfig
 from ...console import console
 from ...device import resolve_device, resolve_precision
-from ...evaluation.frechet import DIRECTIONS
-from ...evaluation.judge import Judge, load_network
+from ...diffusion.transport import build_transport
+from ...evaluation.frechet import DIRECTIONS, load_network
+from ...evaluation.judge import Judge
 from ...files import atomic_path
 from ...teachers.clock import TeacherClock
 from ...training.folder import start_run
@@ -145,8 +146,8 @@ class Comparison:
         mark: dict[str, Any] = {
             "step": trainer.steps_done,
             "seconds": trainer.seconds,
-            "validation_loss": judge.validation_loss(trainer),
-            "frechet": judge.frechet(trainer) if with_frechet else None,
+            "validation_loss": judge.validation_loss(trainer.ema),
+            "frechet": judge.frechet(trainer.ema) if with_frechet else None,
             "frechet_floor": judge.floor,
             **trainer.meter.read(),
         }
@@ -182,15 +183,18 @@ class Comparison:
 
     def _judge(self) -> Judge:
         config, network = self.config, None
+        dtype = resolve_precision(config.train.precision, self.device)
         if config.quality_network != "none":
             console.print(f"{config.quality_network} looks at the real samples ...")
-            dtype = resolve_precision(config.train.precision, self.device)
             network = load_network(config.quality_network, self.device, dtype)
         return Judge(
             self.train_set,
             self.held_out,
             self.device,
             network,
+            transport=build_transport(config.train.transport),
+            sampling=config.train.sampling,
+            autocast_dtype=dtype,
             held_out_samples=config.held_out,
             reference=config.reference,
             samples=config.samples,
