@@ -401,6 +401,7 @@ def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, caplo
     ]
     for stem in ("model", "ema", "optimizer", "rng"):
         assert_equal_files(weights(tmp_path / "whole", 12, stem), weights(run, 12, stem))
+    assert [r["step"] for r in read_records(run)] == [2, 4, 6, 8, 10, 12]
 
 
 def test_resume_of_a_run_whose_checkpoints_are_all_damaged_changes_nothing(tmp_path):

@@ -30,6 +30,7 @@ from .plots import save_comparison
 from .report import describe, images_per_second, markdown, notes, summarise
 
 REPORT = "report.md"
+"""Name of the text in the folder of a comparison; the numbers and the picture lie beside it, as .json and .png."""
 _MEMORY = "memory.json"
 
 
