@@ -152,7 +152,7 @@ def _set_aside(checkpoint: Path, error: DamagedCheckpoint) -> None:
         checkpoint.rename(free)
     except OSError as reason:
         raise CheckpointError(f"{error}; it cannot be renamed: {reason}") from error
-    logger.warning("%s; it is %s now", error, free)
+    logger.warning("%s; it is set aside as %s", error, free)
 
 
 def check_checkpoint(checkpoint: Path) -> None:
