@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 TEMPORARY = ".writing-"
 
@@ -29,3 +34,27 @@ def atomic_path(path: Path) -> Iterator[Path]:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes JSON values, and paths as strings."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2, default=os.fspath) + "\n", encoding="utf-8")
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """An empty figure to draw on, in inches."""
+    # Not pyplot: no global state and no display is touched.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Writes a figure as PNG, and returns where it is."""
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

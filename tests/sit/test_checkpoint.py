@@ -1,7 +1,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import errno
+import json
+import logging
 import os
 import pickle
 import shutil
@@ -13,16 +16,17 @@ import torch
 from layersync_kernels.errors import CheckpointError
 from layersync_kernels.sit.checkpoints import local as checkpoint
 from layersync_kernels.sit.checkpoints.local import (
-    find_weights,
+    DamagedCheckpoint,
+    check_checkpoint,
     list_checkpoints,
     load_optimizer,
-    load_weights,
+    newest_checkpoint,
     optimizer_tensors,
     read_state,
     read_tensors,
     save_checkpoint,
 )
-from layersync_kernels.sit.checkpoints.published import Weights, fill_model
+from layersync_kernels.sit.checkpoints.weights import Weights, fill_model, find_weights, load_weights
 from layersync_kernels.sit.files import atomic_path
 from layersync_kernels.sit.models.sit import SiT
 
@@ -143,6 +147,161 @@ def test_optimizer_state_round_trip_by_parameter_name():
     assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
     with pytest.raises(CheckpointError, match="no parameter of this model"):
         load_optimizer(other, names, {"stranger.exp_avg": torch.zeros(1)})
+
+
+# Damage
+
+
+STEMS = ("model", "ema", "optimizer", "rng", "projector")
+FILES = (*(f"{stem}.safetensors" for stem in STEMS), "state.json")
+
+
+def save_whole(run, step, keep=2):
+    tensors = {stem: {"w": torch.full((64,), step + i / 8)} for i, stem in enumerate(STEMS)}
+    state = {"step": step, "samples_seen": 64 * step, "seconds": 0.1 * step, "data": {"class_names": ["a", "ü"]}}
+    return save_checkpoint(run, step, tensors, state, keep=keep)
+
+
+def strip_checksums(checkpoint):
+    """Makes it what was saved before checkpoints had checksums."""
+    state = json.loads((checkpoint / "state.json").read_text())
+    del state["checksums"], state["digest"]
+    (checkpoint / "state.json").write_text(json.dumps(state, indent=2) + "\n")
+
+
+def read_all(checkpoint):
+    read_state(checkpoint)
+    for file in FILES[:-1]:
+        read_tensors(checkpoint / file)
+
+
+def names(run):
+    return sorted(path.name for path in (run / "checkpoints").iterdir())
+
+
+def flip_bit(path, bit):
+    content = bytearray(path.read_bytes())
+    content[bit // 8] ^= 1 << bit % 8
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("where", [0.0, 0.5, 1.0])
+def test_flipped_bit_in_any_file_is_an_error_that_names_it(tmp_path, file, where):
+    save_whole(tmp_path, 1)
+    checkpoint = save_whole(tmp_path, 2)
+    bits = 8 * (checkpoint / file).stat().st_size
+    flip_bit(checkpoint / file, round(where * (bits - 1)))
+    for read in (check_checkpoint, read_all):
+        with pytest.raises(DamagedCheckpoint, match=rf"step_00000002.{file}"):
+            read(checkpoint)
+    with pytest.raises(DamagedCheckpoint, match=r"to go on from .*step_00000001"):
+        read_all(checkpoint)
+
+
+def test_every_single_flipped_bit_of_the_state_is_found(tmp_path):
+    """Also one in the names of its checksums, which must not turn it into an old checkpoint that has none."""
+    state = {"step": 1, "seconds": 0.1, "name": "ü"}
+    checkpoint = save_checkpoint(tmp_path, 1, {"model": {"w": torch.ones(1)}}, state)
+    whole = (checkpoint / "state.json").read_bytes()
+    harmless = []
+    for bit in range(8 * len(whole)):
+        flip_bit(checkpoint / "state.json", bit)
+        with contextlib.suppress(DamagedCheckpoint):
+            assert read_state(checkpoint) == state
+            harmless.append(bit)
+        (checkpoint / "state.json").write_bytes(whole)
+    escape = whole.index(rb"\u00fc")
+    assert harmless == [8 * (escape + i) + 5 for i in (4, 5)]  # F and C mean the same there
+
+
+def test_weights_of_a_run_are_checked(tmp_path):
+    checkpoint = save_whole(tmp_path, 1)
+    flip_bit(checkpoint / "ema.safetensors", 8 * 200)
+    for path in (tmp_path, checkpoint, checkpoint / "ema.safetensors"):
+        with pytest.raises(DamagedCheckpoint, match=r"ema\.safetensors: it is damaged"):
+            load_weights(path)
+    assert load_weights(tmp_path, ema=False).tensors["w"].eq(1).all()
+
+
+@pytest.mark.parametrize("file", FILES)
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-2]), lambda path: path.unlink()])
+def test_truncated_or_missing_file_is_named(tmp_path, file, damage):
+    checkpoint = save_whole(tmp_path, 1)
+    damage(checkpoint / file)
+    for read in (check_checkpoint, read_all):
+        with pytest.raises(DamagedCheckpoint, match=file):
+            read(checkpoint)
+
+
+def test_extra_files_are_named_and_not_read(tmp_path, caplog):
+    checkpoint = save_whole(tmp_path, 1)
+    shutil.copy(checkpoint / "ema.safetensors", checkpoint / "critic.safetensors")
+    with caplog.at_level(logging.WARNING):
+        check_checkpoint(checkpoint)
+    assert "files that were not saved with it: critic.safetensors" in caplog.text
+    with pytest.raises(DamagedCheckpoint, match=r"critic\.safetensors: it was not saved with this checkpoint"):
+        read_tensors(checkpoint / "critic.safetensors")
+
+
+def test_checkpoint_from_before_checksums_is_read_and_said_to_be_unchecked_once(tmp_path, caplog):
+    checkpoint = save_whole(tmp_path, 1)
+    strip_checksums(checkpoint)
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            check_checkpoint(checkpoint)
+            assert read_state(checkpoint)["step"] == 1
+            assert load_weights(checkpoint).tensors["w"].eq(1.125).all()
+    assert caplog.text.count("read unchecked") == 1
+    (checkpoint / "ema.safetensors").write_bytes((checkpoint / "ema.safetensors").read_bytes()[:-1])
+    with pytest.raises(DamagedCheckpoint, match=r"ema\.safetensors"):
+        check_checkpoint(checkpoint)
+
+
+def test_damaged_newest_checkpoints_are_set_aside_for_the_one_before(tmp_path, caplog):
+    for step in (1, 2, 3):
+        save_whole(tmp_path, step, keep=3)
+    flip_bit(tmp_path / "checkpoints/step_00000003/rng.safetensors", 8 * 100)
+    (tmp_path / "checkpoints/step_00000002/model.safetensors").unlink()
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_00000001"
+    assert names(tmp_path) == ["damaged-step_00000002", "damaged-step_00000003", "step_00000001"]
+    assert "rng.safetensors: it is damaged" in caplog.text
+    assert "lost model.safetensors" in caplog.text
+    for step in (2, 3):  # the same steps anew; what was set aside neither counts nor goes
+        save_whole(tmp_path, step)
+    assert names(tmp_path) == ["damaged-step_00000002", "damaged-step_00000003", "step_00000002", "step_00000003"]
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_00000003"
+
+
+def test_damage_in_an_older_checkpoint_disturbs_nothing(tmp_path):
+    save_whole(tmp_path, 1)
+    save_whole(tmp_path, 2)
+    flip_bit(tmp_path / "checkpoints/step_00000001/model.safetensors", 8 * 100)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoints/step_00000002"
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_nothing_is_touched_when_every_checkpoint_is_damaged(tmp_path):
+    for step in (1, 2):
+        flip_bit(save_whole(tmp_path, step) / "model.safetensors", 8 * 100)
+    with pytest.raises(DamagedCheckpoint, match=r"every .*step_00000002.model.*step_00000001.model.*begin anew"):
+        newest_checkpoint(tmp_path)
+    assert names(tmp_path) == ["step_00000001", "step_00000002"]
+
+
+def test_run_without_checkpoints_has_no_newest(tmp_path):
+    assert newest_checkpoint(tmp_path) is None
+
+
+def test_step_that_is_there_is_replaced_only_if_damaged(tmp_path):
+    checkpoint = save(tmp_path, 2)
+    save(tmp_path, 2, value=7)
+    assert read_tensors(checkpoint / "model.safetensors")["w"].eq(2).all()
+    for _ in range(2):
+        flip_bit(checkpoint / "model.safetensors", 8 * 70)
+        save(tmp_path, 2)
+        assert read_tensors(checkpoint / "model.safetensors")["w"].eq(2).all()
+    assert names(tmp_path) == ["damaged-step_00000002", "damaged-step_00000002-2", "step_00000002"]
 
 
 # Reading what is damaged or foreign

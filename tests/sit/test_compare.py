@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from layersync_kernels import cli
-from layersync_kernels.errors import CheckpointError, ConfigError
+from layersync_kernels.errors import CheckpointError, ConfigError, DataError, TeacherError
 from layersync_kernels.sit.checkpoints.local import read_tensors
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.model import ModelConfig
@@ -18,7 +18,7 @@ from layersync_kernels.sit.config.run import LogConfig, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.evaluation.frechet import Gaussian, frechet_distance
 from layersync_kernels.sit.studies.compare import run as compare_module
-from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig
+from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig, load_sets
 from layersync_kernels.sit.studies.compare.memory import measure_memory
 from layersync_kernels.sit.studies.compare.report import first_at, markdown, summarise, value_at
 from layersync_kernels.sit.studies.compare.run import Comparison, compare
@@ -134,6 +134,118 @@ def test_methods_start_alike_and_draw_the_same_numbers(config, tmp_path, capsys)
     assert "One seed: there is no spread" in text
     assert "±" not in text
     assert Image.open(out / "report.png").size[0] > 1000
+
+
+def replaced(config, **groups):
+    """The config with changes in groups of its `train`, and with others of its own."""
+    own = {name: value for name, value in groups.items() if not isinstance(value, dict)}
+    train = {
+        name: dataclasses.replace(getattr(config.train, name), **changes)
+        for name, changes in groups.items()
+        if isinstance(changes, dict)
+    }
+    return dataclasses.replace(config, train=dataclasses.replace(config.train, **train), **own)
+
+
+def test_400_samples_are_compared_by_default(config, tmp_path):
+    images = np.random.default_rng(0).integers(0, 256, (400, 4, 4), dtype=np.uint8)
+    np.savez(tmp_path / "data.npz", images=images, labels=np.arange(400) % 3)
+    config = replaced(config, held_out=CompareConfig().held_out, seeds=1, marks=1, optim={"steps": 2})
+    report = compare(CompareCommand(config, tmp_path / "out")).read_text()
+    assert "360 samples of (1, 4, 4)" in report
+    assert "without alignment on 40 samples" in report
+    assert "40 of the training set" in report  # the reference
+    assert "20 held-out ones are at" in report  # as many as are drawn
+
+
+@pytest.mark.parametrize(
+    ("count", "expected"),
+    [(2, None), (3, 2), (19, 2), (20, 2), (400, 40), (10_009, 1000), (10_010, 1000), (20_000, 1000)],
+)
+def test_a_tenth_of_the_data_is_held_out_and_at_most_1000(config, tmp_path, count, expected):
+    np.savez(tmp_path / "data.npz", images=np.zeros((count, 1, 1), np.uint8))
+    config = replaced(config, held_out=None)
+    if expected is None:
+        with pytest.raises(ConfigError, match="the data has 2 samples"):
+            load_sets(config, torch.device("cpu"))
+        return
+    train, held_out = load_sets(config, torch.device("cpu"))
+    assert (len(train), len(held_out)) == (count - expected, expected)
+
+
+def test_held_out_samples_of_a_file_of_their_own_are_1000_by_default(config, tmp_path):
+    np.savez(tmp_path / "validation.npz", images=np.zeros((1200, 4, 4), np.uint8))
+    own = replaced(config, held_out=None, validation=tmp_path / "validation.npz")
+    comparison = Comparison(own, tmp_path / "out")
+    assert (len(comparison.train_set), len(comparison.held_out), comparison.held_out_samples) == (60, 1200, 1000)
+    assert Comparison(replaced(own, held_out=30), tmp_path / "out").held_out_samples == 30
+
+
+def test_one_held_out_sample_has_no_frechet_distance(config, tmp_path):
+    with pytest.raises(ConfigError, match="needs 2 held-out samples"):
+        Comparison(replaced(config, held_out=1), tmp_path / "out")
+    assert Comparison(replaced(config, held_out=1, quality_network="none"), tmp_path / "out").held_out_samples == 1
+
+
+def missing_network(name, device, dtype):
+    raise TeacherError(f"no network named {name}")
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "message"),
+    [
+        ({"held_out": 60}, ConfigError, "--held-out 60: the data has 60 samples"),
+        ({"data": {"data": "nothing.npz"}}, DataError, r"nothing\.npz"),
+        ({"model": {"model": "nonsense"}}, ConfigError, "nonsense"),
+        ({"methods": ("vanilla", "repa"), "align": {"teacher": "hub/nowhere:net"}}, TeacherError, "nowhere"),
+        ({"quality_network": "nonsense"}, TeacherError, "no network named nonsense"),
+    ],
+)
+def test_settings_that_fail_write_and_delete_nothing(config, tmp_path, monkeypatch, changes, error, message):
+    out = tmp_path / "out"
+    if "quality_network" in changes:
+        monkeypatch.setattr(compare_module, "load_network", missing_network)
+    if "align" in changes:
+        changes = changes | {"align": {"align": "repa", **changes["align"]}}
+    with pytest.raises(error, match=message):
+        compare(CompareCommand(replaced(config, **changes), out))
+    assert not out.exists()
+    out.mkdir()
+    (out / "compare.json").write_text("{}")
+    with pytest.raises(error, match=message):
+        compare(CompareCommand(replaced(config, **changes), out, overwrite=True))
+    assert [path.name for path in out.iterdir()] == ["compare.json"]
+
+
+def test_overwriting_begins_anew_and_deletes_comparisons_only(config, tmp_path):
+    out, other = tmp_path / "out", replaced(config, marks=3)
+    compare_module.prepare(config, out)
+    (out / "vanilla").mkdir()
+    with pytest.raises(ConfigError, match=r"--marks was 2, now 3; .*--overwrite"):
+        compare_module.prepare(other, out)
+    with pytest.raises(ConfigError, match="exclude"):
+        compare_module.prepare(other, out, resume=True, overwrite=True)
+    compare_module.prepare(other, out, overwrite=True)
+    assert [path.name for path in out.iterdir()] == ["compare.json"]
+    compare_module.prepare(other, out)
+    with pytest.raises(ConfigError, match="is not a comparison"):
+        compare_module.prepare(other, tmp_path, overwrite=True)
+    assert (tmp_path / "data.npz").is_file()
+
+
+def test_comparison_goes_on_from_before_a_damaged_checkpoint(config, tmp_path, caplog):
+    config, out = replaced(config, seeds=1), tmp_path / "out"
+    compare(CompareCommand(config, out))
+    before = qualities(out)
+    ema = out / "layersync/seed-0/checkpoints/step_00000006/ema.safetensors"
+    content = bytearray(ema.read_bytes())
+    content[-20] ^= 1
+    ema.write_bytes(content)
+    compare(CompareCommand(config, out))
+    assert "ema.safetensors: it is damaged" in caplog.text
+    assert qualities(out) == before
+    assert (out / "layersync/seed-0/checkpoints/damaged-step_00000006").is_dir()
+    Trainer(config.train).load(ema.parent)
 
 
 def test_other_settings_are_refused_and_more_seeds_are_not(config, tmp_path):

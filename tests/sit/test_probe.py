@@ -391,6 +391,17 @@ def test_data_of_another_shape_or_too_few_samples_is_an_error(tmp_path):
         probe(command(run))
 
 
+def test_flipped_bit_in_the_weights_stops_it(tmp_path):
+    run = make_run(tmp_path)
+    ema = run / "checkpoints" / "step_00000005" / "ema.safetensors"
+    content = bytearray(ema.read_bytes())
+    content[-100] ^= 1
+    ema.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors: it is damaged"):
+        probe(command(run))
+    assert not (run / "probe.json").exists()
+
+
 def test_weights_that_diverged_are_reported(tmp_path):
     run = make_run(tmp_path)
     model = SiT(4, 2, 1, hidden_size=16, depth=4, num_heads=2, num_classes=3)

@@ -189,6 +189,17 @@ def test_weights_that_diverged_are_reported(run):
         sample(SampleCommand(run, sampling=FAST))
 
 
+def test_flipped_bit_in_the_weights_stops_it(run):
+    ema = run / "checkpoints" / "step_00000005" / "ema.safetensors"
+    content = bytearray(ema.read_bytes())
+    content[-100] ^= 1
+    ema.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"ema\.safetensors: it is damaged"):
+        sample(SampleCommand(run, sampling=FAST))
+    assert not (run / "samples").exists()
+    sample(SampleCommand(run, sampling=FAST, weights="model"))
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

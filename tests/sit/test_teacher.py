@@ -11,7 +11,8 @@ from torch import nn
 
 from layersync_kernels import cli
 from layersync_kernels.errors import CheckpointError, ConfigError, DataError, TeacherError, TrainingDiverged
-from layersync_kernels.sit.checkpoints.local import load_weights, read_tensors
+from layersync_kernels.sit.checkpoints.local import read_tensors
+from layersync_kernels.sit.checkpoints.weights import load_weights
 from layersync_kernels.sit.commands.train import run_training
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.io import load_config, save_config

@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -26,11 +27,11 @@ from layersync_kernels.bench.throughput import (
 from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged, UserError
 from layersync_kernels.modules.block import AdaLNZeroBlock
 from layersync_kernels.sit.checkpoints import local as checkpoint
-from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
+from layersync_kernels.sit.checkpoints.local import DamagedCheckpoint, list_checkpoints, read_tensors
 from layersync_kernels.sit.commands.train import run_training
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.io import load_config, save_config
-from layersync_kernels.sit.config.loss import LayerSyncConfig
+from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig
 from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import CONFIG, LogConfig, TrainConfig
@@ -367,6 +368,51 @@ def test_settings_that_fail_do_not_delete_the_run_to_be_overwritten(tmp_path):
     with pytest.raises(ConfigError):
         run_training(tiny_config(model={"model": "nonsense"}), tmp_path / "run", overwrite=True)
     assert weights(tmp_path / "run", 12)
+
+
+def flip_bit(path):
+    """In the middle of a file: a weight, a moment, a digit."""
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("file", ["model", "ema", "optimizer", "rng", "projector", "state.json"])
+def test_resume_goes_on_from_the_checkpoint_before_a_damaged_one(tmp_path, caplog, file):
+    align = {}
+    if file == "projector":
+        (tmp_path / "hubconf.py").write_text(
+            "import torch\ndef tiny(pretrained):\n    return torch.nn.Conv2d(3, 8, 2, 2)\n"
+        )
+        align = {"align": AlignConfig(align="repa", teacher=f"hub/{tmp_path}:tiny", teacher_size=4)}
+    config, run = tiny_config(log={"keep": 2}, **align), tmp_path / "run"
+    run_training(config, tmp_path / "whole")
+    shutil.copytree(tmp_path / "whole", run)
+    damaged = run / "checkpoints" / "step_00000012" / (file if "." in file else f"{file}.safetensors")
+    flip_bit(damaged)
+    with pytest.raises(DamagedCheckpoint, match=damaged.name):
+        Trainer(config, tiny_data()).load(damaged.parent)
+    assert run_training(config, run, resume=True).step == 12
+    assert str(damaged) in caplog.text
+    assert [p.name for p in sorted((run / "checkpoints").iterdir())] == [
+        "damaged-step_00000012",
+        "step_00000008",
+        "step_00000012",
+    ]
+    for stem in ("model", "ema", "optimizer", "rng"):
+        assert_equal_files(weights(tmp_path / "whole", 12, stem), weights(run, 12, stem))
+    assert [r["step"] for r in read_records(run)] == [2, 4, 6, 8, 10, 12]
+
+
+def test_resume_of_a_run_whose_checkpoints_are_all_damaged_changes_nothing(tmp_path):
+    run = tmp_path / "run"
+    run_training(tiny_config(log={"keep": 2}), run)
+    for folder in list_checkpoints(run):
+        flip_bit(folder / "ema.safetensors")
+    before = {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointError, match=r"every .*step_00000012.ema.*step_00000008.ema"):
+        run_training(tiny_config(optim={"steps": 20}), run, resume=True)
+    assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
 
 
 def test_resume_with_another_model_names_the_file(tmp_path):

@@ -1,29 +1,30 @@
-"""Weights, of ours and of published `.pt` files."""
+"""Published ``.pt`` files: {"model", "ema", "opt", "args"}, or a bare state dict.
+
+They are read with ``weights_only=True``, where `argparse.Namespace` is the one class that is let through.
+"""
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import CheckpointError
 
 
-@dataclass
-class Weights:
-    """Weights found in a file, and what the file says about the model they belong to."""
+def read_published(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The weights in a published ``.pt`` by their plain names, and the arguments that the model was trained with.
 
-    tensors: dict[str, Tensor]
-    path: Path
-    args: dict[str, Any] = field(default_factory=dict)
+    Args:
+        path: the file.
+        ema: take the averaged weights where both are there; where one kind is there, it is taken.
 
-
-def load_published(path: Path, *, ema: bool) -> Weights:
-    """Reads a published `.pt`; raises CheckpointError where it is none."""
+    Raises:
+        CheckpointError: truncated, no PyTorch checkpoint, or without weights; names the file.
+    """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
@@ -46,28 +47,9 @@ def load_published(path: Path, *, ema: bool) -> Weights:
         raise CheckpointError(
             f"{path} is no SiT checkpoint: expected 'ema' or 'model' with tensors by name, or only tensors; found {odd}"
         )
-    return Weights(tensors, path, dict(vars(args)) if isinstance(args, argparse.Namespace) else {})
+    return tensors, dict(vars(args)) if isinstance(args, argparse.Namespace) else {}
 
 
 def _plain_name(name: str) -> str:
     """A parameter's name without the prefixes of DistributedDataParallel and torch.compile."""
     return str(name).removeprefix("module.").removeprefix("_orig_mod.")
-
-
-def fill_model(model: nn.Module, weights: Weights) -> None:
-    """Loads `weights` into `model`.
-
-    Raises:
-        CheckpointError: names or shapes differ; names the file and the first differences.
-    """
-    expected = model.state_dict()
-    differences = [f"missing {name}" for name in expected if name not in weights.tensors]
-    for name, tensor in weights.tensors.items():
-        if name not in expected:
-            differences.append(f"unexpected {name}")
-        elif tensor.shape != expected[name].shape:
-            differences.append(f"{name} is {tuple(tensor.shape)}, the model has {tuple(expected[name].shape)}")
-    if differences:
-        more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
-        raise CheckpointError(f"{weights.path} does not fit this model: {'; '.join(differences[:4])}{more}")
-    model.load_state_dict(weights.tensors)

@@ -14,14 +14,14 @@ from ..checkpoints.local import run_of
 from ..config.io import load_config
 from ..config.run import CONFIG, OfRun
 
-C = TypeVar("C")
-
+INTERRUPTED = 130
+"""Exit code of a command that Ctrl-C or SIGTERM stopped."""
 # Flags without the names of their groups: --lr, not --config.optim.lr.
 _FLAT = (tyro.conf.OmitArgPrefixes,)
-RUN_SETTINGS = ("data", "transport", "sampling")
-INTERRUPTED = 130
+_RUN_SETTINGS = ("data", "transport", "sampling")
+"""What a command about a trained model takes over from its run."""
 
-
+C = TypeVar("C")
 R = TypeVar("R", bound=OfRun)
 
 
@@ -45,6 +45,6 @@ def parse_of_run(kind: type[R], argv: Sequence[str], *, command: str) -> R:
     run = run_of(parse(kind, argv, default=default, command=command).source)
     if run is not None:
         config = load_config(run / CONFIG)
-        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if f.name in RUN_SETTINGS}
+        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if f.name in _RUN_SETTINGS}
         default = dataclasses.replace(default, **own)
     return parse(kind, argv, default=default, command=command)

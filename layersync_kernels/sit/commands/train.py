@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import ConfigError
-from ..checkpoints.local import list_checkpoints
+from ..checkpoints.local import newest_checkpoint
 from ..config.io import load_config
 from ..config.run import CONFIG, TrainConfig
 from ..console import console, start_logging
@@ -25,7 +25,7 @@ class TrainCommand:
     out: Path = Path("runs/sit")
     """Folder of the run."""
     resume: bool = False
-    """Go on from the newest checkpoint in --out, with its config; flags given now override it."""
+    """Go on from the newest checkpoint in --out that is not damaged, with its config; flags given now override it."""
     overwrite: bool = False
     """Delete the run in --out first."""
 
@@ -51,8 +51,8 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     check_run(out, resume=resume, overwrite=overwrite)
     # The trainer before the folder: settings that do not work must neither make a folder nor empty one.
     trainer = Trainer(config, run_dir=out)
-    if resume and (checkpoints := list_checkpoints(out)):
-        trainer.load(checkpoints[-1])
+    if resume and (checkpoint := newest_checkpoint(out)):
+        trainer.load(checkpoint)
         console.print(f"resuming {out} at step {trainer.steps_done}")
         if trainer.fraction >= 1:
             raise ConfigError(f"{out} is finished at step {trainer.steps_done}; give more --steps or --max-seconds")

@@ -1,1 +1,1 @@
-"""How good a model is: knows models and samples, and no trainer."""
+"""How good a model is: knows models, transports and samples, and no trainer."""

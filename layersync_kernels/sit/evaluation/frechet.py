@@ -1,14 +1,36 @@
-"""Fréchet distance of two sets of features."""
+"""Fréchet distance of generated samples to real ones, in the features of a pretrained network."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from ..teachers.networks import load_teacher
+from .validation import CHUNK
+
 DIRECTIONS = 256
 """Principal directions of the real features in which the Fréchet distance is taken: 1,000 samples cannot fill more."""
+
+FeatureNetwork = Callable[[Tensor], Tensor]
+"""Pixels in [-1, 1] (B, C, H, W) to features (B, F)."""
+
+
+def load_network(name: str, device: torch.device, autocast_dtype: torch.dtype | None) -> FeatureNetwork:
+    """The pretrained network of that name, see `load_teacher`; its last features are averaged over the image.
+
+    Raises:
+        TeacherError: unknown, or it cannot be loaded.
+    """
+    network = load_teacher(name, last=True).to(device)
+
+    def features(images: Tensor) -> Tensor:
+        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+            return network(images).float().mean(1)
+
+    return features
 
 
 @dataclass(frozen=True)
@@ -32,3 +54,31 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     cross = torch.linalg.eigvalsh(root @ second.covariance @ root).clamp_min(0).sqrt().sum()
     traces = first.covariance.trace() + second.covariance.trace() - 2 * cross
     return float((first.mean - second.mean).square().sum() + traces)
+
+
+class RealSamples:
+    """Real samples as a network sees them.
+
+    Args:
+        images: pixels in [-1, 1] (N, C, H, W), N at least 2.
+        network: what gives the features.
+        device: where the network is.
+    """
+
+    def __init__(self, images: Tensor, network: FeatureNetwork, device: torch.device) -> None:
+        self._network, self._device = network, device
+        features = self._features(images)
+        _, directions = torch.linalg.eigh(torch.cov(features.double().T))
+        self._directions = directions[:, -DIRECTIONS:]
+        self._gaussian = self._in_directions(features)
+
+    def distance(self, images: Tensor) -> float:
+        """The Fréchet distance of other samples (M, C, H, W), M at least 2, in the principal directions of the real."""
+        return frechet_distance(self._in_directions(self._features(images)), self._gaussian)
+
+    @torch.no_grad()
+    def _features(self, images: Tensor) -> Tensor:
+        return torch.cat([self._network(chunk.to(self._device)) for chunk in images.split(CHUNK)])
+
+    def _in_directions(self, features: Tensor) -> Gaussian:
+        return Gaussian.of(features.double() @ self._directions)

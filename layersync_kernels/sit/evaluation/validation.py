@@ -1,4 +1,4 @@
-"""Held-out samples."""
+"""Samples that training never sees, and the loss on them."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..data.base import SampleSet
 from ..data.memory import MemorySet
+from ..diffusion.transport import Transport
+from ..models.sit import SiT
 
 CHUNK = 256
+"""Samples in one forward pass."""
 
 
 def hold_out(data: SampleSet, count: int) -> tuple[SampleSet, SampleSet]:
@@ -45,3 +48,39 @@ def take(data: SampleSet, count: int) -> Iterator[tuple[Tensor, Tensor]]:
         left -= len(samples)
         if left <= 0:
             return
+
+
+class HeldOut:
+    """Held-out samples, each with a noise and a time of its own that every model gets alike.
+
+    Args:
+        data: where they come from.
+        count: how many, or all there are.
+        device: where the models are.
+    """
+
+    def __init__(self, data: SampleSet, count: int, device: torch.device) -> None:
+        count = min(count, len(data))
+        generator = torch.Generator().manual_seed(0)
+        times = ((torch.arange(count) + 0.5) / count).split(CHUNK)  # every time equally often, not at random
+        self._device = device
+        self._chunks = []
+        for (x, y), t in zip(take(data, count), times, strict=True):
+            noise = torch.randn(x.shape, generator=generator)
+            self._chunks.append(tuple(tensor.to(device) for tensor in (x, y, noise, t)))
+
+    @property
+    def images(self) -> Tensor:
+        """The samples (N, C, H, W)."""
+        return torch.cat([x for x, *_ in self._chunks])
+
+    @torch.no_grad()
+    def loss(self, model: SiT, transport: Transport, autocast_dtype: torch.dtype | None) -> float:
+        """The mean training loss of `transport`, without alignment; in fp32 if `autocast_dtype` is None."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        low, high = transport.interval(transport.train_eps)
+        for x, y, noise, t in self._chunks:
+            with torch.autocast(self._device.type, autocast_dtype, enabled=autocast_dtype is not None):
+                terms = transport.training_losses(model, x, {"y": y}, t=low + (high - low) * t, x0=noise)
+            total += terms["loss"].double().sum()
+        return float(total) / sum(len(x) for x, *_ in self._chunks)

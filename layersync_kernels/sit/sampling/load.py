@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ...errors import CheckpointError
-from ..checkpoints.local import find_weights, load_weights, read_state, run_of
-from ..checkpoints.published import Weights, fill_model
+from ..checkpoints.local import read_state, run_of
+from ..checkpoints.weights import Weights, fill_model, find_weights, load_weights
 from ..config.io import load_config
 from ..config.run import CONFIG
 from ..models.registry import build_model, sit_models

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, TeacherError, UserError
-from ..checkpoints.local import load_weights
-from ..checkpoints.published import fill_model
+from ..checkpoints.weights import fill_model, load_weights
 from .base import Teacher, first_line
 
 DINOV2 = tuple(f"dinov2-{size}14{registers}" for size in ("vits", "vitb", "vitl", "vitg") for registers in ("", "-reg"))

@@ -6,17 +6,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import atomic_path
+from ..files import new_figure, save_figure
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     """Draws loss and cosine over steps from the records of ``metrics.jsonl``."""
-    # Not pyplot: no global state and no display is touched.
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 3.6), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(9, 3.6)
     loss_axes, cosine_axes = figure.subplots(1, 2)
     loss_axes.plot([r["step"] for r in records], [r["loss"] for r in records], color="tab:blue")
     loss_axes.set(xlabel="step", ylabel="velocity loss", title="Loss")
@@ -31,6 +26,4 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
         cosine_axes.legend(title="blocks")
     for axes in (loss_axes, cosine_axes):
         axes.grid(alpha=0.3)
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
+    return save_figure(figure, path)

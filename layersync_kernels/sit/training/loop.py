@@ -21,13 +21,12 @@ from ...runtime.memory import keep_freed_memory
 from ..checkpoints.local import (
     list_checkpoints,
     load_optimizer,
-    load_weights,
     optimizer_tensors,
     read_state,
     read_tensors,
     save_checkpoint,
 )
-from ..checkpoints.published import Weights, fill_model
+from ..checkpoints.weights import Weights, fill_model, load_weights
 from ..config.run import SAMPLES, TrainConfig
 from ..data.base import SampleSet
 from ..data.registry import load_data

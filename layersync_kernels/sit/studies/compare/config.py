@@ -17,6 +17,8 @@ from ...evaluation.validation import hold_out
 SETTINGS = "compare.json"
 """Name of the settings file in the folder of a comparison."""
 METHODS = ("vanilla", "layersync", "repa", "both")
+MOST_HELD_OUT = 1000
+"""Held-out samples where --held-out does not say how many."""
 _TEACHER = "efficientnet-lite0"
 
 
@@ -32,8 +34,8 @@ class CompareConfig:
     """Runs of each method: seeds --seed, --seed + 1 ..."""
     marks: int = 8
     """How often the quality is measured, evenly over --steps; runs take turns from mark to mark."""
-    held_out: int = 1000
-    """Samples kept from training for the validation loss."""
+    held_out: int | None = None
+    """Samples kept from training for the validation loss; by default a tenth of them, at most 1000."""
     validation: Path | None = None
     """Take the held-out samples from this .npz or .safetensors file, and train on all of --data."""
     quality_network: str = _TEACHER
@@ -56,7 +58,7 @@ class CompareConfig:
                 method_config(self.train, method).validate()
         low = {"seeds": 1, "marks": 1, "held_out": 1, "samples": 2, "reference": 2, "frechet_every": 1}
         for name, least in low.items():
-            if (value := getattr(self, name)) < least:
+            if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
         if self.marks > self.train.optim.steps:
             raise ConfigError(f"--marks {self.marks}: there are only {self.train.optim.steps} steps")
@@ -82,6 +84,8 @@ class CompareCommand:
     """Folder of the comparison; its runs are METHOD/seed-N in it, as `layersync train` makes them."""
     resume: bool = False
     """Take the settings of the comparison in --out, so that no flag has to be repeated."""
+    overwrite: bool = False
+    """Delete the comparison in --out first."""
 
 
 def method_config(config: TrainConfig, method: str) -> TrainConfig:
@@ -109,7 +113,8 @@ def load_sets(config: CompareConfig, device: torch.device) -> tuple[SampleSet, S
     """
     data = load_data(config.train.data, device)
     if config.validation is None:
-        return hold_out(data, config.held_out)
+        tenth = min(MOST_HELD_OUT, max(2, len(data) // 10))
+        return hold_out(data, tenth if config.held_out is None else config.held_out)
     held_out = load_data(dataclasses.replace(config.train.data, data=str(config.validation)), device)
     if held_out.spec != data.spec or held_out.num_classes > data.num_classes:
         raise DataError(

@@ -19,7 +19,6 @@ from .config import CompareConfig, load_sets
 
 logger = logging.getLogger(__name__)
 
-
 _MEMORY_STEPS = 3
 
 
@@ -39,6 +38,7 @@ def measure_memory(config: CompareConfig, run: TrainConfig) -> int | None:
 
 
 def _peak_memory(config: CompareConfig, run: TrainConfig) -> int | None:
+    """Bytes that a few steps take beyond what the process had before them; runs in the new process."""
     device = resolve_device(run.device)
     data, _ = load_sets(config, device)
     if device.type == "cuda":

@@ -8,20 +8,16 @@ from typing import Any
 
 import numpy as np
 
-from ...files import atomic_path
+from ...files import new_figure, save_figure
 from .report import QUALITIES, curve
 
 
 def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
     """Draws quality against steps and training time, memory and throughput, from the content of ``report.json``."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
     methods = report["summary"]["methods"]
     colors = {name: f"C{i}" for i, name in enumerate(methods)}
     measured = [q for q in QUALITIES if any(mark[q] is not None for mark in report["runs"][0]["marks"])]
-    figure = Figure(figsize=(11, 4.2 * (len(measured) + 1)), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(11, 4.2 * (len(measured) + 1))
     *quality_rows, (memory_axes, rate_axes) = figure.subplots(len(measured) + 1, 2)
     for row, quality in zip(quality_rows, measured, strict=True):
         for axes, axis, label in zip(row, ("step", "seconds"), ("step", "training time, s"), strict=True):
@@ -39,9 +35,7 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
     spread = [[means[n] - min(v) for n, v in rates.items()], [max(v) - means[n] for n, v in rates.items()]]
     rate_axes.bar(list(means), list(means.values()), yerr=spread, capsize=4, color=list(colors.values()))
     rate_axes.set(ylabel="images/s", title="Throughput")
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
+    return save_figure(figure, path)
 
 
 def draw_band(axes: Any, curves: Sequence[tuple[Sequence[float], Sequence[float]]], **style: Any) -> None:

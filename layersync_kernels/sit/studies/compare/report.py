@@ -8,6 +8,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import torch
+
+from ...config.run import TrainConfig
+from ...data.base import SampleSet
+from ...evaluation.frechet import DIRECTIONS
+from .config import CompareConfig
 
 QUALITIES = {"validation_loss": "validation loss", "frechet": "Fréchet distance"}
 """Key of a measurement to its name; less is better in each."""
@@ -49,7 +55,7 @@ def summarise(runs: Sequence[Mapping[str, Any]], *, baseline: str, batch_size: i
     """The numbers of a report; lists run over the seeds.
 
     Args:
-        runs: "method", "seed" and "marks" (see `compare.Run`), seed by seed the same methods.
+        runs: "method", "seed" and "marks" (see `folder.Run`), seed by seed the same methods.
         baseline: the method that the others are compared with.
         batch_size: samples per step.
 
@@ -159,11 +165,84 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe(train: TrainConfig, data: SampleSet, device: torch.device) -> str:
+    """A sentence on what was trained on what."""
+    model, optim = train.model, train.optim
+    sizes = {"width": model.hidden_size, "depth": model.depth, "patch": model.patch_size}
+    own = "".join(f", {name} {value}" for name, value in sizes.items() if value is not None)
+    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
+    return (
+        f"{model.model}{own}; {len(data)} samples of {data.spec} from {train.data.data}; "
+        f"batches of {optim.batch_size}, learning rate {optim.lr:g} ({optim.lr_schedule}); "
+        f"{device}{threads}, PyTorch {torch.__version__}."
+    )
+
+
+def notes(
+    config: CompareConfig, runs: Sequence[Mapping[str, Any]], device: torch.device, *, trained: int, held_out: int
+) -> list[str]:
+    """What a reader has to know to judge the numbers.
+
+    Args:
+        config: what was compared.
+        runs: as for `summarise`.
+        device: where.
+        trained: samples that the runs were trained on.
+        held_out: samples behind the validation loss.
+    """
+    train = config.train
+    found = [
+        "Runs of one seed start from the same weights and see the same samples, noise and times in the same order. "
+        "They take turns from mark to mark, in alternating order. Training time is theirs alone: measuring, saving "
+        "and the warm-up after loading are not on the clock.",
+        f"Quality is that of the averaged weights, at {config.marks + 1} marks; between marks it is read off a "
+        "straight line, and the earliest moment that counts as reached is the first mark.",
+        f"Validation loss: the training loss without alignment on {held_out} samples that no run has seen, with the "
+        "same noise and evenly spread times for all.",
+        "Peak memory: what training takes beyond what the process had before it, "
+        + ("as CUDA's allocator counts it" if device.type == "cuda" else "in resident pages")
+        + ", over a few steps in a process of its own.",
+    ]
+    if config.quality_network != "none":
+        floor = f"{min(held_out, config.samples)} held-out ones are at {runs[0]['marks'][-1]['frechet_floor']:.1f}"
+        found.append(
+            f"Fréchet distance: {config.samples} samples, drawn from the same noise for all, against "
+            f"{min(config.reference, trained)} of the training set, in the first {DIRECTIONS} "
+            f"principal directions of the pooled features of {config.quality_network}; {floor}. Published "
+            "distances are of another network and more samples."
+        )
+    name = next((run["marks"][-1]["teacher"] for run in runs if "teacher" in run["marks"][-1]), None)
+    if name is not None:
+        clock = "computing its features is not on the clock" if train.align.features else "it runs in every step"
+        found.append(
+            f"repa and both learn from {name}, pretrained on other data; what that took is not on the clock, and "
+            f"{clock}."
+        )
+        if config.quality_network == name:
+            found.append(
+                f"{name} is also the network that judges the samples: that favours the runs which learn from it. "
+                "Their validation loss is free of this."
+            )
+    if config.seeds > 1:
+        found.append(
+            f"The brackets are the range of {config.seeds} seeds, not a confidence interval; differences inside of "
+            "them say nothing."
+        )
+    if train.optim.lr_schedule != "constant":
+        found.append(
+            f"The learning rate falls over the steps ({train.optim.lr_schedule}): readings before the end, such as "
+            "those after equal seconds, are of runs that have not finished their schedule."
+        )
+    return found
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
+    """The lines of a Markdown table."""
     return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def _spread(values: Sequence[float | None], digits: int) -> str:
+    """The mean over the seeds, and their range where they differ; "-" where one is not known."""
     known = [value for value in values if value is not None]
     if len(known) < len(values) or not known:
         return "-"
@@ -172,6 +251,7 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
 
 
 def _reached(ratios: Sequence[float | None]) -> str:
+    """The mean ratio over the seeds that came to the quality, and how many did."""
     reached = [ratio for ratio in ratios if ratio is not None]
     if not reached:
         return "not reached"
@@ -181,6 +261,7 @@ def _reached(ratios: Sequence[float | None]) -> str:
 
 
 def _differences(own: Sequence[float | None], base: Sequence[float | None], digits: int) -> list[str]:
+    """Cells: the difference in each seed, their mean, and in how many of them it is less than 0."""
     differences = [None if a is None or b is None else a - b for a, b in zip(own, base, strict=True)]
     known = [d for d in differences if d is not None]
     cells = ["-" if d is None else f"{d:+.{digits}f}" for d in differences]

@@ -6,20 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ...files import atomic_path
+from ...files import new_figure, save_figure
 
 
 def save_probe(report: Mapping[str, Any], path: Path) -> Path:
     """Draws what the blocks of a model know and how alike they are, from the content of ``probe.json``."""
     from matplotlib import colormaps
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
     from matplotlib.patches import Rectangle
 
     accuracy, (student, teacher), depth = report["accuracy"], report["pair"], report["depth"]
     panels = 2 if accuracy is None else 3
-    figure = Figure(figsize=(4.6 * panels, 4.8), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = new_figure(4.6 * panels, 4.8)
     *probe_axes, cosine_axes, cka_axes = figure.subplots(1, panels)
     for axes in probe_axes:
         blocks = range(1, depth + 1)
@@ -43,12 +40,11 @@ def save_probe(report: Mapping[str, Any], path: Path) -> Path:
         _draw_similarity(axes, report[key])
         axes.set_title(title)
         axes.add_patch(Rectangle((student - 0.5, teacher - 0.5), 1, 1, fill=False, edgecolor="red", linewidth=2))
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=120)
-    return path
+    return save_figure(figure, path)
 
 
 def _draw_similarity(axes: Any, matrix: Sequence[Sequence[float]]) -> None:
+    """Draws a matrix of every two blocks, with its numbers where they fit."""
     depth = len(matrix)
     extent = (0.5, depth + 0.5, 0.5, depth + 0.5)
     low = min(0.99, *(min(row) for row in matrix))  # equal blocks, as before training, have no range of their own

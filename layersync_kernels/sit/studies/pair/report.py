@@ -11,7 +11,7 @@ from ....losses.pairs import default_pair
 from ...console import console
 
 PICTURE = "probe.png"
-
+"""Name of the picture in a run's folder; the numbers lie beside it, as .json."""
 CLEAR = 2.0
 """A difference counts from this many of its standard errors on."""
 

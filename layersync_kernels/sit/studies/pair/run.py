@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +13,8 @@ from rich.progress import track
 from torch import Tensor
 
 from ....errors import CheckpointError, ConfigError, DataError
-from ...checkpoints.local import find_weights, run_of
+from ...checkpoints.local import run_of
+from ...checkpoints.weights import find_weights
 from ...console import console
 from ...data.base import SampleSet
 from ...data.registry import load_data
@@ -22,7 +22,7 @@ from ...device import resolve_device, resolve_precision
 from ...diffusion.interpolants import Path as Interpolant
 from ...diffusion.transport import build_transport
 from ...evaluation.probes import linear_cka, linear_probe
-from ...files import atomic_path
+from ...files import write_json
 from ...models.sit import SiT
 from ...sampling.load import load_trained
 from .config import MIN_SAMPLES, ProbeCommand
@@ -30,6 +30,7 @@ from .plots import save_probe
 from .report import CLEAR, PICTURE, Accuracy, Report, paired_difference, print_report, propose_pair
 
 _MIN_PER_CLASS = 10
+"""Training samples of a class below which a probe is said to have few."""
 
 
 @dataclass(frozen=True)
@@ -200,8 +201,7 @@ def probe(command: ProbeCommand) -> Path:
     picture = command.out or (run / PICTURE if run else command.source.with_name(f"{command.source.stem}-{PICTURE}"))
     content = dataclasses.asdict(report)
     try:
-        with atomic_path(picture.with_suffix(".json")) as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_json(picture.with_suffix(".json"), content)
         return save_probe(content, picture)
     except OSError as error:
         raise CheckpointError(f"cannot write the measurements: {error}") from error

@@ -1,0 +1,116 @@
+"""The folder of a comparison: its settings, and in METHOD/seed-N a run for each method and seed."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ....errors import CheckpointError, ConfigError
+from ...checkpoints.local import newest_checkpoint, read_state
+from ...config.io import load_settings, save_config
+from ...config.run import TrainConfig
+from ...files import atomic_path, write_json
+from .config import SETTINGS, CompareConfig
+
+MARKS = "marks.json"
+"""Name of the measurements in the folder of a run."""
+
+
+@dataclass
+class Run:
+    """One method with one seed.
+
+    Attributes:
+        marks: what was measured, in order: "step", "seconds" of training, "validation_loss", "frechet" (or None), and
+            what the trainer reports about the steps since the mark before.
+    """
+
+    method: str
+    seed: int
+    folder: Path
+    config: TrainConfig
+    marks: list[dict[str, Any]] = field(default_factory=list)
+
+    def read(self) -> None:
+        """Fills `marks` from the folder; those that the newest whole checkpoint does not know yet are left out.
+
+        Raises:
+            CheckpointError: the marks or all checkpoints are damaged.
+        """
+        checkpoint, path = newest_checkpoint(self.folder), self.folder / MARKS
+        self.marks = []
+        if checkpoint is not None and path.is_file():
+            step = read_state(checkpoint)["step"]
+            try:
+                self.marks = [mark for mark in json.loads(path.read_text(encoding="utf-8")) if mark["step"] <= step]
+            except (OSError, ValueError, TypeError, KeyError) as error:
+                raise CheckpointError(f"cannot read {path}: {error!r}; remove {self.folder}") from error
+
+    def add(self, mark: dict[str, Any]) -> None:
+        """Appends a mark, on the disk too."""
+        self.marks.append(mark)
+        with writing():
+            write_json(self.folder / MARKS, self.marks)
+
+
+def check_folder(config: CompareConfig, out: Path, *, resume: bool, overwrite: bool) -> None:
+    """Makes sure that a comparison may use the folder, and touches nothing.
+
+    Raises:
+        ConfigError: it holds a comparison with other settings (more seeds may be asked for) and not `overwrite`, it
+            holds something else, or there is nothing to `resume`.
+    """
+    if resume and overwrite:
+        raise ConfigError("--resume and --overwrite exclude each other")
+    path = out / SETTINGS
+    if path.is_file():
+        if overwrite:
+            return
+        before = load_settings(path, CompareConfig)
+        same = dataclasses.replace(config, seeds=before.seeds) if config.seeds > before.seeds else config
+        if different := list(_differences(dataclasses.asdict(before), dataclasses.asdict(same))):
+            raise ConfigError(
+                f"{out} was begun with other settings: {'; '.join(different)}; choose another --out, --overwrite it, "
+                "or go on there with --resume and no other flag"
+            )
+    elif resume:
+        raise ConfigError(f"{out} is not a comparison to resume: it has no {SETTINGS}")
+    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"{out} exists and is not a comparison (it has no {SETTINGS}); choose another --out")
+
+
+def start_folder(config: CompareConfig, out: Path, *, overwrite: bool) -> None:
+    """Makes the folder that `check_folder` has passed, emptied if `overwrite`, and writes the settings into it.
+
+    Raises:
+        CheckpointError: it cannot be written.
+    """
+    with writing():
+        if overwrite and out.exists():
+            shutil.rmtree(out)
+        with atomic_path(out / SETTINGS) as temporary:
+            save_config(config, temporary)
+
+
+@contextlib.contextmanager
+def writing() -> Iterator[None]:
+    """Turns what a full or read-only disk raises into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write the comparison: {error}") from error
+
+
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """A line for each setting that is another one now."""
+    for name, value in before.items():
+        if isinstance(value, dict):
+            yield from _differences(value, now[name])
+        elif value != now[name]:
+            yield f"--{name.replace('_', '-')} was {value}, now {now[name]}"
