@@ -141,9 +141,9 @@ def test_last_weights_can_be_asked_for(run):
 
 def test_checkpoint_folder_inside_its_run_and_copied_out_of_it(run, tmp_path):
     inside = run / "checkpoints" / "step_00000005"
-    assert load_trained(inside).shape == (1, 4, 4)
+    assert load_trained(inside).spec.shape == (1, 4, 4)
     shutil.copytree(inside, tmp_path / "copy")
-    assert load_trained(tmp_path / "copy", num_heads=4).shape == (1, 4, 4)
+    assert load_trained(tmp_path / "copy", num_heads=4).spec.shape == (1, 4, 4)
 
 
 @pytest.mark.parametrize("null_label", [True, False])

@@ -18,15 +18,21 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from ..spec import SampleSpec
 from .base import SampleSet
-from .memory import memory_set
+from .memory import check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
 from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message
 
 logger = logging.getLogger(__name__)
 
 
-def folder_source(path: Path) -> ImageSource:
-    """The images of a folder of class folders."""
+def folder_source(path: Path, config: DataConfig) -> ImageSource:
+    """The images of a folder of class folders.
+
+    A file whose header declares an image beyond `config.memory_limit_gb` counts as broken, before it is decoded.
+
+    Raises:
+        DataError: it is none.
+    """
     from torchvision.datasets import ImageFolder
 
     try:
@@ -40,14 +46,30 @@ def folder_source(path: Path) -> ImageSource:
     def load(i: int) -> tuple[Image.Image, int]:
         name, label = files[i]
         with Image.open(name) as image:
+            _check_image(image, config)
             image.load()
             return image, label
 
     return ImageSource(len(files), load, lambda i: files[i][0], list(folder.classes))
 
 
+def _check_image(image: Image.Image, config: DataConfig) -> None:
+    if config.memory_limit_gb == 0:  # everything is streamed; Pillow's own limit of 179 million pixels holds
+        return
+    # As decoded, and as the floats that resizing takes.
+    size = image.width * image.height * len(image.getbands()) * (1 + 4)
+    try:
+        check_fits(f"an image of {image.width}x{image.height}", size, config, instead="")
+    except DataError as error:
+        raise Image.DecompressionBombError(str(error)) from error
+
+
 def torchvision_source(name: str, config: DataConfig) -> ImageSource:
-    """The images of a classification set of torchvision."""
+    """The images of a classification set of torchvision, whose own code reads the files.
+
+    Raises:
+        DataError: no such set, or it cannot be opened.
+    """
     import torchvision.datasets as catalogue
 
     kind = getattr(catalogue, name, None)
@@ -89,7 +111,7 @@ def _count_classes(dataset: Any, load: Callable[[int], tuple[Image.Image, int]])
 
 
 def from_source(source: ImageSource, config: DataConfig, *, default_channels: int | None) -> SampleSet:
-    """Decodes everything now if it fits into `config.memory_limit_gb`, else streams."""
+    """Decodes everything now if the samples fit into `config.memory_limit_gb`, else streams."""
     if len(source) == 0:
         raise DataError(f"{config.data} holds no images")
     channels, size = config.channels or default_channels, config.image_size
@@ -97,7 +119,7 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
         first = _first_readable(source)
         channels = channels or (1 if first.mode in ("1", "L", "I;16") else 3)
         size = size or min(first.size)
-    if len(source) * channels * size * size > config.memory_limit_gb * 2**30:
+    if len(source) * channels * size * size > limit_bytes(config):
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
             spec=SampleSpec(channels, (size, size)),

@@ -8,7 +8,7 @@ import torch
 
 from ...errors import DataError
 from ..config.data import DataConfig
-from .arrays import from_pixels, load_mnist, load_npz
+from .arrays import load_mnist, load_npz
 from .base import SampleSet
 from .folders import folder_source, from_source, torchvision_source
 from .latents import load_safetensors
@@ -31,13 +31,13 @@ def load_data(config: DataConfig, device: torch.device | None = None) -> SampleS
     """
     name = config.data
     if name == "mnist":
-        data: SampleSet = from_pixels(*load_mnist(), config, class_names=[str(d) for d in range(10)])
+        data: SampleSet = load_mnist(config)
     elif name.startswith("torchvision:"):
         data = from_source(torchvision_source(name.removeprefix("torchvision:"), config), config, default_channels=None)
     else:
         path = Path(name)
         if path.is_dir():
-            data = from_source(folder_source(path), config, default_channels=3)
+            data = from_source(folder_source(path, config), config, default_channels=3)
         elif path.suffix == ".npz" and path.is_file():
             data = load_npz(path, config)
         elif path.suffix == ".safetensors" and path.is_file():
