@@ -17,7 +17,8 @@ from PIL import Image
 from layersync_kernels.errors import DataError
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import arrays as sit_data
-from layersync_kernels.sit.data import pixels
+from layersync_kernels.sit.data import pixels, registry
+from layersync_kernels.sit.data.augment import random_mirror
 from layersync_kernels.sit.data.base import EpochShuffle
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.data.registry import load_data
@@ -459,3 +460,44 @@ def test_pixels_resized_in_pieces_are_those_resized_at_once(monkeypatch, size, c
 def test_unknown_data_says_what_is_accepted():
     with pytest.raises(DataError, match=r"no data named 'imagenet'.*torchvision:NAME"):
         load_data(DataConfig(data="imagenet"))
+
+
+def test_a_new_kind_of_data_takes_one_entry(monkeypatch):
+    def load(config):
+        return MemorySet(
+            spec=SampleSpec(2, (3,)),
+            num_classes=1,
+            class_names=["0"],
+            samples=torch.full((4, 2, 3), float(config.data.removeprefix("constant:"))),
+            labels=torch.zeros(4, dtype=torch.long),
+        )
+
+    kind = registry.DataKind("constant:VALUE", lambda name: name.startswith("constant:"), load)
+    monkeypatch.setattr(registry, "KINDS", [*registry.KINDS, kind])
+    samples, _ = first_batch(load_data(DataConfig(data="constant:7")))
+    assert torch.equal(samples, torch.full((4, 2, 3), 7.0))
+    with pytest.raises(DataError, match=r"torchvision:NAME, or .*constant:VALUE"):
+        load_data(DataConfig(data="imagenet"))
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 4, 5), (64, 2, 7), (64, 1, 2, 3, 4)])
+def test_half_of_the_samples_are_mirrored_and_named(shape):
+    samples = torch.randn(shape)
+    found, mirrored = random_mirror(samples, generator=torch.Generator().manual_seed(0))
+    assert mirrored.shape == (64, *[1] * (len(shape) - 1))
+    assert 16 < mirrored.sum() < 48
+    for sample, image, flipped in zip(samples, found, mirrored.flatten().tolist(), strict=True):
+        assert torch.equal(image, sample.flip(-1) if flipped else sample)
+
+
+def test_mirrored_samples_are_those_that_the_trainer_has_always_drawn():
+    samples = torch.randn(32, 3, 4, 4)
+    drawn, again = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    expected = torch.rand(len(samples), 1, 1, 1, generator=drawn) < 0.5
+    found, mirrored = random_mirror(samples, generator=again)
+    assert torch.equal(mirrored, expected)
+    assert torch.equal(found, torch.where(expected, samples.flip(3), samples))
+    assert torch.equal(drawn.get_state(), again.get_state())

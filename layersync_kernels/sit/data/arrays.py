@@ -31,15 +31,16 @@ MNIST_MEMBER = Path("data", "data", "mnist_5k.csv.gz")
 _READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
-def load_npz(path: Path, config: DataConfig) -> MemorySet:
-    """Images or latents of an .npz file.
+def load_npz(config: DataConfig) -> MemorySet:
+    """An .npz file: images under one of `IMAGE_KEYS` or latents under ``latents``, labels under one of `LABEL_KEYS`.
 
     The headers of the two arrays that are wanted are read first, and their sizes counted against
     `config.memory_limit_gb`; other arrays are not looked at.
 
     Raises:
-        DataError: it holds neither, holds more than the limit, or less than it declares; names the file.
+        DataError: it holds neither images nor latents, more than the limit, or less than it declares; names the file.
     """
+    path = Path(config.data)
     with naming(path):
         try:
             with zipfile.ZipFile(path) as archive:

@@ -13,15 +13,16 @@ from ..config.data import DataConfig
 from .memory import MemorySet, check_fits, memory_set, naming
 
 
-def load_safetensors(path: Path, config: DataConfig) -> MemorySet:
-    """Latents of a .safetensors file, and their labels if there are any.
+def load_safetensors(config: DataConfig) -> MemorySet:
+    """A .safetensors file: tensors ``latents`` (N, C, H, W) and, for more than one class, ``labels`` (N,).
 
     The file is mapped into memory: the system reads it page by page, as training asks for it. It counts against
     `config.memory_limit_gb` all the same, for an epoch asks for all of it.
 
     Raises:
-        DataError: it holds none, or more than the limit; names the file.
+        DataError: it holds no latents, or more than the limit; names the file.
     """
+    path = Path(config.data)
     with naming(path):
         try:
             with safe_open(path, framework="pt") as file:  # refuses a header that does not fit the file's length
