@@ -30,7 +30,8 @@ class Features:
     mirrored tokens.
 
     Args:
-        path: of the file, which is read page by page as training asks for it.
+        path: of the file. It is mapped into memory and read page by page as training asks for it, so that it may be
+            larger than the memory, and no limit is set to it: what gets copied is the tokens of a batch.
         data: what is trained on.
         teacher: the name that the file has to carry; None takes any.
         flip: whether samples get mirrored.
