@@ -1,7 +1,8 @@
 """The reference SiT: model, transport, sampler, trainer."""
 
 from ..modules.published import SiTBlock
-from .diffusion.transport import Sampler, Transport, create_transport
+from .diffusion.sampler import Sampler
+from .diffusion.transport import Transport, create_transport
 from .models.registry import sit_models
 from .models.sit import SiT
 

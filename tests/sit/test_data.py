@@ -12,6 +12,8 @@ from PIL import Image
 from layersync_kernels.errors import DataError
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import arrays as sit_data
+from layersync_kernels.sit.data import registry
+from layersync_kernels.sit.data.augment import random_mirror
 from layersync_kernels.sit.data.base import EpochShuffle
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.data.registry import load_data
@@ -21,16 +23,6 @@ from layersync_kernels.sit.spec import SampleSpec
 
 def first_batch(data, batch_size=4, *, seed=0, start=0):
     return next(data.batches(batch_size, seed=seed, start=start))
-
-
-@pytest.fixture
-def image_folder(tmp_path):
-    """Two classes, three good files each: class a is black, class b is white."""
-    for name, grey in (("a", 0), ("b", 255)):
-        (tmp_path / name).mkdir()
-        for i in range(3):
-            Image.new("RGB", (10, 8), (grey, grey, grey)).save(tmp_path / name / f"{i}.png")
-    return tmp_path
 
 
 def break_file(path):
@@ -250,6 +242,10 @@ def test_npz_without_labels_is_one_class(tmp_path):
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([-1, 1])}, "down to -1"),
         ({"latents": np.zeros((2, 4, 8, 4), np.float32)}, "H = W"),
         ({"latents": np.zeros((2, 4, 8, 8), np.uint8)}, "expected float16"),
+        ({"latents": np.zeros((2, 4, 8, 8), np.longdouble)}, "expected float16"),
+        ({"images": np.zeros((2, 0, 4), np.uint8)}, r"shape \(2, 0, 4\)"),
+        ({"images": np.zeros((), np.float32)}, r"shape \(\)"),
+        ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array(["cat", "dog"])}, "expected integers"),
     ],
 )
 def test_bad_npz_names_the_file_and_the_fault(tmp_path, arrays, message):
@@ -296,3 +292,44 @@ def test_latents_are_not_resized(tmp_path):
 def test_unknown_data_says_what_is_accepted():
     with pytest.raises(DataError, match=r"no data named 'imagenet'.*torchvision:NAME"):
         load_data(DataConfig(data="imagenet"))
+
+
+def test_a_new_kind_of_data_takes_one_entry(monkeypatch):
+    def load(config):
+        return MemorySet(
+            spec=SampleSpec(2, (3,)),
+            num_classes=1,
+            class_names=["0"],
+            samples=torch.full((4, 2, 3), float(config.data.removeprefix("constant:"))),
+            labels=torch.zeros(4, dtype=torch.long),
+        )
+
+    kind = registry.DataKind("constant:VALUE", lambda name: name.startswith("constant:"), load)
+    monkeypatch.setattr(registry, "KINDS", [*registry.KINDS, kind])
+    samples, _ = first_batch(load_data(DataConfig(data="constant:7")))
+    assert torch.equal(samples, torch.full((4, 2, 3), 7.0))
+    with pytest.raises(DataError, match=r"torchvision:NAME, or .*constant:VALUE"):
+        load_data(DataConfig(data="imagenet"))
+
+
+# Augmentation
+
+
+@pytest.mark.parametrize("shape", [(64, 3, 4, 5), (64, 2, 7), (64, 1, 2, 3, 4)])
+def test_half_of_the_samples_are_mirrored_and_named(shape):
+    samples = torch.randn(shape)
+    found, mirrored = random_mirror(samples, generator=torch.Generator().manual_seed(0))
+    assert mirrored.shape == (64, *[1] * (len(shape) - 1))
+    assert 16 < mirrored.sum() < 48
+    for sample, image, flipped in zip(samples, found, mirrored.flatten().tolist(), strict=True):
+        assert torch.equal(image, sample.flip(-1) if flipped else sample)
+
+
+def test_mirrored_samples_are_those_that_the_trainer_has_always_drawn():
+    samples = torch.randn(32, 3, 4, 4)
+    drawn, again = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
+    expected = torch.rand(len(samples), 1, 1, 1, generator=drawn) < 0.5
+    found, mirrored = random_mirror(samples, generator=again)
+    assert torch.equal(mirrored, expected)
+    assert torch.equal(found, torch.where(expected, samples.flip(3), samples))
+    assert torch.equal(drawn.get_state(), again.get_state())

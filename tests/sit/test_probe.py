@@ -18,7 +18,7 @@ from layersync_kernels.sit.config.io import save_config
 from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.run import CONFIG, TrainConfig
 from layersync_kernels.sit.data.memory import MemorySet
-from layersync_kernels.sit.diffusion.interpolants import LinearPath
+from layersync_kernels.sit.diffusion.interpolants import LinearInterpolant
 from layersync_kernels.sit.evaluation.probes import linear_cka, linear_probe
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.spec import SampleSpec
@@ -96,7 +96,7 @@ def staged_data(count=400):
 
 def run_staged(model, **changes):
     options = {"samples": 400, "times": (1.0,), "batch_size": 64, "seed": 0, "device": torch.device("cpu")}
-    return measure(model, LinearPath(), staged_data(), **(options | changes))
+    return measure(model, LinearInterpolant(), staged_data(), **(options | changes))
 
 
 def test_probe_finds_the_one_block_that_holds_the_label():
@@ -145,7 +145,7 @@ def test_cosine_and_features_are_those_of_the_blocks(kernels):
         labels=torch.arange(20) % 3,
     )
     options = {"samples": 20, "times": (0.3, 0.8), "seed": 1, "device": torch.device("cpu")}
-    states = measure(model, LinearPath(), data, batch_size=6, **options)
+    states = measure(model, LinearInterpolant(), data, batch_size=6, **options)
     x1, labels = next(data.batches(20, seed=1))
     x0 = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(states.labels, labels)

@@ -1,4 +1,4 @@
-"""Paths, training losses and samplers: equal to the published code, exact on Gaussians, bad input."""
+"""Interpolants, training losses and samplers: equal to the published code, exact on Gaussians, bad input."""
 
 import functools
 import itertools
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from layersync_kernels.sit import Sampler, SiT, create_transport
-from layersync_kernels.sit.diffusion.interpolants import DIFFUSION_FORMS, PATHS
+from layersync_kernels.sit.diffusion.interpolants import DIFFUSION_FORMS, INTERPOLANTS
 
 GOLDEN = json.loads((Path(__file__).parent / "golden" / "transport.json").read_text(encoding="utf-8"))
 PREDICTIONS = ("velocity", "noise", "score")
@@ -33,7 +33,7 @@ def gaussian_model(transport):
 
     def model(x, t):
         time = t.view(-1, *[1] * (x.ndim - 1))
-        (alpha, d_alpha), (sigma, d_sigma) = transport.path.alpha(time), transport.path.sigma(time)
+        (alpha, d_alpha), (sigma, d_sigma) = transport.interpolant.alpha(time), transport.interpolant.sigma(time)
         centred = (x - alpha * MEAN) / ((alpha * STD) ** 2 + sigma**2)
         data, noise = MEAN + alpha * STD**2 * centred, sigma * centred
         return {"velocity": d_alpha * data + d_sigma * noise, "noise": noise, "score": -centred}[transport.prediction]
@@ -41,7 +41,7 @@ def gaussian_model(transport):
     return model
 
 
-# ---- paths
+# ---- interpolants
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def gaussian_model(transport):
     ],
 )
 def test_path_coefficients_follow_their_formula_and_derivatives_their_coefficients(name, alpha, sigma):
-    path = PATHS[name]()
+    path = INTERPOLANTS[name]()
     t = torch.linspace(0.02, 0.98, 25, dtype=torch.float64, requires_grad=True)
     expected_alpha = torch.tensor([alpha(v) for v in t.tolist()], dtype=torch.float64)
     expected_sigma = (1 - expected_alpha**2).sqrt() if sigma is None else torch.tensor([sigma(v) for v in t.tolist()])
@@ -68,11 +68,11 @@ def test_path_coefficients_follow_their_formula_and_derivatives_their_coefficien
 
 def test_vp_sigma_keeps_its_digits_where_training_ends():
     t = 1 - torch.logspace(-5, -3, 50)
-    exact = PATHS["vp"]().sigma(t.double())[0]
-    torch.testing.assert_close(PATHS["vp"]().sigma(t)[0].double(), exact, rtol=1e-5, atol=0.0)
+    exact = INTERPOLANTS["vp"]().sigma(t.double())[0]
+    torch.testing.assert_close(INTERPOLANTS["vp"]().sigma(t)[0].double(), exact, rtol=1e-5, atol=0.0)
 
 
-@pytest.mark.parametrize(("name", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
+@pytest.mark.parametrize(("name", "prediction"), list(itertools.product(INTERPOLANTS, PREDICTIONS)))
 def test_every_prediction_stands_for_the_same_velocity_and_score(name, prediction):
     transport, velocity, score = (create_transport(name, p) for p in (prediction, "velocity", "score"))
     t = torch.linspace(0.05, 0.95, 7, dtype=torch.float64)
@@ -82,7 +82,7 @@ def test_every_prediction_stands_for_the_same_velocity_and_score(name, predictio
     torch.testing.assert_close(transport.score(output, x, t), gaussian_model(score)(x, t))
 
 
-@pytest.mark.parametrize("name", PATHS)
+@pytest.mark.parametrize("name", INTERPOLANTS)
 def test_the_score_of_a_velocity_is_finite_at_the_start(name):
     transport = create_transport(name)
     x, t = wave((2, 1, 2, 2), 0.3), torch.zeros(2)
@@ -193,7 +193,7 @@ def test_samples_are_the_published_ones(kind, path, prediction, method, form, la
     torch.testing.assert_close(x, torch.tensor(expected), rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize(("path", "prediction"), list(itertools.product(PATHS, PREDICTIONS)))
+@pytest.mark.parametrize(("path", "prediction"), list(itertools.product(INTERPOLANTS, PREDICTIONS)))
 @pytest.mark.parametrize(
     ("method", "steps", "tolerance"),
     [("dopri5", 2, 1e-4), ("heun", 200, 5e-3), ("euler", 1000, 2e-2)],
@@ -206,7 +206,7 @@ def test_ode_carries_noise_to_the_gaussian_it_was_trained_on(path, prediction, m
     (mean0, std0), (mean1, std1) = (
         (alpha * MEAN, math.hypot(alpha * STD, sigma))
         for alpha, sigma in (
-            (transport.path.alpha(time)[0].item(), transport.path.sigma(time)[0].item())
+            (transport.interpolant.alpha(time)[0].item(), transport.interpolant.sigma(time)[0].item())
             for time in torch.tensor([start, end], dtype=torch.float64)
         )
     )
@@ -224,7 +224,7 @@ def assert_gaussian(transport, tolerance, **settings):
 
 @pytest.mark.parametrize("method", ["euler", "heun"])
 @pytest.mark.parametrize("form", DIFFUSION_FORMS)
-@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("path", INTERPOLANTS)
 def test_every_diffusion_has_the_marginals_of_the_data(path, form, method):
     # A last step without noise, of size h, lacks 2wh of variance: visible where w is not small at the end.
     assert_gaussian(create_transport(path), 0.02, sampling_method=method, diffusion_form=form, last_step="euler")
@@ -240,7 +240,7 @@ def test_every_last_step_ends_at_the_data(path, prediction, method, last_step):
 
 
 def test_reverse_goes_back_to_the_noise():
-    for path in PATHS:
+    for path in INTERPOLANTS:
         sampler = Sampler(create_transport(path))
         model = gaussian_model(sampler.transport)
         z = wave((2, 1, 2, 2), 0.8).double()
@@ -356,7 +356,7 @@ def test_a_bad_transport_is_named(settings, message):
 
 
 def test_published_spellings_are_understood():
-    assert create_transport("GVP", "velocity").path.alpha(torch.tensor(1.0))[0] == 1
+    assert create_transport("GVP", "velocity").interpolant.alpha(torch.tensor(1.0))[0] == 1
     Sampler(create_transport("Linear")).sample_sde(
         sampling_method="Euler", diffusion_form="inccreasing-decreasing", last_step="Mean"
     )

@@ -26,6 +26,6 @@ class DataConfig:
     latent_scale: float = 1.0
     """Factor on cached latents; 0.18215 for raw latents of the Stable Diffusion VAE."""
     memory_limit_gb: float = 4.0
-    """Images that decode to more than this are streamed from disk by worker processes."""
+    """Image folders that decode to more than this are streamed (0: always); any other data beyond it are refused."""
     workers: int = 4
     """Decoding threads or processes."""

@@ -1,8 +1,4 @@
-"""Training data for the reference SiT: images or cached latents, shuffled the same way on every machine.
-
-A data set answers three questions: its sample shape (C, H, W), its number of classes, and "give me batches from
-position p of the shuffled stream". The stream is a function of the seed alone: a resumed run needs no iterator state.
-"""
+"""What every data set is, and the order in which its samples come."""
 
 from __future__ import annotations
 

@@ -18,17 +18,28 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from ..spec import SampleSpec
 from .base import SampleSet
-from .memory import memory_set
+from .memory import check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
 from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message
 
 logger = logging.getLogger(__name__)
 
 
-def folder_source(path: Path) -> ImageSource:
-    """The images of a folder of class folders."""
+TORCHVISION = "torchvision:"
+"""What a name of one of its sets starts with."""
+
+
+def load_folder(config: DataConfig) -> SampleSet:
+    """A folder with one sub-folder per class and images in it.
+
+    A file whose header declares an image beyond `config.memory_limit_gb` counts as broken, before it is decoded.
+
+    Raises:
+        DataError: it is none.
+    """
     from torchvision.datasets import ImageFolder
 
+    path = Path(config.data)
     try:
         folder = ImageFolder(str(path))
     except (FileNotFoundError, OSError) as error:
@@ -40,16 +51,34 @@ def folder_source(path: Path) -> ImageSource:
     def load(i: int) -> tuple[Image.Image, int]:
         name, label = files[i]
         with Image.open(name) as image:
+            _check_image(image, config)
             image.load()
             return image, label
 
-    return ImageSource(len(files), load, lambda i: files[i][0], list(folder.classes))
+    source = ImageSource(len(files), load, lambda i: files[i][0], list(folder.classes))
+    return from_source(source, config, default_channels=3)
 
 
-def torchvision_source(name: str, config: DataConfig) -> ImageSource:
-    """The images of a classification set of torchvision."""
+def _check_image(image: Image.Image, config: DataConfig) -> None:
+    if config.memory_limit_gb == 0:  # everything is streamed; Pillow's own limit of 179 million pixels holds
+        return
+    # As decoded, and as the floats that resizing takes.
+    size = image.width * image.height * len(image.getbands()) * (1 + 4)
+    try:
+        check_fits(f"an image of {image.width}x{image.height}", size, config, instead="")
+    except DataError as error:
+        raise Image.DecompressionBombError(str(error)) from error
+
+
+def load_torchvision(config: DataConfig) -> SampleSet:
+    """A classification set of torchvision, for instance ``torchvision:CIFAR10``; its own code reads the files.
+
+    Raises:
+        DataError: no such set, or it cannot be opened.
+    """
     import torchvision.datasets as catalogue
 
+    name = config.data.removeprefix(TORCHVISION)
     kind = getattr(catalogue, name, None)
     if not (inspect.isclass(kind) and issubclass(kind, catalogue.VisionDataset)):
         raise DataError(f"torchvision has no data set {name!r}; it has: {', '.join(sorted(catalogue.__all__))}")
@@ -63,19 +92,20 @@ def torchvision_source(name: str, config: DataConfig) -> ImageSource:
         dataset: Any = kind(**arguments)
     except (RuntimeError, OSError, ValueError, TypeError, ImportError) as error:
         hint = "" if config.download else " (add --download to fetch it)"
-        raise DataError(f"cannot open torchvision:{name} under {config.data_root}: {error}{hint}") from error
+        raise DataError(f"cannot open {config.data} under {config.data_root}: {error}{hint}") from error
 
     def load(i: int) -> tuple[Image.Image, int]:
         image, label = dataset[i]
         if not (isinstance(image, Image.Image) and isinstance(label, (int, np.integer))):
             raise DataError(
-                f"torchvision:{name} gives ({type(image).__name__}, {type(label).__name__}); "
+                f"{config.data} gives ({type(image).__name__}, {type(label).__name__}); "
                 "expected an image and an integer class"
             )
         return image, int(label)
 
     classes = getattr(dataset, "classes", None) or [str(c) for c in range(_count_classes(dataset, load))]
-    return ImageSource(len(dataset), load, lambda i: f"torchvision:{name}[{i}]", [str(c) for c in classes])
+    source = ImageSource(len(dataset), load, lambda i: f"{config.data}[{i}]", [str(c) for c in classes])
+    return from_source(source, config, default_channels=None)
 
 
 def _count_classes(dataset: Any, load: Callable[[int], tuple[Image.Image, int]]) -> int:
@@ -89,7 +119,16 @@ def _count_classes(dataset: Any, load: Callable[[int], tuple[Image.Image, int]])
 
 
 def from_source(source: ImageSource, config: DataConfig, *, default_channels: int | None) -> SampleSet:
-    """Decodes everything now if it fits into `config.memory_limit_gb`, else streams."""
+    """Decodes everything now if the samples fit into `config.memory_limit_gb`, else streams.
+
+    Args:
+        source: the images.
+        config: channels and size wanted, the limit and the workers.
+        default_channels: where the configuration leaves them open; None asks the first image, as is done for the size.
+
+    Raises:
+        DataError: there are no images, or none that can be read.
+    """
     if len(source) == 0:
         raise DataError(f"{config.data} holds no images")
     channels, size = config.channels or default_channels, config.image_size
@@ -97,7 +136,7 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
         first = _first_readable(source)
         channels = channels or (1 if first.mode in ("1", "L", "I;16") else 3)
         size = size or min(first.size)
-    if len(source) * channels * size * size > config.memory_limit_gb * 2**30:
+    if len(source) * channels * size * size > limit_bytes(config):
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
             spec=SampleSpec(channels, (size, size)),

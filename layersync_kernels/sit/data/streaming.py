@@ -26,6 +26,32 @@ logger = logging.getLogger(__name__)
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
 
 
+@dataclass
+class ImageSource:
+    """Numbered images behind one interface.
+
+    Attributes:
+        count: how many there are.
+        load: gives image i and its label, or raises one of `DECODE_ERRORS`; a DataError ends the run.
+        name: of image i, for messages.
+        class_names: one a label.
+    """
+
+    count: int
+    load: Callable[[int], tuple[Image.Image, int]]
+    name: Callable[[int], str]
+    class_names: list[str]
+
+    def __len__(self) -> int:
+        return self.count
+
+
+def all_broken_message(broken: dict[str, str]) -> str:
+    """Says that nothing could be read, naming the first files."""
+    first = "; ".join(f"{name}: {reason}" for name, reason in list(broken.items())[:3])
+    return f"none of the {len(broken)} image files can be read ({first}); check the files"
+
+
 class DecodedImages(TorchDataset[tuple[Tensor, int, dict[str, str]]]):
     """Decodes on demand; a broken file is replaced by the next readable one and reported beside it."""
 
@@ -105,22 +131,3 @@ def _ignore_interrupt(_worker: int) -> None:
     import signal
 
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-
-@dataclass
-class ImageSource:
-    """Numbered images behind one interface: `load(i)` gives an RGB or grey PIL image and its label."""
-
-    count: int
-    load: Callable[[int], tuple[Image.Image, int]]
-    name: Callable[[int], str]
-    class_names: list[str]
-
-    def __len__(self) -> int:
-        return self.count
-
-
-def all_broken_message(broken: dict[str, str]) -> str:
-    """Says that nothing could be read, naming the first files."""
-    first = "; ".join(f"{name}: {reason}" for name, reason in list(broken.items())[:3])
-    return f"none of the {len(broken)} image files can be read ({first}); check the files"

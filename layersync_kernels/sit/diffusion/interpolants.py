@@ -22,11 +22,16 @@ from torch import Tensor
 DIFFUSION_FORMS = ("constant", "sbdm", "sigma", "linear", "decreasing", "increasing-decreasing")
 
 
-class Path(ABC):
+def per_sample(t: Tensor, x: Tensor) -> Tensor:
+    """Times (B,) shaped to broadcast against `x` (B, ...)."""
+    return t.view(-1, *[1] * (x.ndim - 1))
+
+
+class Interpolant(ABC):
     """An interpolant, and what follows from it for any model."""
 
     pure_noise_at_0 = True
-    """alpha(0) = 0: the path starts exactly at the prior, and alpha'/alpha is infinite there."""
+    """alpha(0) = 0: x_0 is the noise itself, and alpha'/alpha is infinite there."""
 
     @abstractmethod
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -46,12 +51,12 @@ class Path(ABC):
         return self.d_log_alpha(t) * sigma.square() - sigma * d_sigma
 
     def interpolate(self, t: Tensor, x0: Tensor, x1: Tensor) -> tuple[Tensor, Tensor]:
-        """x_t and the velocity along the path from `x0` to `x1`."""
+        """x_t and the velocity on the way from `x0` to `x1`."""
         (alpha, d_alpha), (sigma, d_sigma) = self.alpha(t), self.sigma(t)
         return alpha * x1 + sigma * x0, d_alpha * x1 + d_sigma * x0
 
     def velocity_from_score(self, score: Tensor, x: Tensor, t: Tensor) -> Tensor:
-        """The velocity at x_t = `x`; infinite at t = 0 where the path starts with pure noise."""
+        """The velocity at x_t = `x`; infinite at t = 0 where that is pure noise."""
         return self.d_log_alpha(t) * x + self.rate(t) * score
 
     def score_from_velocity(self, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -84,7 +89,7 @@ class Path(ABC):
         raise ValueError(f"unknown diffusion form {form!r}; known: {', '.join(DIFFUSION_FORMS)}")
 
 
-class LinearPath(Path):
+class LinearInterpolant(Interpolant):
     """alpha = t, sigma = 1 - t: rectified flow."""
 
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -100,7 +105,7 @@ class LinearPath(Path):
         return 1 / t
 
 
-class GVPPath(Path):
+class GVPInterpolant(Interpolant):
     """alpha = sin(pi t / 2), sigma = cos(pi t / 2): generalised variance preserving, alpha² + sigma² = 1."""
 
     def alpha(self, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -118,7 +123,7 @@ class GVPPath(Path):
         return math.pi / 2 / torch.tan(t * (math.pi / 2))
 
 
-class VPPath(Path):
+class VPInterpolant(Interpolant):
     """DDPM's variance-preserving diffusion in continuous time: (log alpha)' = beta(t) / 2 and sigma² = 1 - alpha².
 
     Here beta falls linearly from `beta_max` at t = 0 to `beta_min` at t = 1 (Song et al. 2021, arXiv:2011.13456, with
@@ -154,4 +159,4 @@ class VPPath(Path):
         return self.d_log_alpha(t)
 
 
-PATHS: dict[str, type[Path]] = {"linear": LinearPath, "gvp": GVPPath, "vp": VPPath}
+INTERPOLANTS: dict[str, type[Interpolant]] = {"linear": LinearInterpolant, "gvp": GVPInterpolant, "vp": VPInterpolant}

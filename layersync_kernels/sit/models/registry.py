@@ -30,6 +30,11 @@ sit_models: dict[str, Callable[..., SiT]] = {
 """Constructors by name, "SiT-XL/2" being size XL with patches of 2; any keyword of `SiT` can be given or overridden."""
 
 
+def known_heads(hidden_size: int, depth: int) -> int | None:
+    """The heads of the named size with that width and depth, or None where there is none."""
+    return next((heads for width, blocks, heads in _SIZES.values() if (width, blocks) == (hidden_size, depth)), None)
+
+
 def build_model(config: ModelConfig, spec: SampleSpec, num_classes: int) -> SiT:
     """The SiT that `config` names, for samples of that shape.
 

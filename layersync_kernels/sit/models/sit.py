@@ -9,52 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...compiler.recompute import check_mode
-from ...functional.seam import Seam, Tap
+from ...functional.seam import Tap
 from ...modules.block import AdaLNZeroBlock
-from ...modules.norm import ModulatedNorm, Stream
-from ...modules.published import SiTBlock, modulate
+from ...modules.norm import Stream
+from ...modules.published import SiTBlock
 from ..spec import SampleSpec
 from .embedders import LabelEmbedder, TimestepEmbedder
-from .patches import PatchEmbed
-from .positions import sincos_positions
+from .patches import FinalLayer, PatchEmbed, PlainFinalLayer, sincos_positions, unpatchify
 
 Capture = int | tuple[int, int]
 """What `SiT.forward` can hand back: the output of a block, or the cosine of a (student, teacher) pair."""
-
-
-class FinalLayer(nn.Module):
-    """Projects tokens to the pixels of their patches."""
-
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int) -> None:
-        super().__init__()
-        self.norm_final = ModulatedNorm(hidden_size)
-        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
-
-    def forward(
-        self, stream: Stream, c: Tensor, *, student: Tap | None = None, tap: bool = False
-    ) -> tuple[Tensor, Seam]:
-        """Stream (N, T, D) and condition c (N, D) → (N, T, patch²·C), channels last in a patch, and its entrance."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        seam = self.norm_final.enter(stream, shift, scale, student, tap)
-        return self.linear(seam.normed), seam
-
-
-class PlainFinalLayer(FinalLayer):
-    """The same in plain PyTorch, op by op."""
-
-    def forward(
-        self, stream: Stream, c: Tensor, *, student: Tap | None = None, tap: bool = False
-    ) -> tuple[Tensor, Seam]:
-        """As `FinalLayer`, for a stream without pending update and without alignment."""
-        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        x = stream.residual
-        normed = modulate(F.layer_norm(x, x.shape[-1:], eps=self.norm_final.eps), shift, scale)
-        return self.linear(normed), Seam(x, normed, None, None)
 
 
 class SiT(nn.Module):
@@ -172,9 +139,8 @@ class SiT(nn.Module):
 
     def unpatchify(self, tokens: Tensor) -> Tensor:
         """Lays patches out as images: (N, T, patch²·out_channels) → (N, in_channels, H, W), unused channels dropped."""
-        grid = self.input_size // self.patch_size
-        patches = tokens.unflatten(2, (self.patch_size, self.patch_size, self.out_channels))[..., : self.in_channels]
-        return patches.unflatten(1, (grid, grid)).permute(0, 5, 1, 3, 2, 4).flatten(4, 5).flatten(2, 3)
+        patches = tokens.unflatten(2, (self.patch_size, self.patch_size, self.out_channels))
+        return unpatchify(patches[..., : self.in_channels], self.input_size // self.patch_size)
 
     def forward(
         self, x: Tensor, t: Tensor, y: Tensor, capture: Sequence[Capture] = ()

@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..config.sampling import SamplingConfig
-from ..diffusion.transport import Sampler, Transport
+from ..diffusion.sampler import Sampler
+from ..diffusion.transport import Transport
 from ..models.sit import SiT
 
 

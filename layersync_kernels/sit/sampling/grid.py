@@ -32,7 +32,8 @@ def save_grid(samples: Tensor, path: Path, *, columns: int, latent: bool = False
         low, high = samples.amin((0, 2, 3), keepdim=True), samples.amax((0, 2, 3), keepdim=True)
         samples = (samples - low) / (high - low).clamp_min(1e-6) * 2 - 1
     pixels = unit_to_pixels(samples)
-    pixels = pixels.repeat_interleave(factor := max(1, GRID_CELL // pixels.shape[-1]), 2).repeat_interleave(factor, 3)
+    factor = max(1, GRID_CELL // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
     count, channels, height, width = pixels.shape
     rows, gap = -(-count // columns), 2
     grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 128, dtype=torch.uint8)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +11,21 @@ from ..checkpoints.local import read_state, run_of
 from ..checkpoints.weights import Weights, fill_model, find_weights, load_weights
 from ..config.io import load_config
 from ..config.run import CONFIG
-from ..models.registry import build_model, sit_models
+from ..models.registry import build_model, known_heads
 from ..models.sit import SiT
 from ..spec import SampleSpec
 
 
 @dataclass
 class Trained:
-    """A model ready to draw from."""
+    """A model ready to draw from.
+
+    Attributes:
+        model: on the CPU, in evaluation mode, without gradients.
+        spec: of its samples.
+        num_classes: its labels are 0..num_classes-1, and the null label where it has one.
+        latent: True when its samples are latents of an autoencoder; a lone file with 4 channels is taken for one.
+    """
 
     model: SiT
     spec: SampleSpec
@@ -31,6 +37,11 @@ def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) 
     """The model of a run or checkpoint, on the CPU in evaluation mode.
 
     A run says what its model is; for a lone file the sizes are read from the shapes of its tensors.
+
+    Args:
+        path: of a run, one of its checkpoints, or a file of weights.
+        ema: the averaged weights rather than the last ones.
+        num_heads: of a lone file whose width and depth are of no named size.
 
     Raises:
         CheckpointError: damaged, foreign, or of a size whose number of heads is not known; names the file.
@@ -63,16 +74,14 @@ def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
         outputs = tensors["final_layer.linear.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{weights.path} is no SiT checkpoint: {error!r}") from error
-    sizes = [made.keywords for made in sit_models.values() if isinstance(made, functools.partial)]
-    heads = num_heads or next(
-        (s["num_heads"] for s in sizes if (s["hidden_size"], s["depth"]) == (hidden_size, depth)), None
-    )
+    heads = num_heads or known_heads(hidden_size, depth)
     if heads is None:
         raise CheckpointError(
             f"{weights.path}: a SiT of width {hidden_size} and depth {depth} has no published number of heads; "
             "give --num-heads"
         )
-    dropout = 0.0 if weights.args.get("num_classes") == rows else 0.1  # a null label more than classes, unless told
+    # The table has a row more than classes, the null label, unless the arguments kept in the file say otherwise.
+    null_label = weights.args.get("num_classes") != rows
     try:
         return SiT(
             input_size=math.isqrt(tokens) * patch_size,
@@ -81,8 +90,8 @@ def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
             hidden_size=hidden_size,
             depth=depth,
             num_heads=heads,
-            class_dropout_prob=dropout,
-            num_classes=rows if dropout == 0 else rows - 1,
+            class_dropout_prob=0.1 if null_label else 0.0,
+            num_classes=rows - 1 if null_label else rows,
             learn_sigma=outputs == 2 * channels * patch_size**2,
         )
     except ValueError as error:

@@ -21,8 +21,8 @@ class Teacher(nn.Module):
         network: the module itself.
         extract: (B, 3, size, size) to tokens (B, N, W) or to a feature map (B, W, h, w).
         size: side of the square images that the network gets.
-        mean: of each colour, in [0, 1].
-        std: likewise.
+        mean: of each colour's values in [0, 1], over the images that the network was trained on.
+        std: the standard deviation of each colour's values there.
     """
 
     _shift: Tensor

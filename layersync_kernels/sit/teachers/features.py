@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ...errors import DataError, TeacherError
 from ..console import console
+from ..data.augment import mirror
 from ..data.base import SampleSet
 from ..data.pixels import unit_to_pixels
 from ..files import atomic_path
@@ -29,7 +30,8 @@ class Features:
     mirrored tokens.
 
     Args:
-        path: of the file, which is read page by page as training asks for it.
+        path: of the file. It is mapped into memory and read page by page as training asks for it, so that it may be
+            larger than the memory, and no limit is set to it: what gets copied is the tokens of a batch.
         data: what is trained on.
         teacher: the name that the file has to carry; None takes any.
         flip: whether samples get mirrored.
@@ -125,7 +127,7 @@ def compute_features(
         samples = data.take(index).to(device)
         for name in names:
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                tokens = teacher(samples if name == "features" else samples.flip(3)).half().cpu()
+                tokens = teacher(samples if name == "features" else mirror(samples)).half().cpu()
             if not tokens.isfinite().all():
                 raise TeacherError(f"{not_finite(teacher.name)} in fp16 for samples from {start} on")
             if name not in tensors:

@@ -19,7 +19,7 @@ from ...console import console
 from ...data.base import SampleSet
 from ...data.registry import load_data
 from ...device import resolve_device, resolve_precision
-from ...diffusion.interpolants import Path as Interpolant
+from ...diffusion.interpolants import Interpolant
 from ...diffusion.transport import build_transport
 from ...evaluation.probes import linear_cka, linear_probe
 from ...files import write_json
@@ -179,7 +179,7 @@ def probe(command: ProbeCommand) -> Path:
         raise DataError(f"--data {command.data.data} has {len(data)} samples; expected at least {MIN_SAMPLES}")
     states = measure(
         trained.model.to(device),
-        build_transport(command.transport).path,
+        build_transport(command.transport).interpolant,
         data,
         samples=command.samples,
         times=command.times,
