@@ -19,25 +19,32 @@ from ..sit.data.base import SampleSet
 from ..sit.data.registry import load_data
 from ..sit.device import resolve_device
 from ..sit.training.loop import Trainer
-from ..sit.training.terms import build_alignment
+from ..sit.training.state import TrainState
+from ..sit.training.terms.base import LossTerm, Setting
+from ..sit.training.terms.layersync import LayerSyncTerm
 
 PROVIDERS = ("fused", "off", "applied", "eager", "compile", "published")
 
 
-class PublishedTrainer(Trainer):
-    """The trainer with the optimiser and the moving average of the published code: loops over parameters."""
+class PublishedState(TrainState):
+    """With the optimiser and the moving average of the published code: loops over parameters."""
 
-    def __init__(self, config: TrainConfig, data: SampleSet) -> None:
-        super().__init__(config, data)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            self._trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW that is not fused."""
+        optim = self.config
+        return torch.optim.AdamW(self.trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
 
     @torch.no_grad()
-    def _average(self) -> None:
-        for average, parameter in zip(self._averages, self._params, strict=True):
-            average.mul_(self.config.optim.ema_decay).add_(parameter, alpha=1 - self.config.optim.ema_decay)
+    def move_average(self) -> None:
+        """Without warm-up."""
+        for average, weight in zip(self.averages, self.weights, strict=True):
+            average.mul_(self.config.ema_decay).add_(weight, alpha=1 - self.config.ema_decay)
+
+
+class PublishedTrainer(Trainer):
+    """The trainer with the state of the published code."""
+
+    state_type = PublishedState
 
 
 class AppliedTrainer(Trainer):
@@ -125,10 +132,13 @@ def measure_throughput(
         if key not in shared:
             own = data if data is not None else load_data(config.data, resolve_device(config.device))
             trainer = kind(config, own)
-            shared[key] = trainer, trainer._batches()
+            shared[key] = trainer, trainer.batches()
         trainer, batches = shared[key]
-        trainer.alignment = build_alignment(config.layersync, len(trainer.model.blocks))
-        contenders[name] = (trainer, batches, trainer.alignment)
+        layersync = LayerSyncTerm.build(Setting(config, trainer.model, trainer.data, trainer.device))
+        others = [term for term in trainer.state.terms if not isinstance(term, LayerSyncTerm)]
+        terms: list[LossTerm] = others if layersync is None else [layersync, *others]
+        trainer.state.terms = terms
+        contenders[name] = (trainer, batches, terms)
         for _ in range(warmup):
             trainer.step(*next(batches))
     rates: dict[str, list[float]] = {name: [] for name in configs}
@@ -137,8 +147,8 @@ def measure_throughput(
         if number > 0 and time.perf_counter() > end:
             break
         turns = list(contenders.items())
-        for name, (trainer, batches, alignment) in turns if number % 2 == 0 else reversed(turns):
-            trainer.alignment = alignment
+        for name, (trainer, batches, terms) in turns if number % 2 == 0 else reversed(turns):
+            trainer.state.terms = terms
             ready = [next(batches) for _ in range(steps)]
             _synchronize(trainer.device)
             began = time.perf_counter()

@@ -40,7 +40,7 @@ from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.training import loop as train
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import Meter, read_records
-from layersync_kernels.sit.training.terms import build_alignment
+from layersync_kernels.sit.training.terms.layersync import LayerSyncTerm, build_loss
 
 
 def tiny_config(**groups):
@@ -132,7 +132,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
         trainer = Trainer(tiny_config(optim=optim, model={"class_dropout": 0.0}), tiny_data())
         trainer.transport = FixedNoise(trainer.transport)
         trainer.step(*next(trainer.data.batches(6, seed=0)))
-        results.append(trainer.optimizer.state_dict()["state"])
+        results.append(trainer.state.optimizer.state_dict()["state"])
     for number, state in results[0].items():
         torch.testing.assert_close(results[1][number]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-6)
 
@@ -166,7 +166,7 @@ def test_learning_rate_warms_up_and_decays(schedule, rates):
         tiny_config(optim={"lr": 1.0, "lr_schedule": schedule, "warmup_steps": 2, "steps": 5}), tiny_data()
     )
     for step, rate in enumerate(rates):
-        trainer.steps_done = step
+        trainer.state.steps_done = step
         assert trainer.learning_rate() == pytest.approx(rate, abs=1e-4)
 
 
@@ -192,7 +192,7 @@ def test_off_is_plain_sit_and_captures_nothing(monkeypatch):
         layersync={"layersync": ("off",)}, optim={"clip_norm": None, "warmup_steps": 0}, data={"flip": False}
     )
     trainer = Trainer(config, tiny_data())
-    assert trainer.alignment is None
+    assert trainer.term(LayerSyncTerm) is None
     plain = Trainer(config, tiny_data())
     forward = trainer.model.forward
     monkeypatch.setattr(trainer.model, "forward", lambda x, t, y: forward(x, t, y))  # has no `capture`
@@ -200,7 +200,7 @@ def test_off_is_plain_sit_and_captures_nothing(monkeypatch):
     torch.manual_seed(1)
     for batch in batches:
         trainer.step(*batch)
-    optimizer = torch.optim.AdamW(plain._params, lr=config.optim.lr, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(plain.state.weights, lr=config.optim.lr, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(1)
     for samples, labels in batches:
@@ -237,7 +237,7 @@ def test_nothing_is_captured_in_steps_that_layersync_skips(monkeypatch):
     batches = trainer.data.batches(5, seed=0)
     for _ in range(7):
         trainer.step(*next(batches))
-    captures = trainer.alignment.captures
+    captures = trainer.term(LayerSyncTerm).module.captures
     assert asked == [captures, (), captures, (), captures, (), ()]
 
 
@@ -258,7 +258,7 @@ def test_nothing_is_captured_in_steps_that_layersync_skips(monkeypatch):
 )
 def test_bad_layersync_settings_are_explained(changes, message):
     with pytest.raises(ConfigError, match=message):
-        build_alignment(dataclasses.replace(LayerSyncConfig(), **changes), depth=3)
+        build_loss(dataclasses.replace(LayerSyncConfig(), **changes), depth=3)
 
 
 # Settings
@@ -531,7 +531,9 @@ def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
     monkeypatch.setattr(throughput, "Trainer", lambda *args: made.append(Trainer(*args)) or made[-1])
     seen = []
     step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, *batch: (seen.append(self.alignment is None), step(self, *batch)))
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, *batch: (seen.append(self.term(LayerSyncTerm) is None), step(self, *batch))
+    )
     configs = {name: provider_config(tiny_config(), name) for name in ("fused", "off")}
     measure_throughput(configs, steps=1, rounds=2, warmup=0, data=tiny_data())
     assert len(made) == 1
