@@ -15,7 +15,7 @@ from layersync_kernels.sit.checkpoints.local import load_weights, read_tensors
 from layersync_kernels.sit.commands.train import run_training
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.io import load_config, save_config
-from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig
+from layersync_kernels.sit.config.loss import AlignConfig, AlignScheduleConfig, LayerSyncConfig
 from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import LogConfig, TrainConfig
@@ -266,7 +266,7 @@ def test_teacher_rests_when_the_schedule_is_over(tmp_path, monkeypatch):
     calls = []
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
-    run_training(tiny_config(align={"align_stop_step": 2}), tmp_path / "run")
+    run_training(tiny_config(align={"align_when": AlignScheduleConfig(stop_step=2)}), tmp_path / "run")
     assert calls == [2, 4, 4]  # the probe of its width, then two steps
     records = read_records(tmp_path / "run")
     assert "repa_loss" in records[0]
@@ -364,7 +364,7 @@ def test_features_command_writes_what_training_reads(tmp_path, monkeypatch, caps
         ({"teacher": None}, "--align repa needs --teacher"),
         ({"align": "off"}, "used by --align repa or irepa only"),
         ({"align_block": 5}, "the model has blocks 1 to 4"),
-        ({"align_schedule": "cosine"}, "stop_step"),
+        ({"align_when": AlignScheduleConfig(schedule="cosine")}, "stop_step"),
         ({"projector_dim": 0}, "--projector-dim 0"),
     ],
 )

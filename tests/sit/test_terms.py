@@ -15,33 +15,19 @@ from torch import nn
 from layersync_kernels.errors import CheckpointError, TrainingDiverged
 from layersync_kernels.functional import dispersive_loss
 from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
-from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.loss import LayerSyncConfig
-from layersync_kernels.sit.config.model import ModelConfig
-from layersync_kernels.sit.config.optim import OptimConfig
-from layersync_kernels.sit.config.run import LogConfig, TrainConfig
-from layersync_kernels.sit.data.memory import MemorySet
-from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.training import Trainer
 from layersync_kernels.sit.training.runlog import read_records
 from layersync_kernels.sit.training.terms import TERMS
 from layersync_kernels.sit.training.terms.base import LossTerm
 
-CONFIG = TrainConfig(
-    data=DataConfig(flip=True),
-    model=ModelConfig(model="SiT-P/2", hidden_size=16, depth=4, num_heads=2),
-    optim=OptimConfig(steps=4, batch_size=4, lr=1e-2, clip_norm=1.0, accumulate=2),
-    log=LogConfig(log_every=1, sample_every=0, checkpoint_every=2, tensorboard=False, keep=10),
-    device="cpu",
-    precision="fp32",
+from .tiny import tiny_config, tiny_data
+
+CONFIG = tiny_config(
+    model={"depth": 4},
+    optim={"steps": 4, "batch_size": 4, "accumulate": 2},
+    log={"log_every": 1, "sample_every": 0, "checkpoint_every": 2},
 )
-
-
-def tiny_data():
-    pixels = torch.randint(0, 256, (12, 1, 4, 4), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
-    return MemorySet(
-        spec=SampleSpec(1, (4, 4)), num_classes=2, class_names=["a", "b"], samples=pixels, labels=torch.arange(12) % 2
-    )
 
 
 def trained(run_dir, *terms, steps=4, resume=False, **changes):
@@ -132,7 +118,7 @@ def test_module_of_a_term_is_trained_saved_and_resumed(tmp_path):
     assert whole.keys() == {"model", "ema", "optimizer", "rng", "classifier"}
     assert all(equal(whole[stem], parts[stem]) for stem in whole)
     torch.manual_seed(CONFIG.seed)
-    assert not equal(whole["classifier"], HeadTerm(16, 2).module.state_dict())
+    assert not equal(whole["classifier"], HeadTerm(16, 3).module.state_dict())
     assert {"classifier.weight.exp_avg", "classifier.bias.exp_avg"} <= whole["optimizer"].keys()
     assert equal(whole["rng"], trained(tmp_path / "without")["rng"])
     records = read_records(tmp_path / "whole")

@@ -132,6 +132,7 @@ class Trainer:
         return self.state.seconds + (0.0 if self._started is None else time.monotonic() - self._started)
 
     def _stop_clock(self) -> None:
+        """Counts the time since `_started` as the state's."""
         self.state.seconds, self._started = self.seconds, None
 
     @property
@@ -212,7 +213,7 @@ class Trainer:
         self.check_finite()
         if self._started is not None:
             self._stop_clock()
-            self._started = time.monotonic()
+            self._started = time.monotonic()  # training goes on
         facts = {
             "data": {
                 "shape": self.data.spec.shape,

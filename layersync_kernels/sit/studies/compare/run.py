@@ -333,12 +333,12 @@ def prepare(config: CompareConfig, out: Path, *, resume: bool = False) -> None:
         save_config(config, temporary)
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
     for name, value in before.items():
         if isinstance(value, dict):
-            yield from _differences(value, now[name])
+            yield from _differences(value, now[name], name.removesuffix("when") if name.endswith("when") else "")
         elif value != now[name]:
-            yield f"--{name.replace('_', '-')} was {value}, now {now[name]}"
+            yield f"--{(prefix + name).replace('_', '-')} was {value}, now {now[name]}"
 
 
 def compare(command: CompareCommand) -> Path | None:

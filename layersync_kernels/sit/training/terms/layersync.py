@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -65,10 +66,7 @@ def build_loss(config: LayerSyncConfig, depth: int) -> LayerSyncLoss | None:
         return LayerSyncLoss(
             pairs,
             weights,
-            schedule=config.schedule,
-            start_step=config.start_step,
-            stop_step=config.stop_step,
-            every=config.every,
+            **dataclasses.asdict(config.when),
             teacher_grad=config.teacher_grad,
             backend=config.loss_backend,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -134,10 +135,7 @@ def build_loss(config: AlignConfig, model: SiT, teacher: str, teacher_size: int)
             projector_dim=min(2048, 4 * width) if config.projector_dim is None else config.projector_dim,
             weights=config.align_weight,
             interpolate=True,
-            schedule=config.align_schedule,
-            start_step=config.align_start_step,
-            stop_step=config.align_stop_step,
-            every=config.align_every,
+            **dataclasses.asdict(config.align_when),
         )
     except ValueError as error:
         raise ConfigError(f"--align {config.align}: {error}") from error
