@@ -72,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.what in ("all", "ops"):
         wrong = _ops(config, device, console)
     if config.what in ("all", "trainer"):
-        from . import trainer
+        from . import throughput as trainer
 
         rows = trainer.measure(device, quick=config.quick)
         trainer.print_table(rows, console)

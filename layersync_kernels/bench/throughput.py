@@ -10,34 +10,52 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from ..integrate import apply_layersync_kernels
 from ..sit.config.loss import LayerSyncConfig
+from ..sit.config.model import ModelConfig
+from ..sit.config.optim import OptimConfig
 from ..sit.config.run import TrainConfig
 from ..sit.data.base import SampleSet
+from ..sit.data.memory import MemorySet
 from ..sit.data.registry import load_data
 from ..sit.device import resolve_device
+from ..sit.spec import SampleSpec
 from ..sit.training.loop import Trainer
-from ..sit.training.terms import build_alignment
+from ..sit.training.state import TrainState
+from ..sit.training.terms.base import LossTerm, Setting
+from ..sit.training.terms.layersync import LayerSyncTerm
+from .engine import machine_facts
+from .report import new_table
 
 PROVIDERS = ("fused", "off", "applied", "eager", "compile", "published")
+# A step of SiT-S/2 at batch 8 takes a second or two on two cores; SiT-XL/2 at 64 is what a GPU of 80 GB trains with.
+_SETTINGS = {"cpu": ("SiT-S/2", 8), "cuda": ("SiT-XL/2", 64)}
+_QUICK = ("SiT-P/8", 2)
+_AGAINST = ("fused", "off", "eager", "compile", "published")
+
+
+class PublishedState(TrainState):
+    """With the optimiser and the moving average of the published code: loops over parameters."""
+
+    def build_optimizer(self) -> torch.optim.Optimizer:
+        """AdamW that is not fused."""
+        optim = self.config
+        return torch.optim.AdamW(self.trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay)
+
+    @torch.no_grad()
+    def move_average(self) -> None:
+        """Without warm-up."""
+        for average, weight in zip(self.averages, self.weights, strict=True):
+            average.mul_(self.config.ema_decay).add_(weight, alpha=1 - self.config.ema_decay)
 
 
 class PublishedTrainer(Trainer):
-    """The trainer with the optimiser and the moving average of the published code: loops over parameters."""
+    """The trainer with the state of the published code."""
 
-    def __init__(self, config: TrainConfig, data: SampleSet) -> None:
-        super().__init__(config, data)
-        optim = config.optim
-        self.optimizer = torch.optim.AdamW(
-            self._trained, lr=optim.lr, betas=optim.betas, weight_decay=optim.weight_decay
-        )
-
-    @torch.no_grad()
-    def _average(self) -> None:
-        for average, parameter in zip(self._averages, self._params, strict=True):
-            average.mul_(self.config.optim.ema_decay).add_(parameter, alpha=1 - self.config.optim.ema_decay)
+    state_type = PublishedState
 
 
 class AppliedTrainer(Trainer):
@@ -125,10 +143,13 @@ def measure_throughput(
         if key not in shared:
             own = data if data is not None else load_data(config.data, resolve_device(config.device))
             trainer = kind(config, own)
-            shared[key] = trainer, trainer._batches()
+            shared[key] = trainer, trainer.batches()
         trainer, batches = shared[key]
-        trainer.alignment = build_alignment(config.layersync, len(trainer.model.blocks))
-        contenders[name] = (trainer, batches, trainer.alignment)
+        layersync = LayerSyncTerm.build(Setting(config, trainer.model, trainer.data, trainer.device))
+        others = [term for term in trainer.state.terms if not isinstance(term, LayerSyncTerm)]
+        terms: list[LossTerm] = others if layersync is None else [layersync, *others]
+        trainer.state.terms = terms
+        contenders[name] = (trainer, batches, terms)
         for _ in range(warmup):
             trainer.step(*next(batches))
     rates: dict[str, list[float]] = {name: [] for name in configs}
@@ -137,8 +158,8 @@ def measure_throughput(
         if number > 0 and time.perf_counter() > end:
             break
         turns = list(contenders.items())
-        for name, (trainer, batches, alignment) in turns if number % 2 == 0 else reversed(turns):
-            trainer.alignment = alignment
+        for name, (trainer, batches, terms) in turns if number % 2 == 0 else reversed(turns):
+            trainer.state.terms = terms
             ready = [next(batches) for _ in range(steps)]
             _synchronize(trainer.device)
             began = time.perf_counter()
@@ -153,3 +174,79 @@ def measure_throughput(
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+
+
+def contenders(config: TrainConfig) -> dict[str, TrainConfig]:
+    """What is timed on a device: `PROVIDERS`, and on a CPU recompute="light", and fused and eager in fp32.
+
+    A GPU of 80 GB does not hold all of them at SiT-XL/2.
+    """
+    names = ("fused", "off", "applied", "eager", "compile")
+    configs = {name: provider_config(config, name) for name in names}
+    if config.device == "cpu":
+        configs["published"] = provider_config(config, "published")
+        light = dataclasses.replace(config.model, recompute="light")
+        configs["light"] = dataclasses.replace(config, model=light)
+        wide = dataclasses.replace(config, precision="fp32")
+        configs |= {f"{name} fp32": provider_config(wide, name) for name in ("fused", "eager")}
+    return configs
+
+
+def measure(device: str, *, quick: bool = False) -> list[dict[str, object]]:
+    """Optimiser steps on random latents (4, 32, 32), all contenders in turns.
+
+    Args:
+        device: "cpu" or "cuda".
+        quick: a small model and few steps.
+
+    Returns:
+        one row per contender with `images_per_s` (median over rounds), its `low` and `high`, and how many times the
+        rate of others it has, round by round: `vs_fused`, `vs_off` (without LayerSync), `vs_eager` (of its own
+        precision), `vs_compile`, `vs_published`.
+    """
+    model, batch = _QUICK if quick else _SETTINGS[device]
+    samples = MemorySet(
+        samples=torch.randn(4 * batch, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(device),
+        labels=torch.arange(4 * batch, device=device) % 1000,
+        spec=SampleSpec(4, (32, 32)),
+        num_classes=1000,
+        class_names=[str(label) for label in range(1000)],
+        latent=True,
+    )
+    config = TrainConfig(model=ModelConfig(model=model), optim=OptimConfig(batch_size=batch), device=device)
+    steps = 10 if device == "cuda" else 1
+    speeds = measure_throughput(
+        contenders(config),
+        trainers=TRAINERS,
+        steps=steps,
+        rounds=2 if quick else 10,
+        warmup=2,
+        data=samples,
+    )
+    facts = machine_facts(device)
+    rows = []
+    for name, speed in speeds.items():
+        row: dict[str, object] = {
+            "op": "trainer",
+            "case": f"{model} batch {batch}",
+            "provider": name,
+            "device": device,
+            "images_per_s": speed.median,
+            "low": min(speed.rounds),
+            "high": max(speed.rounds),
+        }
+        for other in _AGAINST:
+            own = "eager fp32" if other == "eager" and name.endswith("fp32") else other
+            row[f"vs_{other}"] = speed.over(speeds[own]) if own in speeds else None
+        rows.append(row | {"machine": facts})
+    return rows
+
+
+def print_table(rows: list[dict[str, object]], console: Console) -> None:
+    """The rows of `measure`."""
+    title = f"trainer, {rows[0]['case']}, {rows[0]['device']}: optimiser steps"
+    table = new_table(title, "blocks and loss", "images/s", "slowest", "fastest", *(f"x {name}" for name in _AGAINST))
+    for row in rows:
+        numbers = (row[key] for key in ("images_per_s", "low", "high", *(f"vs_{name}" for name in _AGAINST)))
+        table.add_row(str(row["provider"]), *("" if number is None else f"{number:.3f}" for number in numbers))
+    console.print(table)

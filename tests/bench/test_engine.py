@@ -138,7 +138,7 @@ def test_the_command_writes_json_lines_and_fails_on_a_wrong_result(tmp_path, mon
 
 
 def test_the_trainer_rows_have_every_provider_and_ratio():
-    from layersync_kernels.bench import trainer
+    from layersync_kernels.bench import throughput as trainer
 
     rows = {row["provider"]: row for row in trainer.measure("cpu", quick=True)}
     assert set(rows) == {

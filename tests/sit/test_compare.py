@@ -12,6 +12,7 @@ from layersync_kernels import cli
 from layersync_kernels.errors import CheckpointError, ConfigError, DataError, TeacherError
 from layersync_kernels.sit.checkpoints.local import read_tensors
 from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.config.loss import AlignScheduleConfig
 from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import LogConfig, TrainConfig
@@ -252,6 +253,10 @@ def test_other_settings_are_refused_and_more_seeds_are_not(config, tmp_path):
     compare_module.prepare(config, tmp_path / "out")
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"), marks=3)
     with pytest.raises(ConfigError, match=r"--precision was fp32, now bf16; --marks was 2, now 3"):
+        compare_module.prepare(other, tmp_path / "out")
+    align = dataclasses.replace(config.train.align, align_when=AlignScheduleConfig(every=2))
+    other = dataclasses.replace(config, train=dataclasses.replace(config.train, align=align))
+    with pytest.raises(ConfigError, match="settings: --align-every was 1, now 2"):
         compare_module.prepare(other, tmp_path / "out")
     compare_module.prepare(dataclasses.replace(config, seeds=3), tmp_path / "out")
     with pytest.raises(ConfigError, match="--seeds was 3, now 2"):

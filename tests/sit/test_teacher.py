@@ -16,7 +16,7 @@ from layersync_kernels.sit.checkpoints.weights import load_weights
 from layersync_kernels.sit.commands.train import run_training
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.io import load_config, save_config
-from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig
+from layersync_kernels.sit.config.loss import AlignConfig, AlignScheduleConfig, LayerSyncConfig
 from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import LogConfig, TrainConfig
@@ -31,6 +31,8 @@ from layersync_kernels.sit.teachers.networks import load_teacher
 from layersync_kernels.sit.training import loop as train
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import read_records
+from layersync_kernels.sit.training.terms import repa as repa_term
+from layersync_kernels.sit.training.terms.repa import RepaTerm
 
 
 def tiny_config(**groups):
@@ -70,7 +72,7 @@ def tiny_teacher(name="tiny", **_):
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda config, device: tiny_data())
-    monkeypatch.setattr(train, "load_teacher", tiny_teacher)
+    monkeypatch.setattr(repa_term, "load_teacher", tiny_teacher)
     monkeypatch.setattr(train.RunLog, "draw_curves", lambda self: None)  # half of the time of these tests
 
 
@@ -178,7 +180,7 @@ def test_teacher_that_fails_or_returns_nan_is_named_before_training(monkeypatch)
         nn.Flatten(): "gives .* expected tokens",
         nn.Threshold(1e9, float("nan")): "tiny returns NaN or infinity",
     }.items():
-        monkeypatch.setattr(train, "load_teacher", lambda name, net=network, **_: Teacher(name, net, net, 4))
+        monkeypatch.setattr(repa_term, "load_teacher", lambda name, net=network, **_: Teacher(name, net, net, 4))
         with pytest.raises(TeacherError, match=message):
             Trainer(tiny_config())
 
@@ -216,7 +218,7 @@ def test_features_train_as_the_teacher_does_mirrored_samples_included(tmp_path):
 def test_teacher_sees_the_samples_that_the_model_sees(monkeypatch):
     trainer = Trainer(tiny_config())
     seen = []
-    monkeypatch.setattr(trainer.teacher, "forward", lambda x: seen.append(x) or tiny_teacher()(x))
+    monkeypatch.setattr(trainer.term(RepaTerm).teacher, "forward", lambda x: seen.append(x) or tiny_teacher()(x))
     losses = Transport.training_losses
 
     def training_losses(self, model, x, *arguments, **keywords):
@@ -241,14 +243,14 @@ def test_gradient_of_both_losses_reaches_the_model_and_that_of_repa_its_projecto
         trainer = Trainer(tiny_config(optim={"clip_norm": None}, **changes), tiny_data())
         for number, parameter in enumerate(trainer.model.parameters()):  # those of a new SiT are zero at the gates
             nn.init.normal_(parameter, std=0.2, generator=torch.Generator().manual_seed(number))
-        trainer.optimizer.step = lambda: None
-        trainer.optimizer.zero_grad = lambda set_to_none: None
+        trainer.state.optimizer.step = lambda: None
+        trainer.state.optimizer.zero_grad = lambda set_to_none: None
         torch.manual_seed(0)
         trainer.step(trainer.data.take(torch.arange(4)), torch.zeros(4, dtype=torch.long))
         gradients[name] = trainer.model.blocks[0].mlp.fc1.weight.grad
-        if trainer.repa is not None:
-            assert all(p.grad.abs().sum() > 0 for p in trainer.repa.parameters())
-            assert {id(p) for p in trainer.repa.parameters()} <= {id(p) for p in trainer._trained}
+        if (repa := trainer.term(RepaTerm)) is not None:
+            assert all(p.grad.abs().sum() > 0 for p in repa.module.parameters())
+            assert {id(p) for p in repa.module.parameters()} <= {id(p) for p in trainer.state.trained}
     assert not torch.allclose(gradients["both"], gradients["repa"], rtol=1e-3)
     assert not torch.allclose(gradients["both"], gradients["layersync"], rtol=1e-3)
 
@@ -265,7 +267,7 @@ def test_teacher_rests_when_the_schedule_is_over(tmp_path, monkeypatch):
     calls = []
     forward = Teacher.forward
     monkeypatch.setattr(Teacher, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
-    run_training(tiny_config(align={"align_stop_step": 2}), tmp_path / "run")
+    run_training(tiny_config(align={"align_when": AlignScheduleConfig(stop_step=2)}), tmp_path / "run")
     assert calls == [2, 4, 4]  # the probe of its width, then two steps
     records = read_records(tmp_path / "run")
     assert "repa_loss" in records[0]
@@ -307,7 +309,7 @@ def test_latents_are_refused_unless_features_are_given(tmp_path):
         write_features(tmp_path / "f.safetensors", latents)
     write_features(tmp_path / "f.safetensors")
     trainer = Trainer(tiny_config(align={"features": tmp_path / "f.safetensors"}), latents)
-    trainer.step(*next(trainer._batches()))
+    trainer.step(*next(trainer.batches()))
 
 
 # Files of features
@@ -363,7 +365,7 @@ def test_features_command_writes_what_training_reads(tmp_path, monkeypatch, caps
         ({"teacher": None}, "--align repa needs --teacher"),
         ({"align": "off"}, "used by --align repa or irepa only"),
         ({"align_block": 5}, "the model has blocks 1 to 4"),
-        ({"align_schedule": "cosine"}, "stop_step"),
+        ({"align_when": AlignScheduleConfig(schedule="cosine")}, "stop_step"),
         ({"projector_dim": 0}, "--projector-dim 0"),
     ],
 )
@@ -384,8 +386,8 @@ def test_config_of_an_earlier_version_still_loads(tmp_path):
 
 def test_defaults_are_those_of_repa():
     trainer = Trainer(tiny_config(model={"depth": 28, "hidden_size": 16}), tiny_data())
-    assert trainer.repa.layers == (8,)
-    assert trainer.repa.weights == (0.5,)
+    assert trainer.term(RepaTerm).module.layers == (8,)
+    assert trainer.term(RepaTerm).module.weights == (0.5,)
 
 
 def test_clock_measures_the_teachers_part_of_measured_steps_only(monkeypatch):

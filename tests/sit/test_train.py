@@ -1,10 +1,8 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import errno
 import itertools
-import json
 import os
 import shutil
 import signal
@@ -16,60 +14,19 @@ import pytest
 import torch
 from PIL import Image
 
-from layersync_kernels.bench.demo import demo_config
-from layersync_kernels.bench.throughput import (
-    PROVIDERS,
-    TRAINERS,
-    PublishedTrainer,
-    measure_throughput,
-    provider_config,
-)
-from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged, UserError
-from layersync_kernels.modules.block import AdaLNZeroBlock
+from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged
 from layersync_kernels.sit.checkpoints import local as checkpoint
 from layersync_kernels.sit.checkpoints.local import DamagedCheckpoint, list_checkpoints, read_tensors
 from layersync_kernels.sit.commands.train import run_training
-from layersync_kernels.sit.config.data import DataConfig
-from layersync_kernels.sit.config.io import load_config, save_config
-from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig
-from layersync_kernels.sit.config.model import ModelConfig
-from layersync_kernels.sit.config.optim import OptimConfig
-from layersync_kernels.sit.config.run import CONFIG, LogConfig, TrainConfig
-from layersync_kernels.sit.config.sampling import SamplingConfig
-from layersync_kernels.sit.data.memory import MemorySet
-from layersync_kernels.sit.spec import SampleSpec
+from layersync_kernels.sit.config.io import load_config
+from layersync_kernels.sit.config.loss import AlignConfig, ScheduleConfig
+from layersync_kernels.sit.config.run import CONFIG
 from layersync_kernels.sit.training import loop as train
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import Meter, read_records
-from layersync_kernels.sit.training.terms import build_alignment
+from layersync_kernels.sit.training.terms.layersync import LayerSyncTerm
 
-
-def tiny_config(**groups):
-    """Trains in milliseconds: 16 samples of 4x4, three blocks of width 16."""
-    config = TrainConfig(
-        data=DataConfig(data="unused", flip=True),
-        model=ModelConfig(model="SiT-P/2", hidden_size=16, depth=3, num_heads=2, class_dropout=0.3),
-        optim=OptimConfig(steps=12, batch_size=5, lr=1e-2, ema_decay=0.9, clip_norm=1.0, warmup_steps=4, accumulate=1),
-        sampling=SamplingConfig(solver="euler", sampling_steps=3, cfg_scale=2.0),
-        log=LogConfig(log_every=2, sample_every=4, checkpoint_every=4, tensorboard=False, grid_columns=2, keep=10),
-        device="cpu",
-        precision="fp32",
-    )
-    for name, changes in groups.items():
-        value = dataclasses.replace(getattr(config, name), **changes) if isinstance(changes, dict) else changes
-        config = dataclasses.replace(config, **{name: value})
-    return config
-
-
-def tiny_data():
-    generator = torch.Generator().manual_seed(0)
-    return MemorySet(
-        spec=SampleSpec(1, (4, 4)),
-        num_classes=3,
-        class_names=["a", "b", "c"],
-        samples=torch.randint(0, 256, (16, 1, 4, 4), generator=generator, dtype=torch.uint8),
-        labels=torch.arange(16) % 3,
-    )
+from .tiny import tiny_config, tiny_data
 
 
 @pytest.fixture(autouse=True)
@@ -133,7 +90,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
         trainer = Trainer(tiny_config(optim=optim, model={"class_dropout": 0.0}), tiny_data())
         trainer.transport = FixedNoise(trainer.transport)
         trainer.step(*next(trainer.data.batches(6, seed=0)))
-        results.append(trainer.optimizer.state_dict()["state"])
+        results.append(trainer.state.optimizer.state_dict()["state"])
     for number, state in results[0].items():
         torch.testing.assert_close(results[1][number]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-6)
 
@@ -167,7 +124,7 @@ def test_learning_rate_warms_up_and_decays(schedule, rates):
         tiny_config(optim={"lr": 1.0, "lr_schedule": schedule, "warmup_steps": 2, "steps": 5}), tiny_data()
     )
     for step, rate in enumerate(rates):
-        trainer.steps_done = step
+        trainer.state.steps_done = step
         assert trainer.learning_rate() == pytest.approx(rate, abs=1e-4)
 
 
@@ -193,7 +150,7 @@ def test_off_is_plain_sit_and_captures_nothing(monkeypatch):
         layersync={"layersync": ("off",)}, optim={"clip_norm": None, "warmup_steps": 0}, data={"flip": False}
     )
     trainer = Trainer(config, tiny_data())
-    assert trainer.alignment is None
+    assert trainer.term(LayerSyncTerm) is None
     plain = Trainer(config, tiny_data())
     forward = trainer.model.forward
     monkeypatch.setattr(trainer.model, "forward", lambda x, t, y: forward(x, t, y))  # has no `capture`
@@ -201,7 +158,7 @@ def test_off_is_plain_sit_and_captures_nothing(monkeypatch):
     torch.manual_seed(1)
     for batch in batches:
         trainer.step(*batch)
-    optimizer = torch.optim.AdamW(plain._params, lr=config.optim.lr, weight_decay=0, fused=True)
+    optimizer = torch.optim.AdamW(plain.state.weights, lr=config.optim.lr, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(1)
     for samples, labels in batches:
@@ -226,7 +183,7 @@ def test_layersync_changes_training_and_logs_a_cosine_per_pair(tmp_path):
 
 
 def test_nothing_is_captured_in_steps_that_layersync_skips(monkeypatch):
-    trainer = Trainer(tiny_config(layersync={"every": 2, "stop_step": 5}), tiny_data())
+    trainer = Trainer(tiny_config(layersync={"when": ScheduleConfig(every=2, stop_step=5)}), tiny_data())
     asked = []
     forward = trainer.model.forward
 
@@ -238,89 +195,8 @@ def test_nothing_is_captured_in_steps_that_layersync_skips(monkeypatch):
     batches = trainer.data.batches(5, seed=0)
     for _ in range(7):
         trainer.step(*next(batches))
-    captures = trainer.alignment.captures
+    captures = trainer.term(LayerSyncTerm).module.captures
     assert asked == [captures, (), captures, (), captures, (), ()]
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"layersync": ("2:9",)}, r"2:9: the model has blocks 1 to 3"),
-        ({"layersync": ("2:2",)}, "both block 2"),
-        ({"layersync": ("3:1",)}, "did you mean"),
-        ({"layersync": ("0:2",)}, "counted from 1"),
-        ({"layersync": ("8-16",)}, "expected STUDENT:TEACHER"),
-        ({"layersync": ("auto", "1:2")}, "alone"),
-        ({"layersync": ()}, "at least one"),
-        ({"weight": (0.1, 0.2)}, "2 weights for 1 pairs"),
-        ({"schedule": "cosine"}, "stop_step"),
-        ({"every": 0}, "every"),
-    ],
-)
-def test_bad_layersync_settings_are_explained(changes, message):
-    with pytest.raises(ConfigError, match=message):
-        build_alignment(dataclasses.replace(LayerSyncConfig(), **changes), depth=3)
-
-
-# Settings
-
-
-@pytest.mark.parametrize(
-    ("groups", "message"),
-    [
-        ({"model": {"model": "SiT-XXL/2"}}, r"SiT-XXL/2.*SiT-XL/2"),
-        ({"model": {"patch_size": 3}}, r"input_size=4 .*patch_size=3"),
-        ({"model": {"num_heads": 5}}, "num_heads=5"),
-        ({"model": {"num_classes": 2}}, "the data has 3"),
-        ({"model": {"class_dropout": 1.5}}, "--class-dropout 1.5"),
-        ({"optim": {"batch_size": 0}}, "--batch-size 0"),
-        ({"optim": {"accumulate": 2}}, "does not divide"),
-        ({"optim": {"lr": -1.0}}, "--lr -1.0"),
-        ({"optim": {"ema_decay": 1.0}}, "--ema-decay 1.0"),
-        ({"optim": {"clip_norm": 0.0}}, "--clip-norm"),
-        ({"optim": {"max_seconds": 0.0}}, "--max-seconds"),
-        ({"log": {"log_every": 0}}, "--log-every 0"),
-        ({"sampling": {"guidance_interval": (0.8, 0.2)}}, "--guidance-interval"),
-        ({"sampling": {"sampler": "sde", "solver": "dopri5"}}, "--sampler sde"),
-        ({"transport": {"loss_weight": "velocity"}}, "no weight"),
-        ({"device": "cuda:77"}, "--device cuda:77"),
-        ({"device": "toaster"}, "--device toaster"),
-        ({"seed": -1}, "--seed -1"),
-    ],
-)
-def test_bad_settings_are_explained_before_a_folder_is_made(tmp_path, groups, message):
-    with pytest.raises(UserError, match=message):
-        run_training(tiny_config(**groups), tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("config", [TrainConfig(), tiny_config(), demo_config()], ids=["default", "tiny", "demo"])
-def test_config_file_round_trip(tmp_path, config):
-    save_config(config, tmp_path / "c.json")
-    assert load_config(tmp_path / "c.json") == config
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"optim": {"learning_rate": 1}}, r"unknown settings \['learning_rate'\]"),
-        ({"optim": {"steps": "many"}}, r"optim.*steps is 'many'; expected int"),
-        ({"optim": {"betas": [0.9]}}, "betas"),
-        ({"optim": {"lr": True}}, "lr is True"),
-        ({"precision": "fp8"}, "precision is 'fp8'"),
-        ({"data": []}, "expected an object"),
-    ],
-)
-def test_bad_config_file_names_file_and_setting(tmp_path, change, message):
-    (tmp_path / "c.json").write_text(json.dumps(change))
-    with pytest.raises(ConfigError, match=rf"c\.json.*{message}"):
-        load_config(tmp_path / "c.json")
-
-
-def test_defaults_are_those_of_the_paper():
-    optim = TrainConfig().optim
-    assert (optim.lr, optim.lr_schedule, optim.weight_decay, optim.ema_decay) == (1e-4, "constant", 0.0, 0.9999)
-    assert (optim.batch_size, optim.warmup_steps, optim.ema_warmup, optim.clip_norm) == (256, 0, False, None)
 
 
 # The run's folder
@@ -543,7 +419,7 @@ def test_second_interrupt_aborts(tmp_path):
     assert list_checkpoints(tmp_path / "run") == []
 
 
-# Meters and throughput
+# Meters
 
 
 def test_meter_averages_between_reads():
@@ -552,56 +428,3 @@ def test_meter_averages_between_reads():
         meter.add("loss", torch.tensor(value))
     assert meter.read() == {"loss": 3.0}
     assert meter.read() == {}
-
-
-def test_throughput_of_every_provider():
-    configs = {name: provider_config(tiny_config(), name) for name in PROVIDERS if name != "compile"}
-    assert configs["off"].layersync.layersync == ("off",)
-    assert configs["eager"].layersync.loss_backend == "reference"
-    assert configs["eager"].model.kernels == "eager"
-    assert configs["published"].precision == "fp32"
-    assert configs["applied"].model.kernels == "eager"
-    assert configs["applied"].layersync.loss_backend == "auto"
-    rates = measure_throughput(configs, trainers=TRAINERS, steps=1, rounds=2, warmup=1, data=tiny_data())
-    assert all(0 < min(rate.rounds) <= rate.median for rate in rates.values())
-    assert rates["eager"].over(rates["eager"]) == 1
-    assert provider_config(tiny_config(), "compile").compile == "on"
-    with pytest.raises(ValueError, match="no provider"):
-        provider_config(tiny_config(), "magic")
-
-
-def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
-    from layersync_kernels.bench import throughput
-
-    made = []
-    monkeypatch.setattr(throughput, "Trainer", lambda *args: made.append(Trainer(*args)) or made[-1])
-    seen = []
-    step = Trainer.step
-    monkeypatch.setattr(Trainer, "step", lambda self, *batch: (seen.append(self.alignment is None), step(self, *batch)))
-    configs = {name: provider_config(tiny_config(), name) for name in ("fused", "off")}
-    measure_throughput(configs, steps=1, rounds=2, warmup=0, data=tiny_data())
-    assert len(made) == 1
-    assert seen == [False, True, True, False]
-
-
-def test_the_applied_trainer_has_fused_blocks_in_a_plain_model():
-    trainer = TRAINERS["applied"](provider_config(tiny_config(), "applied"), tiny_data())
-    assert {type(block) for block in trainer.model.blocks} == {AdaLNZeroBlock}
-
-
-def test_the_published_average_and_optimiser_give_the_same_weights():
-    trainers = [kind(tiny_config(model={"kernels": "eager"}), tiny_data()) for kind in (Trainer, PublishedTrainer)]
-    for trainer in trainers:
-        torch.manual_seed(0)  # of the weights, then of the labels that are dropped
-        for parameter in trainer.model.parameters():  # at initialisation gradients are noise, which AdamW amplifies
-            parameter.detach().normal_(std=0.1)
-        batches = trainer.data.batches(trainer.config.optim.batch_size, seed=0)
-        for _ in range(3):
-            trainer.step(*next(batches))
-    for name in ("model", "ema"):
-        states = [getattr(trainer, name).state_dict() for trainer in trainers]
-        for key, value in states[0].items():
-            # Three steps of 0.01; an average or a step that is wrong is off by a tenth of one or more.
-            torch.testing.assert_close(
-                value, states[1][key], rtol=0, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}"
-            )

@@ -14,6 +14,8 @@ from ..config.run import CONFIG, TrainConfig
 from ..console import console, start_logging
 from ..training.folder import check_run, start_run
 from ..training.loop import Outcome, Trainer
+from ..training.terms.layersync import LayerSyncTerm
+from ..training.terms.repa import RepaTerm
 from .arguments import INTERRUPTED, parse, peek_out
 
 
@@ -59,17 +61,18 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     start_run(out, config, overwrite=overwrite)
     if trainer.data.broken:
         (out / "broken_files.txt").write_text("".join(f"{n}\t{r}\n" for n, r in trainer.data.broken.items()))
-    pairs = "off" if trainer.alignment is None else trainer.alignment.extra_repr()
-    teacher = "" if trainer.repa is None else f"; {config.align.align} {trainer.repa.extra_repr()}"
+    layersync, repa = trainer.term(LayerSyncTerm), trainer.term(RepaTerm)
+    pairs = "off" if layersync is None else layersync.module.extra_repr()
+    teacher = "" if repa is None else f"; {config.align.align} {repa.module.extra_repr()}"
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     console.print(
         f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.spec}, "
         f"{trainer.device}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
     )
     outcome = trainer.fit()
-    if trainer.teacher is not None and (share := outcome.metrics.get("teacher_share")) is not None:
+    if repa is not None and (share := outcome.metrics.get("teacher_share")) is not None:
         what = "its precomputed features" if config.align.features else "running it"
-        console.print(f"the teacher {trainer.teacher.name} took {share:.1%} of a step ({what})")
+        console.print(f"the teacher {repa.teacher.name} took {share:.1%} of a step ({what})")
     if outcome.ended == "interrupted":
         console.print(f"stopped and saved at step {outcome.step}; go on with: layersync train --out {out} --resume")
     else:

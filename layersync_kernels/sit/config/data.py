@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from . import at_least
+
 
 @dataclass(frozen=True)
 class DataConfig:
@@ -26,6 +28,16 @@ class DataConfig:
     latent_scale: float = 1.0
     """Factor on cached latents; 0.18215 for raw latents of the Stable Diffusion VAE."""
     memory_limit_gb: float = 4.0
-    """Image folders that decode to more than this are streamed (0: always); any other data beyond it are refused."""
+    """Memory for samples, in GiB: images that decode to more are streamed from disk by worker processes, and arrays and
+    latents that take more are refused. 0: stream all images."""
     workers: int = 4
     """Decoding threads or processes."""
+
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        at_least(0, memory_limit_gb=self.memory_limit_gb, workers=self.workers)
+        at_least(1, image_size=self.image_size)

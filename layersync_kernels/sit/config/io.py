@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from ...errors import ConfigError
+from .loss import ScheduleConfig
 from .run import TrainConfig
 
 if TYPE_CHECKING:
@@ -47,10 +48,24 @@ def _build(kind: type[T], values: Any, where: str) -> T:
     if not isinstance(values, dict):
         raise ConfigError(f"{where}expected an object of settings, found {values!r}")
     hints = typing.get_type_hints(kind)
+    values = _grouped(hints, values)
     unknown = sorted(set(values) - set(hints))
     if unknown:
         raise ConfigError(f"{where}unknown settings {unknown}; known: {sorted(hints)}")
     return kind(**{name: _convert(hints[name], value, f"{where}{name}") for name, value in values.items()})
+
+
+def _grouped(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+    """Values in groups, where they are those of an earlier version: settings of a schedule stood one level higher.
+
+    Those of `when` had no prefix there, those of `align_when` "align_".
+    """
+    for group, hint in hints.items():
+        if isinstance(hint, type) and issubclass(hint, ScheduleConfig) and group not in values:
+            flat = {group.removesuffix("when") + f.name: f.name for f in dataclasses.fields(hint)}
+            schedule = {flat[name]: value for name, value in values.items() if name in flat}
+            values = {name: value for name, value in values.items() if name not in flat} | {group: schedule}
+    return values
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -1,10 +1,40 @@
-"""The alignment losses."""
+"""The alignment losses, and when they are on."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
+
+import tyro
+
+from . import at_least, require
+
+Decay = Literal["constant", "linear", "cosine"]
+
+
+@dataclass(frozen=True)
+class ScheduleConfig:
+    """When the loss is on."""  # names as the keywords of the losses
+
+    schedule: Decay = "constant"
+    """How the weight goes to zero between start-step and stop-step."""
+    start_step: int = 0
+    """The schedule begins to fall here."""
+    stop_step: int | None = None
+    """The loss is off from this step on."""
+    every: int = 1
+    """Apply the loss every n steps only."""
+
+
+@dataclass(frozen=True)
+class AlignScheduleConfig(ScheduleConfig):
+    """When REPA is on; where it is not, the teacher does not run either (as in HASTE)."""
+
+    schedule: Annotated[Decay, tyro.conf.arg(name="align-schedule")] = "constant"
+    start_step: Annotated[int, tyro.conf.arg(name="align-start-step")] = 0
+    stop_step: Annotated[int | None, tyro.conf.arg(name="align-stop-step")] = None
+    every: Annotated[int, tyro.conf.arg(name="align-every")] = 1
 
 
 @dataclass(frozen=True)
@@ -15,14 +45,7 @@ class LayerSyncConfig:
     """STUDENT:TEACHER block numbers counted from 1, several allowed; auto: the default pair; off: plain SiT."""
     weight: tuple[float, ...] = (0.2,)
     """One weight for all pairs, or one each."""
-    schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight goes to zero between start_step and stop_step."""
-    start_step: int = 0
-    """The schedule begins to fall here."""
-    stop_step: int | None = None
-    """No LayerSync from this step on."""
-    every: int = 1
-    """Apply the loss every n steps only."""
+    when: ScheduleConfig = field(default_factory=ScheduleConfig)
     teacher_grad: bool = False
     """Let the gradient into the teacher too."""
     loss_backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
@@ -49,13 +72,23 @@ class AlignConfig:
     """The block that learns, counted from 1; None: REPA's relative depth, 8 of 28."""
     align_weight: float = 0.5
     """Weight of the loss."""
-    align_schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """How the weight goes to zero between --align-start-step and --align-stop-step."""
-    align_start_step: int = 0
-    """The schedule begins to fall here."""
-    align_stop_step: int | None = None
-    """No alignment from this step on; the teacher does not run any more either (as in HASTE)."""
-    align_every: int = 1
-    """Apply the loss every n steps only."""
+    align_when: AlignScheduleConfig = field(default_factory=AlignScheduleConfig)
     projector_dim: int | None = None
     """Inner width of the MLP; None: 2048, or four times the model's width where that is less."""
+
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        at_least(1, teacher_size=self.teacher_size, projector_dim=self.projector_dim)
+        given = self.teacher is not None or self.features is not None
+        require(
+            self.align == "off" or given,
+            f"--align {self.align} needs --teacher, for instance efficientnet-lite0, or --features",
+        )
+        require(
+            self.align != "off" or not given,
+            "--teacher and --features are used by --align repa or irepa only, which is off",
+        )

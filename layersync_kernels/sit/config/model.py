@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from . import fraction
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -31,3 +33,11 @@ class ModelConfig:
     """What the backward pass computes again to save memory: nothing; norms, gates and activations; whole blocks."""
     init: Path | None = None
     """Start from the weights of this checkpoint (a run, a checkpoint folder, a published .pt)."""
+
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        fraction(class_dropout=self.class_dropout)

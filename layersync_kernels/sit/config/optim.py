@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from . import at_least, fraction, positive, require
+
 
 @dataclass(frozen=True)
 class OptimConfig:
@@ -31,3 +33,20 @@ class OptimConfig:
     """Decay of the averaged weights, which samples are drawn with."""
     ema_warmup: bool = False
     """Average over fewer steps at first: decay = min(ema_decay, (1 + step) / (10 + step))."""
+
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
+        at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
+        positive(lr=self.lr, clip_norm=self.clip_norm, max_seconds=self.max_seconds)
+        fraction(ema_decay=self.ema_decay)
+        for beta in self.betas:
+            fraction(betas=beta)
+        require(
+            self.batch_size % self.accumulate == 0,
+            f"--batch-size {self.batch_size} does not divide into --accumulate {self.accumulate} equal passes",
+        )

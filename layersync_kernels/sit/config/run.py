@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from .checks import require
+from . import at_least
 from .data import DataConfig
 from .loss import AlignConfig, LayerSyncConfig
 from .model import ModelConfig
@@ -41,6 +41,16 @@ class LogConfig:
     tensorboard: bool = True
     """Write TensorBoard events, if it is installed."""
 
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
+        at_least(1, grid_classes=self.grid_classes, grid_columns=self.grid_columns)
+        at_least(0, sample_every=self.sample_every)
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -71,56 +81,10 @@ class TrainConfig:
         Raises:
             ConfigError: naming the flag, its value and what it may be.
         """
-        optim, log, data, align = self.optim, self.log, self.data, self.align
-        at_least = {
-            ("steps", optim.steps): 1,
-            ("batch-size", optim.batch_size): 1,
-            ("accumulate", optim.accumulate): 1,
-            ("warmup-steps", optim.warmup_steps): 0,
-            ("weight-decay", optim.weight_decay): 0,
-            ("log-every", log.log_every): 1,
-            ("sample-every", log.sample_every): 0,
-            ("checkpoint-every", log.checkpoint_every): 1,
-            ("keep", log.keep): 1,
-            ("grid-classes", log.grid_classes): 1,
-            ("grid-columns", log.grid_columns): 1,
-            ("image-size", 1 if data.image_size is None else data.image_size): 1,
-            ("workers", data.workers): 0,
-            ("seed", self.seed): 0,
-            ("threads", 1 if self.threads is None else self.threads): 1,
-            ("teacher-size", 1 if align.teacher_size is None else align.teacher_size): 1,
-            ("projector-dim", 1 if align.projector_dim is None else align.projector_dim): 1,
-        }
-        for (flag, value), low in at_least.items():
-            require(value >= low, f"--{flag} {value}: expected at least {low}")
-        require(optim.lr > 0, f"--lr {optim.lr}: expected a positive number")
-        require(
-            optim.clip_norm is None or optim.clip_norm > 0, f"--clip-norm {optim.clip_norm}: expected a positive number"
-        )
-        require(
-            optim.max_seconds is None or optim.max_seconds > 0,
-            f"--max-seconds {optim.max_seconds}: expected a positive number",
-        )
-        for flag, share in {
-            "ema-decay": optim.ema_decay,
-            "betas": optim.betas[0],
-            "betas ": optim.betas[1],
-            "class-dropout": self.model.class_dropout,
-        }.items():
-            require(0 <= share < 1, f"--{flag.strip()} {share}: expected a number in [0, 1)")
-        require(
-            optim.batch_size % optim.accumulate == 0,
-            f"--batch-size {optim.batch_size} does not divide into --accumulate {optim.accumulate} equal passes",
-        )
-        require(
-            align.align == "off" or align.teacher is not None or align.features is not None,
-            f"--align {align.align} needs --teacher, for instance efficientnet-lite0, or --features",
-        )
-        require(
-            align.align != "off" or (align.teacher is None and align.features is None),
-            "--teacher and --features are used by --align repa or irepa only, which is off",
-        )
-        self.sampling.validate()
+        at_least(0, seed=self.seed)
+        at_least(1, threads=self.threads)
+        for group in (self.data, self.model, self.align, self.optim, self.sampling, self.log):
+            group.validate()
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from .checks import require
+from . import at_least, require
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class SamplingConfig:
         Raises:
             ConfigError: naming the flag, its value and what it may be.
         """
-        require(self.sampling_steps >= 2, f"--sampling-steps {self.sampling_steps}: expected at least 2")
+        at_least(2, sampling_steps=self.sampling_steps)
         low, high = self.guidance_interval
         require(
             0 <= low <= high <= 1, f"--guidance-interval {low} {high}: expected two times in [0, 1], the smaller first"

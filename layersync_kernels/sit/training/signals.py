@@ -6,15 +6,14 @@ import contextlib
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
-from typing import Any
 
 logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
-def stop_signals() -> Iterator[Any]:
+def stop_signals() -> Iterator[Callable[[], bool]]:
     """Turns the first Ctrl-C or SIGTERM into a request, to be asked for by calling what this yields.
 
     A second Ctrl-C aborts. Outside the main thread, where Python delivers no signals, nothing changes.

@@ -107,10 +107,10 @@ def writing() -> Iterator[None]:
         raise CheckpointError(f"cannot write the comparison: {error}") from error
 
 
-def _differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
-    """A line for each setting that is another one now."""
+def _differences(before: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """A line for each setting that is another one now, by its flag."""
     for name, value in before.items():
         if isinstance(value, dict):
-            yield from _differences(value, now[name])
+            yield from _differences(value, now[name], name.removesuffix("when") if name.endswith("when") else "")
         elif value != now[name]:
-            yield f"--{name.replace('_', '-')} was {value}, now {now[name]}"
+            yield f"--{(prefix + name).replace('_', '-')} was {value}, now {now[name]}"

@@ -23,6 +23,7 @@ from ...teachers.clock import TeacherClock
 from ...training.folder import start_run
 from ...training.loop import Trainer
 from ...training.signals import stop_signals
+from ...training.terms.repa import RepaTerm
 from .config import MOST_HELD_OUT, SETTINGS, CompareCommand, CompareConfig, load_sets, method_config
 from .folder import Run, check_folder, start_folder, writing
 from .memory import measure_memory
@@ -148,7 +149,8 @@ class Comparison:
         trainer.advance(trainer.steps_done + 1)
         trainer.meter.read()
         trainer.load(checkpoints[-1])
-        trainer.teacher_clock = TeacherClock(trainer.device)
+        if (repa := trainer.term(RepaTerm)) is not None:
+            repa.clock = TeacherClock(trainer.device)
         return trainer
 
     def _measure(self, trainer: Trainer, number: int, judge: Judge) -> dict[str, Any]:
@@ -163,10 +165,10 @@ class Comparison:
             "frechet_floor": judge.floor,
             **trainer.meter.read(),
         }
-        if trainer.teacher is not None:
-            mark["teacher"] = trainer.teacher.name
+        if (repa := trainer.term(RepaTerm)) is not None:
+            mark["teacher"] = repa.teacher.name
             if number > 0:
-                mark["teacher_share"] = trainer.teacher_clock.share
+                mark["teacher_share"] = repa.clock.share
         return mark
 
     def _say(self, run: Run, number: int) -> None:

@@ -1,0 +1,21 @@
+"""The terms of the loss beside the flow's own, a file each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from .base import LossTerm, Setting, TermBuilder
+from .layersync import LayerSyncTerm
+from .repa import RepaTerm
+
+TERMS: tuple[TermBuilder, ...] = (LayerSyncTerm.build, RepaTerm.build)
+"""What a trainer builds its terms with, in the order in which they are added up."""
+
+
+def build_terms(builders: Iterable[TermBuilder], setting: Setting) -> list[LossTerm]:
+    """The terms that the config asks for. Whatever they draw, everything else starts from the same random numbers."""
+    with torch.random.fork_rng(devices=[]):
+        built = [build(setting) for build in builders]
+    return [term for term in built if term is not None]

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from layersync_kernels.bench import throughput
+from layersync_kernels.bench.throughput import (
+    PROVIDERS,
+    TRAINERS,
+    PublishedTrainer,
+    measure_throughput,
+    provider_config,
+)
+from layersync_kernels.modules.block import AdaLNZeroBlock
+from layersync_kernels.sit.training.loop import Trainer
+from layersync_kernels.sit.training.terms.layersync import LayerSyncTerm
+
+from ..sit.tiny import tiny_config, tiny_data
+
+
+def test_throughput_of_every_provider():
+    configs = {name: provider_config(tiny_config(), name) for name in PROVIDERS if name != "compile"}
+    assert configs["off"].layersync.layersync == ("off",)
+    assert configs["eager"].layersync.loss_backend == "reference"
+    assert configs["eager"].model.kernels == "eager"
+    assert configs["published"].precision == "fp32"
+    assert configs["applied"].model.kernels == "eager"
+    assert configs["applied"].layersync.loss_backend == "auto"
+    rates = measure_throughput(configs, trainers=TRAINERS, steps=1, rounds=2, warmup=1, data=tiny_data())
+    assert all(0 < min(rate.rounds) <= rate.median for rate in rates.values())
+    assert rates["eager"].over(rates["eager"]) == 1
+    assert provider_config(tiny_config(), "compile").compile == "on"
+    with pytest.raises(ValueError, match="no provider"):
+        provider_config(tiny_config(), "magic")
+
+
+def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
+    made = []
+    monkeypatch.setattr(throughput, "Trainer", lambda *args: made.append(Trainer(*args)) or made[-1])
+    seen = []
+    step = Trainer.step
+    monkeypatch.setattr(
+        Trainer, "step", lambda self, *batch: (seen.append(self.term(LayerSyncTerm) is None), step(self, *batch))
+    )
+    configs = {name: provider_config(tiny_config(), name) for name in ("fused", "off")}
+    measure_throughput(configs, steps=1, rounds=2, warmup=0, data=tiny_data())
+    assert len(made) == 1
+    assert seen == [False, True, True, False]
+
+
+def test_the_applied_trainer_has_fused_blocks_in_a_plain_model():
+    trainer = TRAINERS["applied"](provider_config(tiny_config(), "applied"), tiny_data())
+    assert {type(block) for block in trainer.model.blocks} == {AdaLNZeroBlock}
+
+
+def test_the_published_average_and_optimiser_give_the_same_weights():
+    trainers = [kind(tiny_config(model={"kernels": "eager"}), tiny_data()) for kind in (Trainer, PublishedTrainer)]
+    for trainer in trainers:
+        torch.manual_seed(0)  # of the weights, then of the labels that are dropped
+        for parameter in trainer.model.parameters():  # at initialisation gradients are noise, which AdamW amplifies
+            parameter.detach().normal_(std=0.1)
+        batches = trainer.data.batches(trainer.config.optim.batch_size, seed=0)
+        for _ in range(3):
+            trainer.step(*next(batches))
+    for name in ("model", "ema"):
+        states = [getattr(trainer, name).state_dict() for trainer in trainers]
+        for key, value in states[0].items():
+            # Three steps of 0.01; an average or a step that is wrong is off by a tenth of one or more.
+            torch.testing.assert_close(
+                value, states[1][key], rtol=0, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}"
+            )
