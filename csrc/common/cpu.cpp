@@ -3,6 +3,9 @@
 #include <cstdlib>
 #include <cstring>
 
+#ifdef LAYERSYNC_X86
+#include <cpuid.h>
+#endif
 #ifdef __linux__
 #include <sys/mman.h>
 #endif
@@ -13,12 +16,19 @@ namespace {
 
 constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512"};
 
+#ifdef LAYERSYNC_X86
+// __builtin_cpu_supports does not know this one in clang 14.
+bool has_f16c() {
+  unsigned a, b, c, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && (c & bit_F16C) != 0;
+}
+#endif
+
 Isa detect_isa() {
   Isa best = Isa::generic;
 #ifdef LAYERSYNC_X86
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
-    best = Isa::avx2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c()) best = Isa::avx2;
   if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     best = Isa::avx512;

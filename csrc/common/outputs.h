@@ -1,38 +1,31 @@
-// Outputs of the CPU kernels: fresh tensors on large pages, and whether they are written past the cache.
+// Fresh tensors for the results of an op. Sizes are vectors here: torch's array references only borrow their memory, and
+// a variable bound to a braced list is left without it at the end of its own declaration.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
 
-#include <initializer_list>
 #include <optional>
 #include <vector>
 
-#include "arguments.h"
-#include "cpu.h"
-
 namespace layersync {
 
-// A tensor shaped like another one, of its dtype or the one given; empty where it is not wanted.
-inline Tensor output_like(const Tensor& like, bool wanted, std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor out = torch::stable::new_empty(like, wanted ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef{0}, dtype);
-  advise_large_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
-  return out;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// On the device of `like` and of its dtype or the one given; empty where it is not wanted.
+inline Tensor new_output(const Tensor& like, const std::vector<int64_t>& sizes, bool wanted = true,
+                         std::optional<ScalarType> dtype = std::nullopt) {
+  return torch::stable::new_empty(like, wanted ? sizes : std::vector<int64_t>{0}, dtype);
 }
 
-inline Tensor float_output(const Tensor& like, const std::vector<int64_t>& sizes, bool wanted) {
-  return torch::stable::new_empty(like, wanted ? sizes : std::vector<int64_t>{0}, ScalarType::Float);
+inline Tensor output_like(const Tensor& like, bool wanted = true, std::optional<ScalarType> dtype = std::nullopt) {
+  return new_output(like, {like.sizes().begin(), like.sizes().end()}, wanted, dtype);
 }
 
-// Whether a kernel writes these outputs, of rows of `width`, past the cache: where they would flush it. Streaming stores
-// need every row to start on a vector boundary; torch aligns allocations to 64 bytes.
-inline bool streams(int64_t width, std::initializer_list<const Tensor*> outputs) {
-  int64_t bytes = 0;
-  bool aligned = width % 32 == 0;
-  for (const Tensor* out : outputs) {
-    bytes += out->numel() * int64_t(out->element_size());
-    aligned = aligned && aligned_to_vector(*out);
-  }
-  return aligned && bytes >= kStreamBytes;
+inline Tensor float_output(const Tensor& like, const std::vector<int64_t>& sizes, bool wanted = true) {
+  return new_output(like, sizes, wanted, ScalarType::Float);
 }
 
 }  // namespace layersync

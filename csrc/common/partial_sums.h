@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "outputs.h"
+#include "cpu_outputs.h"
 
 namespace layersync {
 
@@ -27,7 +27,7 @@ inline Parts parts_of(int64_t groups, int64_t rows_per_group) {
 inline Tensor sum_of_parts(const Tensor& partials, int64_t groups, int64_t parts) {
   if (parts == 1 || partials.numel() == 0) return partials;
   const int64_t width = partials.size(1);
-  Tensor sums = float_output(partials, {groups, width}, true);
+  Tensor sums = float_output(partials, {groups, width});
   const float* from = static_cast<const float*>(partials.data_ptr());
   float* to = static_cast<float*>(sums.data_ptr());
   torch::stable::parallel_for(0, groups, 1, [&](int64_t begin, int64_t end) {

@@ -8,7 +8,7 @@
 #include <vector>
 
 #include "../common/cpu.h"
-#include "../common/outputs.h"
+#include "../common/cpu_outputs.h"
 #include "../common/partial_sums.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
@@ -53,7 +53,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& 
   check_alignment_inputs(s, t, student, teacher, weight, reduction);
   const int64_t rows = s.count;
   Tensor loss = empty_loss(student, reduction);
-  Tensor stats = float_output(student, {3, rows}, true), scale = float_output(student, {}, true);
+  Tensor stats = float_output(student, {3, rows}), scale = float_output(student, {});
 
   float* cosine = static_cast<float*>(stats.data_ptr());
   const float* w = weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr;
@@ -78,7 +78,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
   STD_TORCH_CHECK(g.numel() == rows || g.dim() == 0, "layersync_kernels: gradient of ", g.numel(),
                   " values for a loss of ", rows, " tokens");
 
-  Tensor grad_student = output_like(student, student_grad), grad_teacher = output_like(teacher, teacher_grad);
+  Tensor grad_student = large_output_like(student, student_grad), grad_teacher = large_output_like(teacher, teacher_grad);
   if (!student_grad && !teacher_grad) return {grad_student, grad_teacher};
 
   float* cosine = static_cast<float*>(stats.data_ptr());
@@ -113,7 +113,7 @@ std::tuple<Tensor, Tensor> in_place(Tensor student, const Tensor& teacher, std::
                   "layersync_kernels: gradient of ", g.numel(), " values for a loss of ", rows, " tokens");
 
   const Parts parts = parts_of(1, rows);
-  Tensor loss = empty_loss(student, reduction), cosine = float_output(student, {rows}, true);
+  Tensor loss = empty_loss(student, reduction), cosine = float_output(student, {rows});
   Tensor sums = float_output(student, {parts.count, width}, summed);
   if (rows == 0) torch::stable::zero_(sums);
   const float* w = weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr;

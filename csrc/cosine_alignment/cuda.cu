@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "../common/launch.cuh"
+#include "../common/outputs.h"
 #include "../common/rows.h"
 #include "arguments.h"
 #include "cuda.cuh"
@@ -41,18 +42,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& 
   const bool none = reduction == kReductionNone;
   const RowGrid grid = cosine_grid(s, t);
 
-  const auto empty = [&](const std::vector<int64_t>& sizes) {
-    return torch::stable::new_empty(student, sizes, ScalarType::Float);
-  };
-  Tensor loss = empty(none ? leading_sizes(student) : std::vector<int64_t>{});
-  Tensor stats = empty({3, s.count}), scale = empty({});
-  std::optional<Tensor> partials;
-  if (!none) partials = empty({grid.blocks, 2});
+  Tensor loss = float_output(student, none ? leading_sizes(student) : std::vector<int64_t>{});
+  Tensor stats = float_output(student, {3, s.count}), scale = float_output(student, {});
+  Tensor partials = float_output(student, {grid.blocks, 2}, !none);
 
   float* loss_data = static_cast<float*>(loss.data_ptr());
   float* scale_data = static_cast<float*>(scale.data_ptr());
   float* cosine = static_cast<float*>(stats.data_ptr());
-  float2* partials_data = none ? nullptr : static_cast<float2*>(partials->data_ptr());
+  float2* partials_data = none ? nullptr : static_cast<float2*>(partials.data_ptr());
   launch("cosine_alignment_forward",
          cosine_forward_kernel_for(type_index(s.dtype), type_index(t.dtype), grid.row_threads), grid.blocks,
          kRowBlockThreads, stream,
@@ -87,10 +84,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
   const cudaStream_t stream = current_stream(student);
   const Rows s = as_rows(student), t = as_rows(teacher);
   check_cuda_inputs(s, t, student, teacher, weight, kReductionMean);
-  const auto output = [](const Tensor& like, bool wanted) {
-    return torch::stable::new_empty(like, wanted ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef{0});
-  };
-  Tensor grad_student = output(student, student_grad), grad_teacher = output(teacher, teacher_grad);
+  Tensor grad_student = output_like(student, student_grad), grad_teacher = output_like(teacher, teacher_grad);
   if ((!student_grad && !teacher_grad) || s.count == 0 || s.width == 0) return {grad_student, grad_teacher};
 
   const LossGradient loss_grad = loss_gradient(grad, s.count);

@@ -49,7 +49,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
                                                    ScalarType dtype) {
   const GatedForwardInputs in = gated_forward_inputs(x, branch, gate, shift, scale, student, norm, dtype);
   const int64_t rows = in.x.count, width = in.x.width;
-  Tensor residual = output_like(x, branch.has_value()), normed = output_like(x, norm, dtype);
+  Tensor residual = large_output_like(x, branch.has_value()), normed = large_output_like(x, norm, dtype);
   Tensor stats = float_output(x, {2, rows}, norm), alignment = float_output(x, {3, rows}, student.has_value());
   if (rows == 0) return {residual, normed, stats, alignment};
 
@@ -92,7 +92,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const int64_t rows = in.residual.count, width = in.residual.width;
   const bool moved = d_normed.has_value() || other.has_value();
   const bool wants_gate = groups > 0 && gate.has_value(), wants_affine = groups > 0 && d_normed.has_value();
-  Tensor d_x = output_like(residual, moved), d_branch = output_like(residual, branch.has_value(), in.dtype);
+  Tensor d_x = large_output_like(residual, moved);
+  Tensor d_branch = large_output_like(residual, branch.has_value(), in.dtype);
 
   const int64_t rows_per_group = in.modulation.rows_per_group, blocks = std::max<int64_t>(in.modulation.groups, 1);
   const Parts parts = parts_of(blocks, rows_per_group);

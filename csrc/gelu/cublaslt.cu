@@ -11,6 +11,7 @@
 
 #include "../common/arguments.h"
 #include "../common/launch.cuh"
+#include "../common/outputs.h"
 
 namespace layersync {
 namespace {
@@ -48,7 +49,7 @@ int gemm_type(const Tensor& tensor) {
 // while it traces, so it does not decide this.
 Tensor aligned(const Tensor& tensor) {
   if (reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0) return tensor;
-  Tensor copy = torch::stable::new_empty(tensor, tensor.sizes());
+  Tensor copy = output_like(tensor);
   torch::stable::copy_(copy, tensor);
   return copy;
 }
@@ -72,7 +73,7 @@ void check_inner(const Tensor& rows, int64_t depth, const Tensor& weight, int64_
 void run(const cublaslt::Gemm& gemm, const Tensor& like) {
   std::optional<Tensor> workspace;
   context(like.get_device_index()).run(gemm, current_stream(like), [&](size_t bytes) {
-    workspace = torch::stable::new_empty(like, {int64_t(bytes)}, ScalarType::Byte);
+    workspace = new_output(like, {int64_t(bytes)}, true, ScalarType::Byte);
     return workspace->data_ptr();
   });
 }
@@ -91,8 +92,8 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == outputs && bias->stride(0) == 1,
                     "layersync_kernels: the bias must be ", outputs, " contiguous values");
   }
-  Tensor activation = torch::stable::new_empty(x, {rows, outputs});
-  Tensor preactivation = torch::stable::new_empty(x, {rows, outputs});
+  Tensor activation = new_output(x, {rows, outputs});
+  Tensor preactivation = new_output(x, {rows, outputs});
   const Tensor a = aligned(weight), b = aligned(x);
   std::optional<Tensor> offset;
   if (bias.has_value()) offset = aligned(*bias);
@@ -115,8 +116,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_output, const Tensor& weight
   check_inner(d_output, weight.size(0), weight, hidden);
   STD_TORCH_CHECK(preactivation.size(0) == rows && preactivation.size(1) == hidden && preactivation.is_contiguous(),
                   "layersync_kernels: the pre-activation must be contiguous, of shape (", rows, ", ", hidden, ")");
-  Tensor d_preactivation = torch::stable::new_empty(preactivation, {rows, hidden});
-  Tensor d_bias = torch::stable::new_empty(preactivation, {hidden});
+  Tensor d_preactivation = new_output(preactivation, {rows, hidden});
+  Tensor d_bias = new_output(preactivation, {hidden});
   const Tensor a = aligned(weight), b = aligned(d_output), u = aligned(preactivation);
   run(cublaslt::backward_gemm(type, rows, d_output.size(1), hidden, b.data_ptr(), b.stride(0), a.data_ptr(),
                               a.stride(0), u.data_ptr(), d_preactivation.data_ptr(), d_bias.data_ptr()),

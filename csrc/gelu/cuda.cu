@@ -10,18 +10,18 @@
 #include <tuple>
 
 #include "../common/launch.cuh"
+#include "../common/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::accelerator::DeviceGuard;
 
 Tensor forward(const Tensor& preactivation) {
   const DeviceGuard guard(preactivation.get_device_index());
   check_preactivation(preactivation);
-  Tensor activation = torch::stable::new_empty(preactivation, preactivation.sizes());
+  Tensor activation = output_like(preactivation);
   const int64_t count = preactivation.numel();
   if (count == 0) return activation;
   const int type = type_index(preactivation.scalar_type());
@@ -40,18 +40,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_activation, const Te
   const Rows d = as_rows(d_activation);
   check_row_limits(d);
   const cudaStream_t stream = current_stream(preactivation);
-  const IntHeaderOnlyArrayRef none{0};
-  Tensor d_preactivation = torch::stable::new_empty(preactivation, preactivation.sizes());
-  Tensor value = torch::stable::new_empty(preactivation, activation ? preactivation.sizes() : none);
-  Tensor d_bias = torch::stable::new_empty(preactivation, {bias ? d.width : 0}, ScalarType::Float);
+  Tensor d_preactivation = output_like(preactivation);
+  Tensor value = output_like(preactivation, activation);
+  Tensor d_bias = float_output(preactivation, {d.width}, bias);
   if (d.count == 0 || d.width == 0) {
     torch::stable::zero_(d_bias);
     return {d_preactivation, value, d_bias};
   }
   const RowRuns runs = gelu_row_runs(d.count);
   const bool finish = bias && runs.per_group > 1;
-  Tensor partials =
-      torch::stable::new_empty(preactivation, {finish ? runs.per_group : 0, d.width}, ScalarType::Float);
+  Tensor partials = float_output(preactivation, {runs.per_group, d.width}, finish);
   const GeluBackwardParams params{row_input(d),
                                   preactivation.data_ptr(),
                                   d_preactivation.data_ptr(),

@@ -6,7 +6,7 @@
 #include <optional>
 
 #include "../common/cpu.h"
-#include "../common/outputs.h"
+#include "../common/cpu_outputs.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
@@ -21,7 +21,7 @@ Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t 
   if (gradient.has_value())
     STD_TORCH_CHECK(gradient->scalar_type() == ScalarType::Float, "layersync_kernels: gradient must be float32");
   const int64_t samples = difference.size(0), rows = difference.size(1), columns = difference.size(2);
-  Tensor sums = float_output(difference, {samples, rows}, true);
+  Tensor sums = float_output(difference, {samples, rows});
   const GramStripArgs args{difference.data_ptr(),
                            gradient.has_value() ? static_cast<float*>(gradient->data_ptr()) : nullptr,
                            static_cast<float*>(sums.data_ptr()),

@@ -9,6 +9,7 @@
 #include <optional>
 
 #include "../common/launch.cuh"
+#include "../common/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
@@ -23,7 +24,7 @@ Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t 
     check_dtype("gradient", gradient->scalar_type(), "difference", difference.scalar_type());
   const int64_t samples = difference.size(0), rows = difference.size(1), columns = difference.size(2);
   STD_TORCH_CHECK(columns <= kMaxWidth, "layersync_kernels: strips of ", columns, " tokens; at most ", kMaxWidth);
-  Tensor sums = torch::stable::new_empty(difference, {samples, rows}, ScalarType::Float);
+  Tensor sums = float_output(difference, {samples, rows});
   if (samples * rows == 0) return sums;
   const GramStripParams params{difference.data_ptr(),
                                gradient.has_value() ? gradient->data_ptr() : nullptr,

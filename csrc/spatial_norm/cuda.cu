@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include "../common/launch.cuh"
+#include "../common/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
@@ -15,7 +16,7 @@ namespace {
 Tensor spatial_norm(const Tensor& x, double alpha, double eps) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
   check_samples(x);
-  Tensor y = torch::stable::new_empty(x, x.sizes());
+  Tensor y = output_like(x);
   if (x.numel() == 0) return y;
   const Rows rows = as_rows(x);
   check_row_limits(rows);
