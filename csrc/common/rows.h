@@ -25,7 +25,8 @@ struct Rows {
 };
 
 // Collapses the leading dimensions into at most two strides, which covers contiguous tensors, slices of tokens or
-// channels, (N, B, D) transposes and views of a cat. Anything else costs one explicit copy.
+// channels, (N, B, D) transposes and views of a cat. Anything else costs one explicit copy; but of a tensor without
+// elements nothing is read, and contiguous() hands it back with the strides that it has.
 inline Rows as_rows(const Tensor& tensor) {
   const auto sizes = tensor.sizes();
   const auto strides = tensor.strides();
@@ -50,7 +51,7 @@ inline Rows as_rows(const Tensor& tensor) {
       stride[level] = strides[i];
     }
   }
-  if (!fits) return as_rows(torch::stable::contiguous(tensor));
+  if (!fits && count * width > 0) return as_rows(torch::stable::contiguous(tensor));
   const RowLayout layout{extent[0] > 0 ? extent[0] : 1, stride[1], stride[0]};
   return Rows{tensor, tensor.data_ptr(), tensor.scalar_type(), count, width, layout};
 }
