@@ -1,7 +1,11 @@
 #include "cpu.h"
 
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
 #include <cstdlib>
-#include <cstring>
+#include <iterator>
+#include <string_view>
 
 #ifdef LAYERSYNC_X86
 #include <cpuid.h>
@@ -14,7 +18,7 @@ namespace layersync {
 
 namespace {
 
-constexpr const char* kIsaNames[] = {"generic", "avx2", "avx512"};
+constexpr std::string_view kIsaNames[] = {"generic", "avx2", "avx512"};
 
 #ifdef LAYERSYNC_X86
 // __builtin_cpu_supports does not know this one in clang 14.
@@ -33,16 +37,24 @@ Isa detect_isa() {
       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
     best = Isa::avx512;
 #endif
-  if (const char* wish = std::getenv("LAYERSYNC_CPU_ISA"))
-    for (int i = 0; i < int(best); ++i)
-      if (std::strcmp(wish, kIsaNames[i]) == 0) return Isa(i);
   return best;
+}
+
+// The highest instruction set that LAYERSYNC_CPU_ISA allows. A cap that the machine does not reach is none.
+Isa allowed_isa() {
+  const char* variable = std::getenv("LAYERSYNC_CPU_ISA");
+  const std::string_view cap = variable == nullptr || *variable == 0 ? "best" : variable;
+  if (cap == "best") return Isa::avx512;
+  const auto* found = std::find(std::begin(kIsaNames), std::end(kIsaNames), cap);
+  STD_TORCH_CHECK(found != std::end(kIsaNames), "layersync_kernels: LAYERSYNC_CPU_ISA=", variable,
+                  "; expected best, generic, avx2 or avx512");
+  return Isa(found - kIsaNames);
 }
 
 }  // namespace
 
 Isa cpu_isa() {
-  static const Isa isa = detect_isa();
+  static const Isa isa = std::min(detect_isa(), allowed_isa());
   return isa;
 }
 
@@ -55,7 +67,7 @@ bool cpu_has_bf16() {
 #endif
 }
 
-const char* cpu_isa_name() { return kIsaNames[int(cpu_isa())]; }
+const char* cpu_isa_name() { return kIsaNames[int(cpu_isa())].data(); }
 
 void advise_large_pages([[maybe_unused]] void* data, [[maybe_unused]] int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)

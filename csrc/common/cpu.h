@@ -7,7 +7,7 @@ namespace layersync {
 
 enum class Isa { generic = 0, avx2 = 1, avx512 = 2 };
 
-// The best instruction set of this machine, or the lower one that LAYERSYNC_CPU_ISA names.
+// The best instruction set of this machine, or the lower one that LAYERSYNC_CPU_ISA names. Raises where that is none.
 Isa cpu_isa();
 const char* cpu_isa_name();
 
