@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 # The tests start processes of their own; two threads each would only get into each other's way.
 PYTEST := $(BIN)/python -m pytest
 
-SOURCES := setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench doctor clean

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/cpu.h"
-#include "../common/cpu_outputs.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
 #include "cpu_kernels.h"
 
 namespace layersync {

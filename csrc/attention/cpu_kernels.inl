@@ -1,6 +1,6 @@
-// The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer, which
-// says with kTileVectors how many vectors of a panel a product has in registers.
-//
+// The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
+#include "../common/cpu/vec_exp.inl"
+
 // A product's operands are words, one for each step of the sums: a float, or with the bf16 instructions a pair of bf16.
 
 struct Fp32Words {
@@ -12,6 +12,8 @@ struct Fp32Words {
   static Vec words(const Vec& first, const Vec&) { return first; }
   static Vec multiply(const Word& a, const Vec& b, const Vec& sum) { return fma(broadcast(a), b, sum); }
 };
+
+constexpr int kTileVectors = Vec::registers / 8;  // of a panel, that a product has in registers
 
 template <class Words>
 int64_t steps_of(int64_t values) {

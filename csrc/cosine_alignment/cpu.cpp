@@ -7,16 +7,14 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/cpu.h"
-#include "../common/cpu_outputs.h"
-#include "../common/partial_sums.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
+#include "../common/cpu/partial_sums.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
-
-const CosineKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(cosine_kernels); }
 
 // Writes the loss, and returns what the mean multiplies its gradient by. One ordered sum over M floats: the result does
 // not depend on the number of threads.
@@ -59,7 +57,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& 
   const float* w = weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr;
   const CosineForwardArgs args{s.data, t.data, s.layout,    t.layout,
                                s.width, w,     float(eps), {cosine, cosine + rows, cosine + 2 * rows}};
-  const auto kernel = kernels().forward[type_index(s.dtype)][type_index(t.dtype)];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).forward[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows, rows_per_task(s.width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
@@ -96,7 +94,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
       student_grad ? grad_student.data_ptr() : nullptr,
       teacher_grad ? grad_teacher.data_ptr() : nullptr,
       streams(s.width, {&grad_student, &grad_teacher})};
-  const auto kernel = kernels().backward[type_index(s.dtype)][type_index(t.dtype)];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).backward[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows, rows_per_task(s.width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {grad_student, grad_teacher};
@@ -130,7 +128,7 @@ std::tuple<Tensor, Tensor> in_place(Tensor student, const Tensor& teacher, std::
                                rows,
                                parts.rows,
                                summed ? static_cast<float*>(sums.data_ptr()) : nullptr};
-  const auto kernel = kernels().in_place[type_index(s.dtype)][type_index(t.dtype)];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).in_place[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows == 0 ? 0 : parts.count, 1,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   reduce(args.cosine, w, rows, reduction, static_cast<float*>(loss.data_ptr()));

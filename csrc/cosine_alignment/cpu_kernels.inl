@@ -1,6 +1,6 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/row_cosine.inl"
-#include "../common/vec_put.inl"
+#include "../common/cpu/row_cosine.inl"
+#include "../common/cpu/vec_put.inl"
 
 template <class S, class T>
 void forward_rows(const CosineForwardArgs& args, int64_t begin, int64_t end) {

@@ -1,4 +1,7 @@
 // cosine_alignment on the GPU: checks, outputs and launches around the kernels of cuda.cuh.
+#include "cuda.cuh"
+
+#ifndef __CUDA_ARCH__  // what compiles the kernels for a card would read torch's headers for nothing
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,11 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "../common/launch.cuh"
-#include "../common/outputs.h"
-#include "../common/rows.h"
+#include "../common/cuda/launch.h"
+#include "../common/host/outputs.h"
 #include "arguments.h"
-#include "cuda.cuh"
 
 namespace layersync {
 namespace {
@@ -114,3 +115,4 @@ STABLE_TORCH_LIBRARY_IMPL(layersync_cuda, CUDA, m) {
   m.impl("cosine_alignment_forward", TORCH_BOX(&layersync::forward));
   m.impl("cosine_alignment_backward", TORCH_BOX(&layersync::backward));
 }
+#endif

@@ -2,7 +2,7 @@
 // The semantics are those of cpu_kernels.inl.
 #pragma once
 
-#include "../common/row_cosine.cuh"
+#include "../common/cuda/row_cosine.cuh"
 
 namespace layersync {
 

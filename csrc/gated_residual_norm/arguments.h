@@ -4,7 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include "../common/arguments.h"
+#include "../common/host/arguments.h"
 
 namespace layersync {
 

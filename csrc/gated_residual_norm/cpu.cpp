@@ -8,15 +8,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/cpu.h"
-#include "../common/partial_sums.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/partial_sums.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
-
-const ResidualNormKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels); }
 
 // A modulation as fp32: it has one row for many of x, so its copy costs next to nothing.
 struct WideModulation {
@@ -78,7 +76,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
                                      cosine + rows,
                                      cosine + 2 * rows,
                                      streams(width, {&residual, &normed})};
-  run(kernels().forward[type_index(in.x.dtype)][type_index(in.dtype)], args, rows, rows_per_task(width));
+  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).forward[type_index(in.x.dtype)][type_index(in.dtype)], args, rows, rows_per_task(width));
   return {residual, normed, stats, alignment};
 }
 
@@ -139,7 +137,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                       floats(d_shift, wants_affine),
                                       floats(d_scale, wants_affine),
                                       streams(width, {&d_x, &d_branch})};
-  run(kernels().backward[type_index(in.residual.dtype)][type_index(in.dtype)], args, blocks * parts.count,
+  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).backward[type_index(in.residual.dtype)][type_index(in.dtype)], args, blocks * parts.count,
       std::max<int64_t>(rows_per_task(width) / parts.rows, 1));
   return finish();
 }

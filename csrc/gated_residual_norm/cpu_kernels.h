@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/cpu/cpu.h"
 #include "../common/row_layout.h"
 
 namespace layersync {
@@ -68,8 +69,6 @@ struct ResidualNormKernels {
   ResidualNormBackward backward[3][3];
 };
 
-extern const ResidualNormKernels residual_norm_kernels_generic;
-extern const ResidualNormKernels residual_norm_kernels_avx2;
-extern const ResidualNormKernels residual_norm_kernels_avx512;
+LAYERSYNC_DECLARE_TABLES(ResidualNormKernels, residual_norm_kernels);
 
 }  // namespace layersync

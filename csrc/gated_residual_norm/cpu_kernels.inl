@@ -1,6 +1,6 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/row_cosine.inl"
-#include "../common/vec_put.inl"
+#include "../common/cpu/row_cosine.inl"
+#include "../common/cpu/vec_put.inl"
 
 // One value as a vector, so that the rest of a row takes the same path as its bulk.
 struct Scalar {

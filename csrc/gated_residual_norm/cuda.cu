@@ -1,6 +1,7 @@
 // gated_residual_norm on the GPU: outputs and launches around the kernels of cuda.cuh.
 #include "cuda.cuh"
 
+#ifndef __CUDA_ARCH__  // what compiles the kernels for a card would read torch's headers for nothing
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,8 +10,8 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/launch.cuh"
-#include "../common/outputs.h"
+#include "../common/cuda/launch.h"
+#include "../common/host/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
@@ -140,3 +141,4 @@ STABLE_TORCH_LIBRARY_IMPL(layersync_cuda, CUDA, m) {
   m.impl("gated_residual_norm_forward", TORCH_BOX(&layersync::forward));
   m.impl("gated_residual_norm_backward", TORCH_BOX(&layersync::backward));
 }
+#endif

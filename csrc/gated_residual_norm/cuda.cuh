@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "../common/column_sum.cuh"
-#include "../common/row_cosine.cuh"
+#include "../common/cuda/column_sum.cuh"
+#include "../common/cuda/row_cosine.cuh"
 
 namespace layersync {
 

@@ -6,22 +6,20 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../common/cpu.h"
-#include "../common/partial_sums.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/partial_sums.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
 
-const GeluKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(gelu_kernels); }
-
 Tensor forward(const Tensor& preactivation) {
   check_preactivation(preactivation);
   const int64_t rows = preactivation.size(0), width = preactivation.size(1);
   Tensor activation = large_output_like(preactivation);
   const GeluForwardArgs args{preactivation.data_ptr(), activation.data_ptr(), width, streams(width, {&activation})};
-  const auto kernel = kernels().forward[type_index(preactivation.scalar_type())];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(gelu_kernels).forward[type_index(preactivation.scalar_type())];
   torch::stable::parallel_for(0, rows, rows_per_task(width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return activation;
@@ -46,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_activation, const Te
                               width,
                               parts.rows,
                               streams(width, {&d_preactivation, &out})};
-  const auto kernel = kernels().backward[type_index(preactivation.scalar_type())];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(gelu_kernels).backward[type_index(preactivation.scalar_type())];
   torch::stable::parallel_for(0, rows == 0 ? 0 : parts.count, 1,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   const Tensor total = sum_of_parts(sums, 1, parts.count);

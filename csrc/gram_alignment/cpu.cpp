@@ -5,15 +5,13 @@
 
 #include <optional>
 
-#include "../common/cpu.h"
-#include "../common/cpu_outputs.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
-
-const GramKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(gram_kernels); }
 
 Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t kind,
              std::optional<Tensor> gradient) {
@@ -28,7 +26,7 @@ Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t 
                            columns,
                            diagonal,
                            float(margin)};
-  const auto kernel = kernels().strip[kind][type_index(difference.scalar_type())];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(gram_kernels).strip[kind][type_index(difference.scalar_type())];
   torch::stable::parallel_for(0, samples * rows, rows_per_task(columns),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return sums;

@@ -1,6 +1,7 @@
 // gram_alignment on the GPU: the launch of what stands behind the library's products.
 #include "cuda.cuh"
 
+#ifndef __CUDA_ARCH__  // what compiles the kernels for a card would read torch's headers for nothing
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,8 +9,8 @@
 
 #include <optional>
 
-#include "../common/launch.cuh"
-#include "../common/outputs.h"
+#include "../common/cuda/launch.h"
+#include "../common/host/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
@@ -43,3 +44,4 @@ Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t 
 }  // namespace layersync
 
 STABLE_TORCH_LIBRARY_IMPL(layersync_cuda, CUDA, m) { m.impl("gram_alignment_strip", TORCH_BOX(&layersync::strip)); }
+#endif

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
-#include "../common/cpu.h"
-#include "../common/cpu_outputs.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 

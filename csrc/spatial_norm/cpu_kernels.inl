@@ -1,6 +1,6 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/vec_put.inl"
-#include "../common/vec_tail.inl"
+#include "../common/cpu/vec_put.inl"
+#include "../common/cpu/vec_tail.inl"
 
 struct AllLanes {};
 

@@ -1,13 +1,14 @@
 // spatial_norm on the GPU: the output and the launch around the kernel of cuda.cuh.
 #include "cuda.cuh"
 
+#ifndef __CUDA_ARCH__  // what compiles the kernels for a card would read torch's headers for nothing
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#include "../common/launch.cuh"
-#include "../common/outputs.h"
+#include "../common/cuda/launch.h"
+#include "../common/host/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
@@ -32,3 +33,4 @@ Tensor spatial_norm(const Tensor& x, double alpha, double eps) {
 }  // namespace layersync
 
 STABLE_TORCH_LIBRARY_IMPL(layersync_cuda, CUDA, m) { m.impl("spatial_norm", TORCH_BOX(&layersync::spatial_norm)); }
+#endif

@@ -1,7 +1,7 @@
 // spatial_norm on the GPU: the kernel, free of torch, so that the tests compile it for the host too.
 #pragma once
 
-#include "../common/row_kernel.cuh"
+#include "../common/cuda/row_kernel.cuh"
 
 namespace layersync {
 

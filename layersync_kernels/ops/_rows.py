@@ -1,4 +1,4 @@
-"""How a kernel sees a (..., D) tensor: M rows of D contiguous values at any stride (the twin of csrc/common/rows.h)."""
+"""How a kernel sees a (..., D) tensor: M rows of D contiguous values at any stride (twin: csrc/common/host/rows.h)."""
 
 from __future__ import annotations
 

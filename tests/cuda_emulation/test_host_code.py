@@ -26,10 +26,14 @@ def check(source: Path) -> subprocess.CompletedProcess[str]:
     includes = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
     command = [CLANG, "-fsyntax-only", "-std=c++20", *DANGLING, "-Wno-unknown-pragmas"]
     command += [f"-isystem{path}" for path in includes] + ["-include", FOLDER / "host" / "borrowing.h"]
-    if platform.machine() in ("x86_64", "AMD64"):
-        command.append("-DLAYERSYNC_X86")
+    is_x86 = platform.machine() in ("x86_64", "AMD64")
+    command += ["-DLAYERSYNC_X86"] if is_x86 else []
+    if source.name == "cpu_kernels.cpp":
+        command.append("-DLAYERSYNC_ISA_AVX512" if is_x86 else "-DLAYERSYNC_ISA_GENERIC")
+    if source.stem.startswith("cuda"):
+        command += ["-DUSE_CUDA", f"-I{FOLDER / 'host'}"]
     if source.suffix == ".cu":
-        command += ["-DUSE_CUDA", f"-I{FOLDER / 'host'}", "-include", FOLDER / "emulator.h"]
+        command += ["-include", FOLDER / "emulator.h"]
     return subprocess.run([*command, "-x", "c++", source], capture_output=True, text=True, check=False)
 
 

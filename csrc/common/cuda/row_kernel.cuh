@@ -4,7 +4,7 @@
 #include <cstdint>
 #include <type_traits>
 
-#include "row_layout.h"
+#include "../row_layout.h"
 #include "vectors.cuh"
 
 namespace layersync {

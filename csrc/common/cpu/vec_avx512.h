@@ -2,6 +2,7 @@
 
 struct Vec {
   static constexpr int64_t size = 16;
+  static constexpr int registers = 32;  // as many of these as the machine has room for
   __m512 v;
 };
 

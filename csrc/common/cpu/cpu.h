@@ -14,9 +14,10 @@ const char* cpu_isa_name();
 // Whether kernels for AVX-512 may use its bf16 products.
 bool cpu_has_bf16();
 
-// Of the tables NAME_generic, NAME_avx2 and NAME_avx512 the one for this machine.
+// The kernels of an op as one table per instruction set: declared for all of them, then the one for this machine.
+#define LAYERSYNC_DECLARE_TABLES(Type, name) extern const Type name##_generic, name##_avx2, name##_avx512
 #ifdef LAYERSYNC_X86
-#define LAYERSYNC_FOR_THIS_CPU(name)                      \
+#define LAYERSYNC_FOR_THIS_CPU(name)                              \
   (layersync::cpu_isa() == layersync::Isa::avx512 ? name##_avx512 \
    : layersync::cpu_isa() == layersync::Isa::avx2 ? name##_avx2   \
                                                   : name##_generic)

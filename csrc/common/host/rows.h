@@ -8,7 +8,7 @@
 
 #include <cstdint>
 
-#include "row_layout.h"
+#include "../row_layout.h"
 
 namespace layersync {
 

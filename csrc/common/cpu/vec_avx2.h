@@ -2,6 +2,7 @@
 
 struct Vec {
   static constexpr int64_t size = 8;
+  static constexpr int registers = 16;  // as many of these as the machine has room for
   __m256 v;
 };
 

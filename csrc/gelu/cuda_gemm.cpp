@@ -9,9 +9,9 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/arguments.h"
-#include "../common/launch.cuh"
-#include "../common/outputs.h"
+#include "../common/cuda/device.h"
+#include "../common/host/arguments.h"
+#include "../common/host/outputs.h"
 
 namespace layersync {
 namespace {

@@ -3,9 +3,9 @@
 
 #include <initializer_list>
 
-#include "arguments.h"
+#include "../host/arguments.h"
+#include "../host/outputs.h"
 #include "cpu.h"
-#include "outputs.h"
 
 namespace layersync {
 

@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 
-#include "cpu_outputs.h"
+#include "outputs.h"
 
 namespace layersync {
 

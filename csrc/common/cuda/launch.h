@@ -1,16 +1,11 @@
 // The host side of every CUDA op: what its kernels read, and their launch on torch's current stream.
 #pragma once
 
-#include <cuda_runtime.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <initializer_list>
 #include <optional>
 
+#include "../host/rows.h"
+#include "device.h"
 #include "row_kernel.cuh"
-#include "rows.h"
 
 namespace layersync {
 
@@ -26,21 +21,9 @@ inline RowInput row_input(const std::optional<Rows>& rows) {
   return rows.has_value() ? row_input(*rows) : RowInput{};
 }
 
-inline void check_same_gpu(const Tensor& first, std::initializer_list<const std::optional<Tensor>*> others) {
-  for (const auto* other : others)
-    STD_TORCH_CHECK(!other->has_value() || (*other)->get_device() == first.get_device(),
-                    "layersync_kernels: all tensors must be on the same GPU");
-}
-
 inline void check_row_limits(const Rows& rows) {
   STD_TORCH_CHECK(rows.width <= kMaxWidth, "layersync_kernels: rows of ", rows.width, " channels; at most ", kMaxWidth);
   STD_TORCH_CHECK(rows.count <= INT32_MAX, "layersync_kernels: ", rows.count, " rows; at most ", INT32_MAX);
-}
-
-inline cudaStream_t current_stream(const torch::stable::Tensor& tensor) {
-  void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
-  return static_cast<cudaStream_t>(stream);
 }
 
 // Unlike <<<>>> and cudaGetLastError, the call returns its own error and not one that an earlier kernel left behind.

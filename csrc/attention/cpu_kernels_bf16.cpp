@@ -1,22 +1,12 @@
+// Attention with AVX-512's products of bf16 pairs, for bf16 alone.
+#ifdef LAYERSYNC_X86
+#define LAYERSYNC_ISA_AVX512_BF16
+#include "../common/cpu/target.h"
 #include "cpu_kernels.h"
 
-#include <cmath>
-#include <cstring>
-#include <limits>
-
-#include "../common/types.h"
-
-#ifdef LAYERSYNC_X86
-#include <immintrin.h>
-
-#include "../common/target.h"
-
-LAYERSYNC_TARGET_BEGIN("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
-namespace layersync {
-namespace avx512_bf16 {
-constexpr int kTileVectors = 4;
-#include "../common/vec_avx512.h"
-#include "../common/vec_exp.inl"
+LAYERSYNC_BEGIN
+namespace layersync::LAYERSYNC_ISA {
+#include LAYERSYNC_VEC
 #include "cpu_kernels.inl"
 
 // Pairs of bf16, the lower half first. The products of a pair are exact, and summed in fp32.
@@ -41,9 +31,8 @@ struct Bf16Words {
 
 constexpr AttentionKernels bf16_kernels = {{nullptr, forward<bf16, Bf16Words>, nullptr},
                                            {nullptr, backward<bf16, Bf16Words>, nullptr}};
-}  // namespace avx512_bf16
-}  // namespace layersync
-LAYERSYNC_TARGET_END
+}  // namespace layersync::LAYERSYNC_ISA
+LAYERSYNC_END
 
-const layersync::AttentionKernels layersync::attention_kernels_avx512_bf16 = layersync::avx512_bf16::bf16_kernels;
+const layersync::AttentionKernels layersync::LAYERSYNC_TABLE(attention_kernels) = layersync::LAYERSYNC_ISA::bf16_kernels;
 #endif

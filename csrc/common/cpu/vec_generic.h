@@ -3,6 +3,7 @@
 
 struct Vec {
   static constexpr int64_t size = 8;
+  static constexpr int registers = 8;  // as many of these as the machine has room for
   float lane[8];
 };
 

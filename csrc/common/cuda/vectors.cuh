@@ -11,7 +11,7 @@
 #include <cstdint>
 #include <cstring>
 
-#include "row_layout.h"
+#include "../row_layout.h"
 
 namespace layersync {
 
