@@ -86,14 +86,9 @@ def bounded_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(available / MEMORY_PER_JOB_GIB)))
 
 
-def weight(path: Path) -> int:
-    """Bytes of a source and of the kernels that it includes: a guess at how long it compiles."""
-    return sum(file.stat().st_size for file in path.parent.glob(f"{path.stem}.*"))
-
-
 def sources(pattern: str) -> list[Path]:
-    """The files under csrc/ that match, the heaviest first: one that starts last would keep a single core busy."""
-    return sorted((ROOT / "csrc").rglob(pattern), key=lambda path: (-weight(path), path))
+    """The files under csrc/ whose names match."""
+    return sorted((ROOT / "csrc").rglob(pattern))
 
 
 def kernel_sources() -> list[Path]:
@@ -168,7 +163,7 @@ def extensions() -> tuple[list[Any], dict[str, Any]]:
     abi = f"-DTORCH_TARGET_VERSION={STABLE_ABI}"
     # GCC 12 warns about its own AVX-512 header.
     # -g0: Python's own flags ask for debug information, which takes time and is stripped in the end.
-    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-maybe-uninitialized", abi]
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized", abi]
     if IS_X86:
         flags.append("-DLAYERSYNC_X86")
     host = [path for path in sources("cpu*.cpp") if path.name != "cpu_kernels.cpp"]

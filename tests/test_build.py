@@ -153,7 +153,6 @@ def test_every_op_is_found_by_its_files(setup_script, clean_environment, tmp_pat
     for name in ("old/cpu.cpp", "old/cpu_kernels.cpp", "new/cpu_kernels.cpp", "new/cpu_more.cpp", "new/cuda.cu"):
         (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "csrc" / name).touch()
-    (tmp_path / "csrc" / "new" / "cpu_kernels.inl").write_text("// longer, so it comes first")
     clean_environment.setattr(setup_script, "INSTRUCTION_SETS", ("generic", "avx2"))
     written = setup_script.kernel_sources()
     assert [path.stem for path in written] == ["new_generic", "new_avx2", "old_generic", "old_avx2"]
