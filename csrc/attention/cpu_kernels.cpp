@@ -9,4 +9,5 @@ namespace layersync::LAYERSYNC_ISA {
 }  // namespace layersync::LAYERSYNC_ISA
 LAYERSYNC_END
 
-const layersync::AttentionKernels layersync::LAYERSYNC_TABLE(attention_kernels) = layersync::LAYERSYNC_ISA::kernels<layersync::LAYERSYNC_ISA::Fp32Words>;
+const layersync::AttentionKernels layersync::LAYERSYNC_TABLE(attention_kernels) =
+    layersync::LAYERSYNC_ISA::kernels<layersync::LAYERSYNC_ISA::Fp32Words>;

@@ -34,5 +34,6 @@ constexpr AttentionKernels bf16_kernels = {{nullptr, forward<bf16, Bf16Words>, n
 }  // namespace layersync::LAYERSYNC_ISA
 LAYERSYNC_END
 
-const layersync::AttentionKernels layersync::LAYERSYNC_TABLE(attention_kernels) = layersync::LAYERSYNC_ISA::bf16_kernels;
+const layersync::AttentionKernels layersync::LAYERSYNC_TABLE(attention_kernels) =
+    layersync::LAYERSYNC_ISA::bf16_kernels;
 #endif

@@ -55,8 +55,8 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& 
 
   float* cosine = static_cast<float*>(stats.data_ptr());
   const float* w = weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr;
-  const CosineForwardArgs args{s.data, t.data, s.layout,    t.layout,
-                               s.width, w,     float(eps), {cosine, cosine + rows, cosine + 2 * rows}};
+  const CosineForwardArgs args{s.data,  t.data, s.layout,   t.layout,
+                               s.width, w,      float(eps), {cosine, cosine + rows, cosine + 2 * rows}};
   const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).forward[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows, rows_per_task(s.width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
@@ -76,24 +76,24 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
   STD_TORCH_CHECK(g.numel() == rows || g.dim() == 0, "layersync_kernels: gradient of ", g.numel(),
                   " values for a loss of ", rows, " tokens");
 
-  Tensor grad_student = large_output_like(student, student_grad), grad_teacher = large_output_like(teacher, teacher_grad);
+  Tensor grad_student = large_output_like(student, student_grad),
+         grad_teacher = large_output_like(teacher, teacher_grad);
   if (!student_grad && !teacher_grad) return {grad_student, grad_teacher};
 
   float* cosine = static_cast<float*>(stats.data_ptr());
-  const CosineBackwardArgs args{
-      s.data,
-      t.data,
-      s.layout,
-      t.layout,
-      s.width,
-      weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr,
-      {cosine, cosine + rows, cosine + 2 * rows},
-      static_cast<const float*>(g.data_ptr()),
-      g.dim() == 0 ? 0 : 1,
-      *static_cast<const float*>(scale.data_ptr()),
-      student_grad ? grad_student.data_ptr() : nullptr,
-      teacher_grad ? grad_teacher.data_ptr() : nullptr,
-      streams(s.width, {&grad_student, &grad_teacher})};
+  const CosineBackwardArgs args{s.data,
+                                t.data,
+                                s.layout,
+                                t.layout,
+                                s.width,
+                                weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr,
+                                {cosine, cosine + rows, cosine + 2 * rows},
+                                static_cast<const float*>(g.data_ptr()),
+                                g.dim() == 0 ? 0 : 1,
+                                *static_cast<const float*>(scale.data_ptr()),
+                                student_grad ? grad_student.data_ptr() : nullptr,
+                                teacher_grad ? grad_teacher.data_ptr() : nullptr,
+                                streams(s.width, {&grad_student, &grad_teacher})};
   const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).backward[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows, rows_per_task(s.width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });

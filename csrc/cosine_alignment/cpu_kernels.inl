@@ -70,11 +70,14 @@ template <class S, class T>
 void backward_rows(const CosineBackwardArgs& args, int64_t begin, int64_t end) {
   const bool student = args.grad_student != nullptr, teacher = args.grad_teacher != nullptr;
   if (student && teacher) {
-    (args.streaming ? backward_range<true, true, true, S, T> : backward_range<false, true, true, S, T>)(args, begin, end);
+    (args.streaming ? backward_range<true, true, true, S, T> : backward_range<false, true, true, S, T>)(args, begin,
+                                                                                                        end);
   } else if (student) {
-    (args.streaming ? backward_range<true, true, false, S, T> : backward_range<false, true, false, S, T>)(args, begin, end);
+    (args.streaming ? backward_range<true, true, false, S, T> : backward_range<false, true, false, S, T>)(args, begin,
+                                                                                                          end);
   } else {
-    (args.streaming ? backward_range<true, false, true, S, T> : backward_range<false, false, true, S, T>)(args, begin, end);
+    (args.streaming ? backward_range<true, false, true, S, T> : backward_range<false, false, true, S, T>)(args, begin,
+                                                                                                          end);
   }
 }
 

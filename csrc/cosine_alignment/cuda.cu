@@ -91,9 +91,22 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
   const LossGradient loss_grad = loss_gradient(grad, s.count);
   const RowGrid grid = cosine_grid(s, t);
   const float* cosine = floats(stats);
-  CosineBackwardParams params{s.data, t.data, s.layout, t.layout, s.count, int(s.width), grid, floats(weight), cosine,
-                              cosine + s.count, cosine + 2 * s.count, floats(loss_grad.owner), loss_grad.stride,
-                              floats(scale), grad_student.data_ptr(), grad_teacher.data_ptr()};
+  CosineBackwardParams params{s.data,
+                              t.data,
+                              s.layout,
+                              t.layout,
+                              s.count,
+                              int(s.width),
+                              grid,
+                              floats(weight),
+                              cosine,
+                              cosine + s.count,
+                              cosine + 2 * s.count,
+                              floats(loss_grad.owner),
+                              loss_grad.stride,
+                              floats(scale),
+                              grad_student.data_ptr(),
+                              grad_teacher.data_ptr()};
   int a = type_index(s.dtype), b = type_index(t.dtype);
   if (!student_grad) {
     std::swap(a, b);
@@ -102,9 +115,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
     std::swap(params.rnorm_a, params.rnorm_b);
     std::swap(params.grad_a, params.grad_b);
   }
-  launch("cosine_alignment_backward",
-         cosine_backward_kernel_for(a, b, student_grad && teacher_grad, grid.row_threads), grid.blocks,
-         kRowBlockThreads, stream, params);
+  launch("cosine_alignment_backward", cosine_backward_kernel_for(a, b, student_grad && teacher_grad, grid.row_threads),
+         grid.blocks, kRowBlockThreads, stream, params);
   return {grad_student, grad_teacher};
 }
 

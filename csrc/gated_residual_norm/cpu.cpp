@@ -76,14 +76,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
                                      cosine + rows,
                                      cosine + 2 * rows,
                                      streams(width, {&residual, &normed})};
-  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).forward[type_index(in.x.dtype)][type_index(in.dtype)], args, rows, rows_per_task(width));
+  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).forward[type_index(in.x.dtype)][type_index(in.dtype)], args, rows,
+      rows_per_task(width));
   return {residual, normed, stats, alignment};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> d_residual, std::optional<Tensor> d_normed, const Tensor& residual,
-    std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<Tensor> scale, std::optional<Tensor> stats,
-    std::optional<Tensor> other, std::optional<Tensor> factors, bool rms, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
+                                                            std::optional<Tensor> d_normed, const Tensor& residual,
+                                                            std::optional<Tensor> branch, std::optional<Tensor> gate,
+                                                            std::optional<Tensor> scale, std::optional<Tensor> stats,
+                                                            std::optional<Tensor> other, std::optional<Tensor> factors,
+                                                            bool rms, int64_t groups) {
   const GatedBackwardInputs in =
       gated_backward_inputs(d_residual, d_normed, residual, branch, gate, scale, stats, other, factors, groups);
   STD_TORCH_CHECK(branch.has_value() || !other.has_value(), "layersync_kernels: an alignment needs a branch");
@@ -137,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                       floats(d_shift, wants_affine),
                                       floats(d_scale, wants_affine),
                                       streams(width, {&d_x, &d_branch})};
-  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).backward[type_index(in.residual.dtype)][type_index(in.dtype)], args, blocks * parts.count,
-      std::max<int64_t>(rows_per_task(width) / parts.rows, 1));
+  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).backward[type_index(in.residual.dtype)][type_index(in.dtype)], args,
+      blocks * parts.count, std::max<int64_t>(rows_per_task(width) / parts.rows, 1));
   return finish();
 }
 

@@ -9,4 +9,5 @@ namespace layersync::LAYERSYNC_ISA {
 }  // namespace layersync::LAYERSYNC_ISA
 LAYERSYNC_END
 
-const layersync::ResidualNormKernels layersync::LAYERSYNC_TABLE(residual_norm_kernels) = layersync::LAYERSYNC_ISA::kernels;
+const layersync::ResidualNormKernels layersync::LAYERSYNC_TABLE(residual_norm_kernels) =
+    layersync::LAYERSYNC_ISA::kernels;

@@ -16,7 +16,7 @@ struct ModulationRows {
 
 struct ResidualNormForwardArgs {
   const void* x;
-  const void* branch;  // or null: r is x
+  const void* branch;   // or null: r is x
   const void* student;  // or null: no cosine
   RowLayout x_rows, branch_rows, student_rows;
   ModulationRows gate, shift, scale;
@@ -47,9 +47,9 @@ struct ResidualNormBackwardArgs {
   int64_t rows, width, rows_per_group;
   int64_t parts, rows_per_part;  // a group is worked on in parts, each with sums of its own
   bool rms;
-  void* d_x;         // contiguous rows; null where it equals d_residual
-  void* d_branch;    // contiguous rows; null without branch
-  float* d_gate;     // (groups, parts, D), or null where not wanted
+  void* d_x;       // contiguous rows; null where it equals d_residual
+  void* d_branch;  // contiguous rows; null without branch
+  float* d_gate;   // (groups, parts, D), or null where not wanted
   float* d_shift;
   float* d_scale;
   bool streaming;

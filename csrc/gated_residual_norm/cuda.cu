@@ -59,10 +59,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
   return {residual, normed, stats, alignment};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> d_residual, std::optional<Tensor> d_normed, const Tensor& residual,
-    std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<Tensor> scale, std::optional<Tensor> stats,
-    std::optional<Tensor> other, std::optional<Tensor> factors, bool rms, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
+                                                            std::optional<Tensor> d_normed, const Tensor& residual,
+                                                            std::optional<Tensor> branch, std::optional<Tensor> gate,
+                                                            std::optional<Tensor> scale, std::optional<Tensor> stats,
+                                                            std::optional<Tensor> other, std::optional<Tensor> factors,
+                                                            bool rms, int64_t groups) {
   const DeviceGuard guard(residual.get_device_index());
   check_same_gpu(residual, {&d_residual, &d_normed, &branch, &gate, &scale, &stats, &other, &factors});
   const GatedBackwardInputs in =
@@ -104,8 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                              nullptr,
                              nullptr,
                              nullptr};
-  const GatedBackwardPlan plan =
-      gated_backward_plan(params, type_index(in.residual.dtype), type_index(in.dtype));
+  const GatedBackwardPlan plan = gated_backward_plan(params, type_index(in.residual.dtype), type_index(in.dtype));
   params.tiles = plan.tiles;
   // Where a run is all of its group, what it sums up is the result.
   const int64_t runs = params.runs.per_group, all_runs = modulation.groups * runs;

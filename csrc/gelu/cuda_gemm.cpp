@@ -58,10 +58,10 @@ void check_matrix(const char* name, const Tensor& tensor, const Tensor& first) {
   check_dtype(name, tensor.scalar_type(), "the other matrix", first.scalar_type());
   STD_TORCH_CHECK(tensor.dim() == 2, "layersync_kernels: ", name, " must have 2 dimensions, not ", tensor.dim());
   const int64_t rows = tensor.size(0), width = tensor.size(1), stride = tensor.stride(0);
-  STD_TORCH_CHECK(rows > 0 && width > 0 && width % 8 == 0 && tensor.stride(1) == 1 && stride >= width &&
-                      stride % 8 == 0,
-                  "layersync_kernels: ", name, " of shape (", rows, ", ", width, ") and strides (", stride, ", ",
-                  tensor.stride(1), ") must have contiguous rows, a multiple of 8 wide and apart");
+  STD_TORCH_CHECK(
+      rows > 0 && width > 0 && width % 8 == 0 && tensor.stride(1) == 1 && stride >= width && stride % 8 == 0,
+      "layersync_kernels: ", name, " of shape (", rows, ", ", width, ") and strides (", stride, ", ", tensor.stride(1),
+      ") must have contiguous rows, a multiple of 8 wide and apart");
 }
 
 void check_inner(const Tensor& rows, int64_t depth, const Tensor& weight, int64_t width) {

@@ -13,8 +13,7 @@
 namespace layersync {
 namespace {
 
-Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t kind,
-             std::optional<Tensor> gradient) {
+Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t kind, std::optional<Tensor> gradient) {
   check_strip(difference, diagonal, kind, gradient);
   if (gradient.has_value())
     STD_TORCH_CHECK(gradient->scalar_type() == ScalarType::Float, "layersync_kernels: gradient must be float32");

@@ -13,7 +13,7 @@ struct GramStripArgs {
   float* gradient;         // of the terms, and may be `difference`; or null
   float* sums;             // (rows)
   int64_t columns;
-  int64_t diagonal;        // the first columns count once, the others twice
+  int64_t diagonal;  // the first columns count once, the others twice
   float margin;
 };
 

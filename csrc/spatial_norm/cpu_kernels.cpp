@@ -9,4 +9,5 @@ namespace layersync::LAYERSYNC_ISA {
 }  // namespace layersync::LAYERSYNC_ISA
 LAYERSYNC_END
 
-const layersync::SpatialNormKernels layersync::LAYERSYNC_TABLE(spatial_norm_kernels) = layersync::LAYERSYNC_ISA::kernels;
+const layersync::SpatialNormKernels layersync::LAYERSYNC_TABLE(spatial_norm_kernels) =
+    layersync::LAYERSYNC_ISA::kernels;

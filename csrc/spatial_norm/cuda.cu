@@ -21,7 +21,7 @@ Tensor spatial_norm(const Tensor& x, double alpha, double eps) {
   if (x.numel() == 0) return y;
   const Rows rows = as_rows(x);
   check_row_limits(rows);
-  SpatialNormParams params{row_input(rows), y.data_ptr(),     int(x.size(1)), int(rows.width), 0,
+  SpatialNormParams params{row_input(rows),  y.data_ptr(), int(x.size(1)), int(rows.width), 0,
                            float(1 - alpha), float(eps)};
   const SpatialNormPlan plan = spatial_norm_plan(params, type_index(rows.dtype));
   params.tiles = plan.tiles;

@@ -9,7 +9,8 @@
 
 namespace layersync {
 
-inline Tensor large_output_like(const Tensor& like, bool wanted = true, std::optional<ScalarType> dtype = std::nullopt) {
+inline Tensor large_output_like(const Tensor& like, bool wanted = true,
+                                std::optional<ScalarType> dtype = std::nullopt) {
   Tensor out = output_like(like, wanted, dtype);
   advise_large_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
   return out;

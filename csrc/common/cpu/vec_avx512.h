@@ -15,9 +15,7 @@ inline Vec load(const bf16* p) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16))};
 }
 
-inline Vec load(const fp16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+inline Vec load(const fp16* p) { return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))}; }
 
 // Not the AVX512_BF16 instruction: that one flushes subnormals, and machines without it need this anyway.
 inline __m256i pack(Vec v, const bf16*) {

@@ -17,9 +17,7 @@ inline float* floats(const std::optional<Tensor>& tensor) { return tensor.has_va
 
 inline RowInput row_input(const Rows& rows) { return {rows.data, rows.layout}; }
 
-inline RowInput row_input(const std::optional<Rows>& rows) {
-  return rows.has_value() ? row_input(*rows) : RowInput{};
-}
+inline RowInput row_input(const std::optional<Rows>& rows) { return rows.has_value() ? row_input(*rows) : RowInput{}; }
 
 inline void check_row_limits(const Rows& rows) {
   STD_TORCH_CHECK(rows.width <= kMaxWidth, "layersync_kernels: rows of ", rows.width, " channels; at most ", kMaxWidth);
@@ -28,8 +26,7 @@ inline void check_row_limits(const Rows& rows) {
 
 // Unlike <<<>>> and cudaGetLastError, the call returns its own error and not one that an earlier kernel left behind.
 template <class Params>
-void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream,
-            Params params) {
+void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream, Params params) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, "layersync_kernels: ", name, " on too large a tensor, by ", blocks, " blocks");
   void* arguments[] = {&params};
   const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)),

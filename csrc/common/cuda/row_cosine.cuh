@@ -60,7 +60,7 @@ __device__ inline RowCosine row_cosine(const S* s, const T* t, int width, float 
   const int index = RowGroup<kRowThreads>::index();
   const int vectors = aligned16(s) && aligned16(t) ? width / kValues : 0;
   float dots[3] = {0, 0, 0};
-  for_each_vector<kRowThreads>(s, t, vectors, [&](int, const float(&a)[kValues], const float(&b)[kValues]) {
+  for_each_vector<kRowThreads>(s, t, vectors, [&](int, const float (&a)[kValues], const float (&b)[kValues]) {
 #pragma unroll
     for (int k = 0; k < kValues; ++k) add_to_dots(a[k], b[k], dots);
   });
@@ -72,8 +72,7 @@ __device__ inline RowCosine row_cosine(const S* s, const T* t, int width, float 
   const float factor_s = range_factor(dots[0]), factor_t = range_factor(dots[1]);
   float scaled[3] = {0, 0, 0};
 #pragma unroll 1
-  for (int i = index; i < width; i += kRowThreads)
-    add_to_dots(widen(s[i]) * factor_s, widen(t[i]) * factor_t, scaled);
+  for (int i = index; i < width; i += kRowThreads) add_to_dots(widen(s[i]) * factor_s, widen(t[i]) * factor_t, scaled);
   row_sum<kRowThreads>(scaled);
   return finish_row(scaled, factor_s, factor_t, eps);
 }

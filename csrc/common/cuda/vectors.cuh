@@ -128,8 +128,6 @@ __device__ inline void pack(const float (&in)[kValues], Pack<T, kValues>& out) {
   }
 }
 
-LAYERSYNC_HOST_DEVICE inline bool aligned16(const void* p) {
-  return reinterpret_cast<uintptr_t>(p) % 16 == 0;
-}
+LAYERSYNC_HOST_DEVICE inline bool aligned16(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 }  // namespace layersync

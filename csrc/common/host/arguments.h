@@ -28,9 +28,7 @@ inline std::vector<int64_t> leading_sizes(const Tensor& tensor) {
   return {sizes.begin(), sizes.end() - 1};
 }
 
-inline bool aligned_to_vector(const Tensor& tensor) {
-  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 64 == 0;
-}
+inline bool aligned_to_vector(const Tensor& tensor) { return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 64 == 0; }
 
 inline std::optional<Rows> as_rows(const std::optional<Tensor>& tensor) {
   if (!tensor.has_value()) return std::nullopt;
