@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 PYTEST := $(BIN)/python -m pytest
 WORKERS ?= 2
 
-SOURCES := setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.*)
+SOURCES := setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test check bench doctor clean

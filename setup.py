@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import setup
 
@@ -23,7 +24,8 @@ sys.path.insert(0, str(ROOT))
 from build_backend import installed_torch  # noqa: E402
 
 STABLE_ABI = "0x020a000000000000"  # torch 2.10: the binary loads beside that release and every later one
-OPS = ["attention", "cosine_alignment", "gated_residual_norm", "gelu", "gram_alignment", "spatial_norm"]
+IS_X86 = platform.machine().lower() in ("x86_64", "amd64")
+INSTRUCTION_SETS = ("generic", "avx2", "avx512") if IS_X86 else ("generic",)
 MEMORY_PER_JOB_GIB = 2.5
 
 
@@ -84,7 +86,32 @@ def bounded_jobs() -> int:
     return max(1, min(os.cpu_count() or 1, int(available / MEMORY_PER_JOB_GIB)))
 
 
-def extensions() -> tuple[list, dict]:
+def sources(pattern: str) -> list[Path]:
+    """The files under csrc/ whose names match."""
+    return sorted((ROOT / "csrc").rglob(pattern))
+
+
+def kernel_sources() -> list[Path]:
+    """A file for each op's CPU kernels and instruction set: it names the set and includes the kernels."""
+    folder = ROOT / "build" / "kernels"
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    for kernels in sources("cpu_kernels.cpp"):
+        for name in INSTRUCTION_SETS:
+            path = folder / f"{kernels.parent.name}_{name}.cpp"
+            text = f'#define LAYERSYNC_ISA_{name.upper()}\n#include "../../{kernels.relative_to(ROOT)}"\n'
+            if not path.exists() or path.read_text() != text:  # or all would be compiled again
+                path.write_text(text)
+            written.append(path)
+    return written
+
+
+def relative(paths: list[Path]) -> list[str]:
+    """As setuptools wants them."""
+    return [str(path.relative_to(ROOT)) for path in paths]
+
+
+def extensions() -> tuple[list[Any], dict[str, Any]]:
     """Extension modules and the command that builds them; empty where there is nothing to build with."""
     wanted = os.environ.get("LAYERSYNC_BUILD") or "auto"
     if wanted not in ("auto", "none", "cpu", "cuda"):
@@ -133,16 +160,17 @@ def extensions() -> tuple[list, dict]:
         version = "{}.{}".format(*major_minor)
         archs = os.environ.setdefault("TORCH_CUDA_ARCH_LIST", default_archs(major_minor))
 
-    sources = [str(path.relative_to(ROOT)) for op in OPS for path in sorted((ROOT / "csrc" / op).glob("*.cpp"))]
     abi = f"-DTORCH_TARGET_VERSION={STABLE_ABI}"
     # GCC 12 warns about its own AVX-512 header.
-    flags = ["-O3", "-std=c++20", "-fvisibility=hidden", "-Wno-maybe-uninitialized", abi]
-    if platform.machine().lower() in ("x86_64", "amd64"):
+    # -g0: Python's own flags ask for debug information, which takes time and is stripped in the end.
+    flags = ["-O3", "-g0", "-std=c++20", "-fvisibility=hidden", "-Wno-uninitialized", "-Wno-maybe-uninitialized", abi]
+    if IS_X86:
         flags.append("-DLAYERSYNC_X86")
+    host = [path for path in sources("cpu*.cpp") if path.name != "cpu_kernels.cpp"]
     modules = [
         CppExtension(
             "layersync_kernels._C",
-            ["csrc/bindings.cpp", "csrc/common/cpu.cpp", *sources],
+            relative([*kernel_sources(), *host, ROOT / "csrc" / "bindings.cpp"]),
             include_dirs=[pybind11.get_include()],
             extra_compile_args=[
                 *flags,
@@ -157,9 +185,9 @@ def extensions() -> tuple[list, dict]:
         modules.append(
             CUDAExtension(
                 "layersync_kernels._cuda",
-                [str(path.relative_to(ROOT)) for op in OPS for path in sorted((ROOT / "csrc" / op).glob("*.cu"))],
+                relative([*sources("cuda*.cu"), *sources("cuda*.cpp")]),
                 extra_compile_args={
-                    "cxx": flags,
+                    "cxx": [*flags, "-DUSE_CUDA"],
                     "nvcc": ["-O3", "-std=c++20", "-DUSE_CUDA", abi, "-lineinfo", "-Xfatbin=-compress-all"],
                 },
             )

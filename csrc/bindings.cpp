@@ -2,7 +2,7 @@
 // each op's folder, so pybind11 is the only part of the binary that is tied to a Python version.
 #include <pybind11/pybind11.h>
 
-#include "common/cpu.h"
+#include "common/cpu/cpu.h"
 
 // Variadic, as a list of architectures has commas.
 #define LAYERSYNC_STRING_(...) #__VA_ARGS__

@@ -58,7 +58,10 @@ def facts() -> Iterator[tuple[str, str]]:
     cpp = native.cpp()
     yield "C++ extension", cpp.reason
     if cpp.facts is not None:
-        yield "CPU kernels", f"{cpp.facts.cpu_isa()} (of generic, avx2, avx512)"
+        try:
+            yield "CPU kernels", f"{cpp.facts.cpu_isa()} (of generic, avx2, avx512)"
+        except RuntimeError as error:  # LAYERSYNC_CPU_ISA asks for what there is not
+            yield "CPU kernels", str(error)
         yield "Self-attention", "these kernels on the CPU, unless they are the generic ones; else PyTorch's"
     yield "CUDA extension", native.cuda().reason
 

@@ -6,8 +6,8 @@
 #include <cmath>
 #include <vector>
 
-#include "../common/cpu.h"
-#include "../common/outputs.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
@@ -41,7 +41,7 @@ Tensor forward(const Tensor& qkv, int64_t heads) {
   const Rows in = as_rows(qkv);
   AttentionArgs args = arguments(in, qkv, heads);
   const AttentionKernel kernel = kernels(in.dtype).forward[type_index(in.dtype)];
-  Tensor out = torch::stable::new_empty(qkv, {qkv.size(0), args.tokens, heads * args.head_dim});
+  Tensor out = new_output(qkv, {qkv.size(0), args.tokens, heads * args.head_dim});
   if (out.numel() == 0) return out;
   advise_large_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
   args.out = out.data_ptr();
@@ -57,7 +57,7 @@ Tensor backward(const Tensor& d_out, const Tensor& qkv, int64_t heads) {
                   "layersync_kernels: d_out must be (B, N, heads * head_dim)");
   check_dtype("d_out", gradient.dtype, "qkv", in.dtype);
   const AttentionKernel kernel = kernels(in.dtype).backward[type_index(in.dtype)];
-  Tensor out = output_like(qkv, true);
+  Tensor out = large_output_like(qkv);
   if (out.numel() == 0) return out;
   args.d_out = gradient.data;
   args.d_out_rows = gradient.layout;

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/cpu/cpu.h"
 #include "../common/row_layout.h"
 
 namespace layersync {
@@ -38,9 +39,7 @@ struct AttentionKernels {
   AttentionKernel backward[3];
 };
 
-extern const AttentionKernels attention_kernels_generic;
-extern const AttentionKernels attention_kernels_avx2;
-extern const AttentionKernels attention_kernels_avx512;
+LAYERSYNC_DECLARE_TABLES(AttentionKernels, attention_kernels);
 extern const AttentionKernels attention_kernels_avx512_bf16;  // of bf16 alone
 
 }  // namespace layersync

@@ -1,6 +1,6 @@
-// The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer, which
-// says with kTileVectors how many vectors of a panel a product has in registers.
-//
+// The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
+#include "../common/cpu/vec_exp.inl"
+
 // A product's operands are words, one for each step of the sums: a float, or with the bf16 instructions a pair of bf16.
 
 struct Fp32Words {
@@ -12,6 +12,8 @@ struct Fp32Words {
   static Vec words(const Vec& first, const Vec&) { return first; }
   static Vec multiply(const Word& a, const Vec& b, const Vec& sum) { return fma(broadcast(a), b, sum); }
 };
+
+constexpr int kTileVectors = Vec::registers / 8;  // of a panel, that a product has in registers
 
 template <class Words>
 int64_t steps_of(int64_t values) {
@@ -107,10 +109,10 @@ template <class Words>
 using TileKernel = void (*)(const Left<Words>&, int64_t, const typename Words::Word*, int64_t, float*, int64_t);
 
 template <bool accumulate, class Words>
-constexpr TileKernel<Words> tile_kernels[4] = {
-    multiply_tile<1, accumulate, Words>, multiply_tile<kTileVectors < 2 ? 1 : 2, accumulate, Words>,
-    multiply_tile<kTileVectors < 3 ? 1 : 3, accumulate, Words>,
-    multiply_tile<kTileVectors < 4 ? 1 : 4, accumulate, Words>};
+constexpr TileKernel<Words> tile_kernels[4] = {multiply_tile<1, accumulate, Words>,
+                                               multiply_tile<(kTileVectors < 2 ? 1 : 2), accumulate, Words>,
+                                               multiply_tile<(kTileVectors < 3 ? 1 : 3), accumulate, Words>,
+                                               multiply_tile<(kTileVectors < 4 ? 1 : 4), accumulate, Words>};
 
 // out (rows, columns), rows whole panels apart, = or += left · right. Whole tiles of `out` are written. Long sums are
 // made of shorter ones, whose errors do not add up.
@@ -233,8 +235,7 @@ void put_row(const T* from, int64_t count, typename Words::Word* to) {
 
 template <class T>
 void finish_row(const float* from, int64_t count, float factor, T* to) {
-  for (int64_t i = 0; i < count; i += Vec::size)
-    store_part(to + i, mul(load(from + i), broadcast(factor)), count - i);
+  for (int64_t i = 0; i < count; i += Vec::size) store_part(to + i, mul(load(from + i), broadcast(factor)), count - i);
 }
 
 template <class T, class Words>
@@ -343,8 +344,7 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, float* memo
           }
       }
       multiply<false, Words>({d_rows, columns / Words::values, 1}, count, key_steps, head_dim, d_queries);
-      for (int64_t r = 0; r < count; ++r)
-        finish_row(d_queries + r * channels, head_dim, 1, out(token + r, 0));
+      for (int64_t r = 0; r < count; ++r) finish_row(d_queries + r * channels, head_dim, 1, out(token + r, 0));
       const auto add = token == 0 ? multiply<false, Words> : multiply<true, Words>;
       add({d_steps, 1, columns}, tokens, right_queries, head_dim, d_keys);
       add({p_steps, 1, columns}, tokens, right_gradients, head_dim, d_values);

@@ -7,16 +7,14 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/cpu.h"
-#include "../common/outputs.h"
-#include "../common/partial_sums.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
+#include "../common/cpu/partial_sums.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
-
-const CosineKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(cosine_kernels); }
 
 // Writes the loss, and returns what the mean multiplies its gradient by. One ordered sum over M floats: the result does
 // not depend on the number of threads.
@@ -53,13 +51,13 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& 
   check_alignment_inputs(s, t, student, teacher, weight, reduction);
   const int64_t rows = s.count;
   Tensor loss = empty_loss(student, reduction);
-  Tensor stats = float_output(student, {3, rows}, true), scale = float_output(student, {}, true);
+  Tensor stats = float_output(student, {3, rows}), scale = float_output(student, {});
 
   float* cosine = static_cast<float*>(stats.data_ptr());
   const float* w = weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr;
-  const CosineForwardArgs args{s.data, t.data, s.layout,    t.layout,
-                               s.width, w,     float(eps), {cosine, cosine + rows, cosine + 2 * rows}};
-  const auto kernel = kernels().forward[type_index(s.dtype)][type_index(t.dtype)];
+  const CosineForwardArgs args{s.data,  t.data, s.layout,   t.layout,
+                               s.width, w,      float(eps), {cosine, cosine + rows, cosine + 2 * rows}};
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).forward[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows, rows_per_task(s.width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
 
@@ -78,25 +76,25 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
   STD_TORCH_CHECK(g.numel() == rows || g.dim() == 0, "layersync_kernels: gradient of ", g.numel(),
                   " values for a loss of ", rows, " tokens");
 
-  Tensor grad_student = output_like(student, student_grad), grad_teacher = output_like(teacher, teacher_grad);
+  Tensor grad_student = large_output_like(student, student_grad),
+         grad_teacher = large_output_like(teacher, teacher_grad);
   if (!student_grad && !teacher_grad) return {grad_student, grad_teacher};
 
   float* cosine = static_cast<float*>(stats.data_ptr());
-  const CosineBackwardArgs args{
-      s.data,
-      t.data,
-      s.layout,
-      t.layout,
-      s.width,
-      weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr,
-      {cosine, cosine + rows, cosine + 2 * rows},
-      static_cast<const float*>(g.data_ptr()),
-      g.dim() == 0 ? 0 : 1,
-      *static_cast<const float*>(scale.data_ptr()),
-      student_grad ? grad_student.data_ptr() : nullptr,
-      teacher_grad ? grad_teacher.data_ptr() : nullptr,
-      streams(s.width, {&grad_student, &grad_teacher})};
-  const auto kernel = kernels().backward[type_index(s.dtype)][type_index(t.dtype)];
+  const CosineBackwardArgs args{s.data,
+                                t.data,
+                                s.layout,
+                                t.layout,
+                                s.width,
+                                weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr,
+                                {cosine, cosine + rows, cosine + 2 * rows},
+                                static_cast<const float*>(g.data_ptr()),
+                                g.dim() == 0 ? 0 : 1,
+                                *static_cast<const float*>(scale.data_ptr()),
+                                student_grad ? grad_student.data_ptr() : nullptr,
+                                teacher_grad ? grad_teacher.data_ptr() : nullptr,
+                                streams(s.width, {&grad_student, &grad_teacher})};
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).backward[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows, rows_per_task(s.width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return {grad_student, grad_teacher};
@@ -113,7 +111,7 @@ std::tuple<Tensor, Tensor> in_place(Tensor student, const Tensor& teacher, std::
                   "layersync_kernels: gradient of ", g.numel(), " values for a loss of ", rows, " tokens");
 
   const Parts parts = parts_of(1, rows);
-  Tensor loss = empty_loss(student, reduction), cosine = float_output(student, {rows}, true);
+  Tensor loss = empty_loss(student, reduction), cosine = float_output(student, {rows});
   Tensor sums = float_output(student, {parts.count, width}, summed);
   if (rows == 0) torch::stable::zero_(sums);
   const float* w = weight.has_value() ? static_cast<const float*>(weight->data_ptr()) : nullptr;
@@ -130,7 +128,7 @@ std::tuple<Tensor, Tensor> in_place(Tensor student, const Tensor& teacher, std::
                                rows,
                                parts.rows,
                                summed ? static_cast<float*>(sums.data_ptr()) : nullptr};
-  const auto kernel = kernels().in_place[type_index(s.dtype)][type_index(t.dtype)];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(cosine_kernels).in_place[type_index(s.dtype)][type_index(t.dtype)];
   torch::stable::parallel_for(0, rows == 0 ? 0 : parts.count, 1,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   reduce(args.cosine, w, rows, reduction, static_cast<float*>(loss.data_ptr()));

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/cpu/cpu.h"
 #include "../common/row_layout.h"
 
 namespace layersync {
@@ -68,8 +69,6 @@ struct CosineKernels {
   CosineInPlace in_place[3][3];
 };
 
-extern const CosineKernels cosine_kernels_generic;
-extern const CosineKernels cosine_kernels_avx2;
-extern const CosineKernels cosine_kernels_avx512;
+LAYERSYNC_DECLARE_TABLES(CosineKernels, cosine_kernels);
 
 }  // namespace layersync

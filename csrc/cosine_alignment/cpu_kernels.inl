@@ -1,6 +1,6 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/row_cosine.inl"
-#include "../common/vec_put.inl"
+#include "../common/cpu/row_cosine.inl"
+#include "../common/cpu/vec_put.inl"
 
 template <class S, class T>
 void forward_rows(const CosineForwardArgs& args, int64_t begin, int64_t end) {
@@ -70,11 +70,14 @@ template <class S, class T>
 void backward_rows(const CosineBackwardArgs& args, int64_t begin, int64_t end) {
   const bool student = args.grad_student != nullptr, teacher = args.grad_teacher != nullptr;
   if (student && teacher) {
-    (args.streaming ? backward_range<true, true, true, S, T> : backward_range<false, true, true, S, T>)(args, begin, end);
+    (args.streaming ? backward_range<true, true, true, S, T> : backward_range<false, true, true, S, T>)(args, begin,
+                                                                                                        end);
   } else if (student) {
-    (args.streaming ? backward_range<true, true, false, S, T> : backward_range<false, true, false, S, T>)(args, begin, end);
+    (args.streaming ? backward_range<true, true, false, S, T> : backward_range<false, true, false, S, T>)(args, begin,
+                                                                                                          end);
   } else {
-    (args.streaming ? backward_range<true, false, true, S, T> : backward_range<false, false, true, S, T>)(args, begin, end);
+    (args.streaming ? backward_range<true, false, true, S, T> : backward_range<false, false, true, S, T>)(args, begin,
+                                                                                                          end);
   }
 }
 

@@ -1,4 +1,7 @@
 // cosine_alignment on the GPU: checks, outputs and launches around the kernels of cuda.cuh.
+#include "cuda.cuh"
+
+#ifndef __CUDA_ARCH__  // what compiles the kernels for a card would read torch's headers for nothing
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,10 +12,9 @@
 #include <utility>
 #include <vector>
 
-#include "../common/launch.cuh"
-#include "../common/rows.h"
+#include "../common/cuda/launch.h"
+#include "../common/host/outputs.h"
 #include "arguments.h"
-#include "cuda.cuh"
 
 namespace layersync {
 namespace {
@@ -41,18 +43,14 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& 
   const bool none = reduction == kReductionNone;
   const RowGrid grid = cosine_grid(s, t);
 
-  const auto empty = [&](const std::vector<int64_t>& sizes) {
-    return torch::stable::new_empty(student, sizes, ScalarType::Float);
-  };
-  Tensor loss = empty(none ? leading_sizes(student) : std::vector<int64_t>{});
-  Tensor stats = empty({3, s.count}), scale = empty({});
-  std::optional<Tensor> partials;
-  if (!none) partials = empty({grid.blocks, 2});
+  Tensor loss = float_output(student, none ? leading_sizes(student) : std::vector<int64_t>{});
+  Tensor stats = float_output(student, {3, s.count}), scale = float_output(student, {});
+  Tensor partials = float_output(student, {grid.blocks, 2}, !none);
 
   float* loss_data = static_cast<float*>(loss.data_ptr());
   float* scale_data = static_cast<float*>(scale.data_ptr());
   float* cosine = static_cast<float*>(stats.data_ptr());
-  float2* partials_data = none ? nullptr : static_cast<float2*>(partials->data_ptr());
+  float2* partials_data = none ? nullptr : static_cast<float2*>(partials.data_ptr());
   launch("cosine_alignment_forward",
          cosine_forward_kernel_for(type_index(s.dtype), type_index(t.dtype), grid.row_threads), grid.blocks,
          kRowBlockThreads, stream,
@@ -87,18 +85,28 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
   const cudaStream_t stream = current_stream(student);
   const Rows s = as_rows(student), t = as_rows(teacher);
   check_cuda_inputs(s, t, student, teacher, weight, kReductionMean);
-  const auto output = [](const Tensor& like, bool wanted) {
-    return torch::stable::new_empty(like, wanted ? like.sizes() : torch::headeronly::IntHeaderOnlyArrayRef{0});
-  };
-  Tensor grad_student = output(student, student_grad), grad_teacher = output(teacher, teacher_grad);
+  Tensor grad_student = output_like(student, student_grad), grad_teacher = output_like(teacher, teacher_grad);
   if ((!student_grad && !teacher_grad) || s.count == 0 || s.width == 0) return {grad_student, grad_teacher};
 
   const LossGradient loss_grad = loss_gradient(grad, s.count);
   const RowGrid grid = cosine_grid(s, t);
   const float* cosine = floats(stats);
-  CosineBackwardParams params{s.data, t.data, s.layout, t.layout, s.count, int(s.width), grid, floats(weight), cosine,
-                              cosine + s.count, cosine + 2 * s.count, floats(loss_grad.owner), loss_grad.stride,
-                              floats(scale), grad_student.data_ptr(), grad_teacher.data_ptr()};
+  CosineBackwardParams params{s.data,
+                              t.data,
+                              s.layout,
+                              t.layout,
+                              s.count,
+                              int(s.width),
+                              grid,
+                              floats(weight),
+                              cosine,
+                              cosine + s.count,
+                              cosine + 2 * s.count,
+                              floats(loss_grad.owner),
+                              loss_grad.stride,
+                              floats(scale),
+                              grad_student.data_ptr(),
+                              grad_teacher.data_ptr()};
   int a = type_index(s.dtype), b = type_index(t.dtype);
   if (!student_grad) {
     std::swap(a, b);
@@ -107,9 +115,8 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
     std::swap(params.rnorm_a, params.rnorm_b);
     std::swap(params.grad_a, params.grad_b);
   }
-  launch("cosine_alignment_backward",
-         cosine_backward_kernel_for(a, b, student_grad && teacher_grad, grid.row_threads), grid.blocks,
-         kRowBlockThreads, stream, params);
+  launch("cosine_alignment_backward", cosine_backward_kernel_for(a, b, student_grad && teacher_grad, grid.row_threads),
+         grid.blocks, kRowBlockThreads, stream, params);
   return {grad_student, grad_teacher};
 }
 
@@ -120,3 +127,4 @@ STABLE_TORCH_LIBRARY_IMPL(layersync_cuda, CUDA, m) {
   m.impl("cosine_alignment_forward", TORCH_BOX(&layersync::forward));
   m.impl("cosine_alignment_backward", TORCH_BOX(&layersync::backward));
 }
+#endif

@@ -2,7 +2,7 @@
 // The semantics are those of cpu_kernels.inl.
 #pragma once
 
-#include "../common/row_cosine.cuh"
+#include "../common/cuda/row_cosine.cuh"
 
 namespace layersync {
 
@@ -143,7 +143,7 @@ __global__ void __launch_bounds__(kRowBlockThreads, kBoth ? 4 : 6) cosine_backwa
 
     const bool aligned = aligned16(a) && aligned16(b) && aligned16(grad_a) && (!kBoth || aligned16(grad_b));
     const int vectors = aligned ? p.width / kValues : 0;
-    for_each_vector<kRowThreads>(a, b, vectors, [&](int i, const float(&x)[kValues], const float(&y)[kValues]) {
+    for_each_vector<kRowThreads>(a, b, vectors, [&](int i, const float (&x)[kValues], const float (&y)[kValues]) {
       float values[kValues];
       Pack<A, kValues> out_a;
 #pragma unroll

@@ -4,7 +4,7 @@
 #include <optional>
 #include <utility>
 
-#include "../common/arguments.h"
+#include "../common/host/arguments.h"
 
 namespace layersync {
 
@@ -29,9 +29,9 @@ inline Modulation modulation_inputs(const std::optional<Tensor>& gate, const std
     STD_TORCH_CHECK(given.dim() == 2 && given.size(0) == modulation.groups && given.size(1) == x.width,
                     "layersync_kernels: ", name, " must have shape (G, ", x.width,
                     ") with one G for gate, shift and scale");
-    STD_TORCH_CHECK(given.scalar_type() == modulation.dtype && (modulation.dtype == ScalarType::Float ||
-                                                                modulation.dtype == dtype),
-                    "layersync_kernels: gate, shift and scale must all be float32, or all of the dtype of the branch");
+    STD_TORCH_CHECK(
+        given.scalar_type() == modulation.dtype && (modulation.dtype == ScalarType::Float || modulation.dtype == dtype),
+        "layersync_kernels: gate, shift and scale must all be float32, or all of the dtype of the branch");
   }
   const int64_t groups = modulation.groups;
   STD_TORCH_CHECK(x.count == 0 || (groups > 0 && x.count % groups == 0), "layersync_kernels: modulation of ", groups,
@@ -57,8 +57,8 @@ struct GatedForwardInputs {
 
 inline GatedForwardInputs gated_forward_inputs(const Tensor& x, const std::optional<Tensor>& branch,
                                                const std::optional<Tensor>& gate, const std::optional<Tensor>& shift,
-                                               const std::optional<Tensor>& scale,
-                                               const std::optional<Tensor>& student, bool norm, ScalarType dtype) {
+                                               const std::optional<Tensor>& scale, const std::optional<Tensor>& student,
+                                               bool norm, ScalarType dtype) {
   const ScalarType half_block = branch.has_value() && !norm ? branch->scalar_type() : dtype;
   check_stream_dtypes(x.scalar_type(), half_block);
   const Rows rows = as_rows(x);

@@ -8,15 +8,13 @@
 #include <tuple>
 #include <vector>
 
-#include "../common/cpu.h"
-#include "../common/partial_sums.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/partial_sums.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
-
-const ResidualNormKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels); }
 
 // A modulation as fp32: it has one row for many of x, so its copy costs next to nothing.
 struct WideModulation {
@@ -49,7 +47,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
                                                    ScalarType dtype) {
   const GatedForwardInputs in = gated_forward_inputs(x, branch, gate, shift, scale, student, norm, dtype);
   const int64_t rows = in.x.count, width = in.x.width;
-  Tensor residual = output_like(x, branch.has_value()), normed = output_like(x, norm, dtype);
+  Tensor residual = large_output_like(x, branch.has_value()), normed = large_output_like(x, norm, dtype);
   Tensor stats = float_output(x, {2, rows}, norm), alignment = float_output(x, {3, rows}, student.has_value());
   if (rows == 0) return {residual, normed, stats, alignment};
 
@@ -78,21 +76,25 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
                                      cosine + rows,
                                      cosine + 2 * rows,
                                      streams(width, {&residual, &normed})};
-  run(kernels().forward[type_index(in.x.dtype)][type_index(in.dtype)], args, rows, rows_per_task(width));
+  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).forward[type_index(in.x.dtype)][type_index(in.dtype)], args, rows,
+      rows_per_task(width));
   return {residual, normed, stats, alignment};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> d_residual, std::optional<Tensor> d_normed, const Tensor& residual,
-    std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<Tensor> scale, std::optional<Tensor> stats,
-    std::optional<Tensor> other, std::optional<Tensor> factors, bool rms, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
+                                                            std::optional<Tensor> d_normed, const Tensor& residual,
+                                                            std::optional<Tensor> branch, std::optional<Tensor> gate,
+                                                            std::optional<Tensor> scale, std::optional<Tensor> stats,
+                                                            std::optional<Tensor> other, std::optional<Tensor> factors,
+                                                            bool rms, int64_t groups) {
   const GatedBackwardInputs in =
       gated_backward_inputs(d_residual, d_normed, residual, branch, gate, scale, stats, other, factors, groups);
   STD_TORCH_CHECK(branch.has_value() || !other.has_value(), "layersync_kernels: an alignment needs a branch");
   const int64_t rows = in.residual.count, width = in.residual.width;
   const bool moved = d_normed.has_value() || other.has_value();
   const bool wants_gate = groups > 0 && gate.has_value(), wants_affine = groups > 0 && d_normed.has_value();
-  Tensor d_x = output_like(residual, moved), d_branch = output_like(residual, branch.has_value(), in.dtype);
+  Tensor d_x = large_output_like(residual, moved);
+  Tensor d_branch = large_output_like(residual, branch.has_value(), in.dtype);
 
   const int64_t rows_per_group = in.modulation.rows_per_group, blocks = std::max<int64_t>(in.modulation.groups, 1);
   const Parts parts = parts_of(blocks, rows_per_group);
@@ -138,8 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                                       floats(d_shift, wants_affine),
                                       floats(d_scale, wants_affine),
                                       streams(width, {&d_x, &d_branch})};
-  run(kernels().backward[type_index(in.residual.dtype)][type_index(in.dtype)], args, blocks * parts.count,
-      std::max<int64_t>(rows_per_task(width) / parts.rows, 1));
+  run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).backward[type_index(in.residual.dtype)][type_index(in.dtype)], args,
+      blocks * parts.count, std::max<int64_t>(rows_per_task(width) / parts.rows, 1));
   return finish();
 }
 

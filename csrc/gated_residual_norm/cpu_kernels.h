@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/cpu/cpu.h"
 #include "../common/row_layout.h"
 
 namespace layersync {
@@ -15,7 +16,7 @@ struct ModulationRows {
 
 struct ResidualNormForwardArgs {
   const void* x;
-  const void* branch;  // or null: r is x
+  const void* branch;   // or null: r is x
   const void* student;  // or null: no cosine
   RowLayout x_rows, branch_rows, student_rows;
   ModulationRows gate, shift, scale;
@@ -46,9 +47,9 @@ struct ResidualNormBackwardArgs {
   int64_t rows, width, rows_per_group;
   int64_t parts, rows_per_part;  // a group is worked on in parts, each with sums of its own
   bool rms;
-  void* d_x;         // contiguous rows; null where it equals d_residual
-  void* d_branch;    // contiguous rows; null without branch
-  float* d_gate;     // (groups, parts, D), or null where not wanted
+  void* d_x;       // contiguous rows; null where it equals d_residual
+  void* d_branch;  // contiguous rows; null without branch
+  float* d_gate;   // (groups, parts, D), or null where not wanted
   float* d_shift;
   float* d_scale;
   bool streaming;
@@ -68,8 +69,6 @@ struct ResidualNormKernels {
   ResidualNormBackward backward[3][3];
 };
 
-extern const ResidualNormKernels residual_norm_kernels_generic;
-extern const ResidualNormKernels residual_norm_kernels_avx2;
-extern const ResidualNormKernels residual_norm_kernels_avx512;
+LAYERSYNC_DECLARE_TABLES(ResidualNormKernels, residual_norm_kernels);
 
 }  // namespace layersync

@@ -1,6 +1,6 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/row_cosine.inl"
-#include "../common/vec_put.inl"
+#include "../common/cpu/row_cosine.inl"
+#include "../common/cpu/vec_put.inl"
 
 // One value as a vector, so that the rest of a row takes the same path as its bulk.
 struct Scalar {
@@ -134,9 +134,7 @@ void forward_block(const ResidualNormForwardArgs& args, int64_t row, const float
     float mean[rows] = {}, rstd[rows];
     if (!args.rms) {
       RowSum total[rows];
-      for_row(width, [&](int64_t i, auto v) {
-        each<rows>([&](auto k) { total[k] += get<decltype(v)>(r[k] + i); });
-      });
+      for_row(width, [&](int64_t i, auto v) { each<rows>([&](auto k) { total[k] += get<decltype(v)>(r[k] + i); }); });
       each<rows>([&](auto k) { mean[k] = total[k].total() / float(width); });
     }
     RowSum squares[rows];
@@ -281,8 +279,7 @@ void backward_block(const ResidualNormBackwardArgs& args, int64_t row, const flo
         const V a = sub(fma(g, s, g), spread<V>(mean_a[k]));
         d = fma(sub(a, mul(unit, spread<V>(mean_ax[k]))), spread<V>(rstd[k]), d);
       }
-      if constexpr (aligned)
-        d = fma(spread<V>(p[k]), get<V>(other[k] + i), fma(spread<V>(q[k]), get<V>(r[k] + i), d));
+      if constexpr (aligned) d = fma(spread<V>(p[k]), get<V>(other[k] + i), fma(spread<V>(q[k]), get<V>(r[k] + i), d));
       if constexpr (normed || aligned) put<streaming>(dx + k * width + i, d);
       if constexpr (branched) {
         prefetch(dr[k] + rows * width + i);
@@ -322,8 +319,8 @@ template <class R, class H>
 void backward_parts(const ResidualNormBackwardArgs& args, int64_t first_part, int64_t last_part, float* scratch) {
   const auto choose = [&](auto normed, auto branched, auto aligned) {
     constexpr bool n = decltype(normed)::value, b = decltype(branched)::value, a = decltype(aligned)::value;
-    (args.streaming ? backward_range<n, b, a, true, R, H> : backward_range<n, b, a, false, R, H>)(
-        args, first_part, last_part, scratch);
+    (args.streaming ? backward_range<n, b, a, true, R, H> : backward_range<n, b, a, false, R, H>)(args, first_part,
+                                                                                                  last_part, scratch);
   };
   const std::true_type yes;
   const std::false_type no;

@@ -1,6 +1,7 @@
 // gated_residual_norm on the GPU: outputs and launches around the kernels of cuda.cuh.
 #include "cuda.cuh"
 
+#ifndef __CUDA_ARCH__  // what compiles the kernels for a card would read torch's headers for nothing
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -8,15 +9,14 @@
 
 #include <optional>
 #include <tuple>
-#include <vector>
 
-#include "../common/launch.cuh"
+#include "../common/cuda/launch.h"
+#include "../common/host/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::accelerator::DeviceGuard;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optional<Tensor> branch,
@@ -29,14 +29,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
   const GatedForwardInputs in = gated_forward_inputs(x, branch, gate, shift, scale, student, norm, dtype);
   check_row_limits(in.x);
   const int64_t rows = in.x.count;
-  const IntHeaderOnlyArrayRef none{0};
-  const auto floats_of = [&](bool wanted, int64_t per_row) {
-    return torch::stable::new_empty(x, wanted ? std::vector<int64_t>{per_row, rows} : std::vector<int64_t>{0},
-                                    ScalarType::Float);
-  };
-  Tensor residual = torch::stable::new_empty(x, branch.has_value() ? x.sizes() : none);
-  Tensor normed = torch::stable::new_empty(x, norm ? x.sizes() : none, dtype);
-  Tensor stats = floats_of(norm, 2), alignment = floats_of(student.has_value(), 3);
+  Tensor residual = output_like(x, branch.has_value());
+  Tensor normed = output_like(x, norm, dtype);
+  Tensor stats = float_output(x, {2, rows}, norm), alignment = float_output(x, {3, rows}, student.has_value());
   if (rows == 0) return {residual, normed, stats, alignment};
 
   const Modulation& modulation = in.modulation;
@@ -64,10 +59,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
   return {residual, normed, stats, alignment};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    std::optional<Tensor> d_residual, std::optional<Tensor> d_normed, const Tensor& residual,
-    std::optional<Tensor> branch, std::optional<Tensor> gate, std::optional<Tensor> scale, std::optional<Tensor> stats,
-    std::optional<Tensor> other, std::optional<Tensor> factors, bool rms, int64_t groups) {
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
+                                                            std::optional<Tensor> d_normed, const Tensor& residual,
+                                                            std::optional<Tensor> branch, std::optional<Tensor> gate,
+                                                            std::optional<Tensor> scale, std::optional<Tensor> stats,
+                                                            std::optional<Tensor> other, std::optional<Tensor> factors,
+                                                            bool rms, int64_t groups) {
   const DeviceGuard guard(residual.get_device_index());
   check_same_gpu(residual, {&d_residual, &d_normed, &branch, &gate, &scale, &stats, &other, &factors});
   const GatedBackwardInputs in =
@@ -77,15 +74,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   const cudaStream_t stream = current_stream(residual);
   const bool norm = d_normed.has_value(), moved = norm || other.has_value();
   const bool sums[] = {groups > 0 && gate.has_value(), groups > 0 && norm, groups > 0 && norm};
-  const IntHeaderOnlyArrayRef none{0};
-  const auto floats_of = [&](bool wanted, int64_t count, int64_t size) {
-    return torch::stable::new_empty(residual, wanted ? std::vector<int64_t>{count, size} : std::vector<int64_t>{0},
-                                    ScalarType::Float);
-  };
-  Tensor d_x = torch::stable::new_empty(residual, moved ? residual.sizes() : none);
-  Tensor d_branch = torch::stable::new_empty(residual, branch.has_value() ? residual.sizes() : none, in.dtype);
-  Tensor results[] = {floats_of(sums[0], groups, width), floats_of(sums[1], groups, width),
-                      floats_of(sums[2], groups, width)};
+  Tensor d_x = output_like(residual, moved);
+  Tensor d_branch = output_like(residual, branch.has_value(), in.dtype);
+  const auto sums_of = [&](int64_t parts, bool wanted) { return float_output(residual, {parts, width}, wanted); };
+  Tensor results[] = {sums_of(groups, sums[0]), sums_of(groups, sums[1]), sums_of(groups, sums[2])};
   const auto outputs = [&] { return std::tuple(d_x, d_branch, results[0], results[1], results[2]); };
   if (rows == 0) {
     for (Tensor& result : results) torch::stable::zero_(result);
@@ -114,14 +106,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
                              nullptr,
                              nullptr,
                              nullptr};
-  const GatedBackwardPlan plan =
-      gated_backward_plan(params, type_index(in.residual.dtype), type_index(in.dtype));
+  const GatedBackwardPlan plan = gated_backward_plan(params, type_index(in.residual.dtype), type_index(in.dtype));
   params.tiles = plan.tiles;
   // Where a run is all of its group, what it sums up is the result.
   const int64_t runs = params.runs.per_group, all_runs = modulation.groups * runs;
   const bool finish = runs > 1;
-  Tensor partials[] = {floats_of(finish && sums[0], all_runs, width), floats_of(finish && sums[1], all_runs, width),
-                       floats_of(finish && sums[2], all_runs, width)};
+  Tensor partials[] = {sums_of(all_runs, finish && sums[0]), sums_of(all_runs, finish && sums[1]),
+                       sums_of(all_runs, finish && sums[2])};
   float** const targets[] = {&params.d_gate, &params.d_shift, &params.d_scale};
   ColumnSumParams column_sum{{}, {}, modulation.groups, runs, int(width)};
   int count = 0;
@@ -133,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   }
   std::optional<Tensor> means;
   if (norm && plan.tiles > 1) {
-    means = floats_of(true, 2, rows);
+    means = float_output(residual, {2, rows});
     params.means = floats(*means);
     launch("gated_residual_norm_means", plan.means_kernel, rows, kRowBlockThreads, stream, params);
   }
@@ -151,3 +142,4 @@ STABLE_TORCH_LIBRARY_IMPL(layersync_cuda, CUDA, m) {
   m.impl("gated_residual_norm_forward", TORCH_BOX(&layersync::forward));
   m.impl("gated_residual_norm_backward", TORCH_BOX(&layersync::backward));
 }
+#endif

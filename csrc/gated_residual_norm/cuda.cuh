@@ -3,8 +3,8 @@
 
 #include <type_traits>
 
-#include "../common/column_sum.cuh"
-#include "../common/row_cosine.cuh"
+#include "../common/cuda/column_sum.cuh"
+#include "../common/cuda/row_cosine.cuh"
 
 namespace layersync {
 
@@ -168,7 +168,7 @@ __global__ void __launch_bounds__(kRowBlockThreads) gated_forward_kernel(GatedFo
     }
     if (p.student.data != nullptr) {
       const R* student = p.student.row<R>(row);
-      const auto dots_of = [&](float factor_s, float factor_r, float(&dots)[3]) {
+      const auto dots_of = [&](float factor_s, float factor_r, float (&dots)[3]) {
         dots[0] = dots[1] = dots[2] = 0;
         for_each_step([&](int step, int i) {
           float s[kValues], values[kValues];
@@ -415,7 +415,7 @@ __global__ void __launch_bounds__(kBackwardThreads) gated_backward_kernel(GatedB
       }
     });
   }
-  const auto write = [&](float* to, float(&sums)[kSteps][kValues]) {
+  const auto write = [&](float* to, float (&sums)[kSteps][kValues]) {
     if (to == nullptr) return;
     for_each_step([&](int step, int i) {
       Pack<float, kValues> out;
@@ -434,9 +434,8 @@ using GatedBackwardKernel = void (*)(GatedBackwardParams);
 // Calls visit(R{}, H{}) for the dtypes of the residual stream and of the half-block, which are equal or fp32 and half.
 template <class Visit>
 auto with_stream_types(int r, int h, Visit visit) {
-  return with_type(h, [=](auto half_block) {
-    return r == 0 ? visit(float{}, half_block) : visit(half_block, half_block);
-  });
+  return with_type(
+      h, [=](auto half_block) { return r == 0 ? visit(float{}, half_block) : visit(half_block, half_block); });
 }
 
 inline int64_t size_of_type(int type) { return type == 0 ? 4 : 2; }

@@ -6,22 +6,20 @@
 #include <algorithm>
 #include <tuple>
 
-#include "../common/cpu.h"
-#include "../common/partial_sums.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/partial_sums.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
 
-const GeluKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(gelu_kernels); }
-
 Tensor forward(const Tensor& preactivation) {
   check_preactivation(preactivation);
   const int64_t rows = preactivation.size(0), width = preactivation.size(1);
-  Tensor activation = output_like(preactivation, true);
+  Tensor activation = large_output_like(preactivation);
   const GeluForwardArgs args{preactivation.data_ptr(), activation.data_ptr(), width, streams(width, {&activation})};
-  const auto kernel = kernels().forward[type_index(preactivation.scalar_type())];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(gelu_kernels).forward[type_index(preactivation.scalar_type())];
   torch::stable::parallel_for(0, rows, rows_per_task(width),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return activation;
@@ -33,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_activation, const Te
   const Rows gradient = as_rows(d_activation);
   const int64_t rows = preactivation.size(0), width = preactivation.size(1);
   const Parts parts = parts_of(1, rows);
-  Tensor d_preactivation = output_like(preactivation, true), out = output_like(preactivation, activation);
+  Tensor d_preactivation = large_output_like(preactivation), out = large_output_like(preactivation, activation);
   Tensor sums = float_output(preactivation, {parts.count, width}, bias);
   if (rows == 0) torch::stable::zero_(sums);
   const GeluBackwardArgs args{gradient.data,
@@ -46,7 +44,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_activation, const Te
                               width,
                               parts.rows,
                               streams(width, {&d_preactivation, &out})};
-  const auto kernel = kernels().backward[type_index(preactivation.scalar_type())];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(gelu_kernels).backward[type_index(preactivation.scalar_type())];
   torch::stable::parallel_for(0, rows == 0 ? 0 : parts.count, 1,
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   const Tensor total = sum_of_parts(sums, 1, parts.count);

@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/cpu/cpu.h"
 namespace layersync {
 
 struct GeluForwardArgs {
@@ -32,8 +33,6 @@ struct GeluKernels {
   GeluBackward backward[3];
 };
 
-extern const GeluKernels gelu_kernels_generic;
-extern const GeluKernels gelu_kernels_avx2;
-extern const GeluKernels gelu_kernels_avx512;
+LAYERSYNC_DECLARE_TABLES(GeluKernels, gelu_kernels);
 
 }  // namespace layersync

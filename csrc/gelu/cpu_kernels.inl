@@ -1,7 +1,7 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/vec_exp.inl"
-#include "../common/vec_put.inl"
-#include "../common/vec_tail.inl"
+#include "../common/cpu/vec_exp.inl"
+#include "../common/cpu/vec_put.inl"
+#include "../common/cpu/vec_tail.inl"
 
 constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi)
 constexpr float kKappa = 0.044715f;

@@ -71,7 +71,8 @@ struct Api {
 // By its soname, which finds the copy that torch has loaded wherever that lies.
 inline Api load(const std::string& name) {
   void* library = dlopen(name.c_str(), RTLD_LAZY | RTLD_LOCAL);
-  if (library == nullptr) throw std::runtime_error("layersync_kernels: cuBLASLt does not load: " + std::string(dlerror()));
+  if (library == nullptr)
+    throw std::runtime_error("layersync_kernels: cuBLASLt does not load: " + std::string(dlerror()));
   Api api{};
   const auto bind = [&](auto& function, const char* symbol) {
     function = reinterpret_cast<std::remove_reference_t<decltype(function)>>(dlsym(library, symbol));
@@ -104,13 +105,12 @@ struct Gemm {
   int64_t b_stride;
   void* d;
   void* preactivation;  // written by GELU, read by its derivative
-  void* bias;           // `rows` values of `type`: read by GELU, if any; by its derivative written, the sums over columns
+  void* bias;  // `rows` values of `type`: read by GELU, if any; by its derivative written, the sums over columns
 };
 
 // activation (M, O) = gelu(x (M, I)·weight (O, I)ᵀ + bias), row-major, which is its transpose in columns.
 inline Gemm forward_gemm(int type, int64_t count, int64_t inputs, int64_t outputs, const void* x, int64_t x_stride,
-                         const void* weight, int64_t weight_stride, void* bias, void* activation,
-                         void* preactivation) {
+                         const void* weight, int64_t weight_stride, void* bias, void* activation, void* preactivation) {
   const Epilogue epilogue = bias == nullptr ? kGeluAux : kGeluAuxBias;
   return {type,          epilogue, true,     outputs,    count,         inputs, weight,
           weight_stride, x,        x_stride, activation, preactivation, bias};
@@ -129,7 +129,9 @@ inline std::string describe(const Gemm& gemm) {
   return std::string(gemm.epilogue == kDGeluBiasGradient ? "backward" : "forward") + " GEMM of " +
          size(gemm.columns, gemm.depth) + " by " + size(gemm.depth, gemm.rows) + ", row strides " +
          std::to_string(gemm.b_stride) + " and " + std::to_string(gemm.a_stride) +
-         (gemm.type == kHalf ? ", float16" : gemm.type == kBFloat16 ? ", bfloat16" : "");
+         (gemm.type == kHalf       ? ", float16"
+          : gemm.type == kBFloat16 ? ", bfloat16"
+                                   : "");
 }
 
 inline void check(Status status, const char* call, const Gemm& gemm) {

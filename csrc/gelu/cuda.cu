@@ -1,6 +1,7 @@
 // tanh-GELU on the GPU: outputs and launches around the kernels of cuda.cuh.
 #include "cuda.cuh"
 
+#ifndef __CUDA_ARCH__  // what compiles the kernels for a card would read torch's headers for nothing
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,19 +10,19 @@
 #include <optional>
 #include <tuple>
 
-#include "../common/launch.cuh"
+#include "../common/cuda/launch.h"
+#include "../common/host/outputs.h"
 #include "arguments.h"
 
 namespace layersync {
 namespace {
 
-using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::stable::accelerator::DeviceGuard;
 
 Tensor forward(const Tensor& preactivation) {
   const DeviceGuard guard(preactivation.get_device_index());
   check_preactivation(preactivation);
-  Tensor activation = torch::stable::new_empty(preactivation, preactivation.sizes());
+  Tensor activation = output_like(preactivation);
   const int64_t count = preactivation.numel();
   if (count == 0) return activation;
   const int type = type_index(preactivation.scalar_type());
@@ -40,18 +41,16 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_activation, const Te
   const Rows d = as_rows(d_activation);
   check_row_limits(d);
   const cudaStream_t stream = current_stream(preactivation);
-  const IntHeaderOnlyArrayRef none{0};
-  Tensor d_preactivation = torch::stable::new_empty(preactivation, preactivation.sizes());
-  Tensor value = torch::stable::new_empty(preactivation, activation ? preactivation.sizes() : none);
-  Tensor d_bias = torch::stable::new_empty(preactivation, {bias ? d.width : 0}, ScalarType::Float);
+  Tensor d_preactivation = output_like(preactivation);
+  Tensor value = output_like(preactivation, activation);
+  Tensor d_bias = float_output(preactivation, {d.width}, bias);
   if (d.count == 0 || d.width == 0) {
     torch::stable::zero_(d_bias);
     return {d_preactivation, value, d_bias};
   }
   const RowRuns runs = gelu_row_runs(d.count);
   const bool finish = bias && runs.per_group > 1;
-  Tensor partials =
-      torch::stable::new_empty(preactivation, {finish ? runs.per_group : 0, d.width}, ScalarType::Float);
+  Tensor partials = float_output(preactivation, {runs.per_group, d.width}, finish);
   const GeluBackwardParams params{row_input(d),
                                   preactivation.data_ptr(),
                                   d_preactivation.data_ptr(),
@@ -77,3 +76,4 @@ STABLE_TORCH_LIBRARY_IMPL(layersync_cuda, CUDA, m) {
   m.impl("gelu_forward", TORCH_BOX(&layersync::forward));
   m.impl("gelu_backward", TORCH_BOX(&layersync::backward));
 }
+#endif

@@ -1,7 +1,7 @@
 // tanh-GELU on the GPU: the kernels, free of torch, so that the tests compile them for the host too.
 #pragma once
 
-#include "../common/column_sum.cuh"
+#include "../common/cuda/column_sum.cuh"
 
 namespace layersync {
 

@@ -3,7 +3,7 @@
 
 #include <optional>
 
-#include "../common/arguments.h"
+#include "../common/host/arguments.h"
 #include "gram_kinds.h"
 
 namespace layersync {

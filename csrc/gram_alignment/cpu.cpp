@@ -5,30 +5,27 @@
 
 #include <optional>
 
-#include "../common/cpu.h"
-#include "../common/outputs.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
 namespace {
 
-const GramKernels& kernels() { return LAYERSYNC_FOR_THIS_CPU(gram_kernels); }
-
-Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t kind,
-             std::optional<Tensor> gradient) {
+Tensor strip(const Tensor& difference, int64_t diagonal, double margin, int64_t kind, std::optional<Tensor> gradient) {
   check_strip(difference, diagonal, kind, gradient);
   if (gradient.has_value())
     STD_TORCH_CHECK(gradient->scalar_type() == ScalarType::Float, "layersync_kernels: gradient must be float32");
   const int64_t samples = difference.size(0), rows = difference.size(1), columns = difference.size(2);
-  Tensor sums = float_output(difference, {samples, rows}, true);
+  Tensor sums = float_output(difference, {samples, rows});
   const GramStripArgs args{difference.data_ptr(),
                            gradient.has_value() ? static_cast<float*>(gradient->data_ptr()) : nullptr,
                            static_cast<float*>(sums.data_ptr()),
                            columns,
                            diagonal,
                            float(margin)};
-  const auto kernel = kernels().strip[kind][type_index(difference.scalar_type())];
+  const auto kernel = LAYERSYNC_FOR_THIS_CPU(gram_kernels).strip[kind][type_index(difference.scalar_type())];
   torch::stable::parallel_for(0, samples * rows, rows_per_task(columns),
                               [&](int64_t begin, int64_t end) { kernel(args, begin, end); });
   return sums;

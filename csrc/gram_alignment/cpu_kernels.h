@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/cpu/cpu.h"
 #include "gram_kinds.h"
 
 namespace layersync {
@@ -12,7 +13,7 @@ struct GramStripArgs {
   float* gradient;         // of the terms, and may be `difference`; or null
   float* sums;             // (rows)
   int64_t columns;
-  int64_t diagonal;        // the first columns count once, the others twice
+  int64_t diagonal;  // the first columns count once, the others twice
   float margin;
 };
 
@@ -23,8 +24,6 @@ struct GramKernels {
   GramStrip strip[kGramKinds][3];
 };
 
-extern const GramKernels gram_kernels_generic;
-extern const GramKernels gram_kernels_avx2;
-extern const GramKernels gram_kernels_avx512;
+LAYERSYNC_DECLARE_TABLES(GramKernels, gram_kernels);
 
 }  // namespace layersync

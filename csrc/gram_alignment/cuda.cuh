@@ -2,7 +2,7 @@
 // compile it for the host too.
 #pragma once
 
-#include "../common/row_kernel.cuh"
+#include "../common/cuda/row_kernel.cuh"
 #include "gram_kinds.h"
 
 namespace layersync {

@@ -1,7 +1,7 @@
 // Inputs of spatial_norm, checked against the contract in op.py, for the CPU and the GPU.
 #pragma once
 
-#include "../common/arguments.h"
+#include "../common/host/arguments.h"
 
 namespace layersync {
 

@@ -5,8 +5,8 @@
 
 #include <algorithm>
 
-#include "../common/cpu.h"
-#include "../common/outputs.h"
+#include "../common/cpu/cpu.h"
+#include "../common/cpu/outputs.h"
 #include "arguments.h"
 #include "cpu_kernels.h"
 
@@ -23,7 +23,7 @@ int64_t channels_per_block(int64_t tokens, int64_t width, int64_t size) {
 
 Tensor spatial_norm(const Tensor& x, double alpha, double eps) {
   check_samples(x);
-  Tensor y = output_like(x, true);
+  Tensor y = large_output_like(x);
   if (x.numel() == 0) return y;
   const Rows rows = as_rows(x);
   const int64_t tokens = x.size(1), width = rows.width;

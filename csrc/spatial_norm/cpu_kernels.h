@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../common/cpu/cpu.h"
 #include "../common/row_layout.h"
 
 namespace layersync {
@@ -28,8 +29,6 @@ struct SpatialNormKernels {
   SpatialNorm run[3];
 };
 
-extern const SpatialNormKernels spatial_norm_kernels_generic;
-extern const SpatialNormKernels spatial_norm_kernels_avx2;
-extern const SpatialNormKernels spatial_norm_kernels_avx512;
+LAYERSYNC_DECLARE_TABLES(SpatialNormKernels, spatial_norm_kernels);
 
 }  // namespace layersync

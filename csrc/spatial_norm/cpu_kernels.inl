@@ -1,6 +1,6 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/vec_put.inl"
-#include "../common/vec_tail.inl"
+#include "../common/cpu/vec_put.inl"
+#include "../common/cpu/vec_tail.inl"
 
 struct AllLanes {};
 
@@ -70,7 +70,8 @@ void normalise(const SpatialNormArgs& args, int64_t first_task, int64_t last_tas
     block.x = static_cast<const T*>(args.x) + args.layout.offset(row) + channel;
     block.width = args.width - channel < args.channels ? args.width - channel : args.channels;
     // The first pass brings the block into the cache, where the others find it.
-    for_each_vector(block.width, [&](int64_t i, auto lanes) { store(block.first + i, load_first(block.x + i, lanes)); });
+    for_each_vector(block.width,
+                    [&](int64_t i, auto lanes) { store(block.first + i, load_first(block.x + i, lanes)); });
     sum_tokens(block, block.mean, [](int64_t, Vec value) { return value; });
     for (int64_t i = 0; i < block.width; ++i) block.mean[i] /= tokens;
     sum_tokens(block, block.scale, [&](int64_t i, Vec value) {

@@ -1,7 +1,7 @@
 // spatial_norm on the GPU: the kernel, free of torch, so that the tests compile it for the host too.
 #pragma once
 
-#include "../common/row_kernel.cuh"
+#include "../common/cuda/row_kernel.cuh"
 
 namespace layersync {
 
@@ -77,7 +77,7 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial_norm_kernel(SpatialNo
   };
 
   float mean[kValues] = {};
-  for_each_token([&](int, const float(&values)[kValues]) {
+  for_each_token([&](int, const float (&values)[kValues]) {
 #pragma unroll
     for (int k = 0; k < kValues; ++k) mean[k] += values[k];
   });
@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial_norm_kernel(SpatialNo
   // Squares that leave the range of fp32 are there a second time, of shrunken deviations.
   constexpr float kShrink = 0x1p-80f;
   float squares[kValues] = {}, shrunken[kValues] = {};
-  for_each_token([&](int, const float(&values)[kValues]) {
+  for_each_token([&](int, const float (&values)[kValues]) {
 #pragma unroll
     for (int k = 0; k < kValues; ++k) {
       const float deviation = values[k] - mean[k], small = deviation * kShrink;
@@ -108,7 +108,7 @@ __global__ void __launch_bounds__(kSpatialThreads) spatial_norm_kernel(SpatialNo
   }
 
   T* y = static_cast<T*>(p.y) + first_row * p.width + column;
-  for_each_token([&](int token, const float(&values)[kValues]) {
+  for_each_token([&](int token, const float (&values)[kValues]) {
     float normed[kValues];
 #pragma unroll
     for (int k = 0; k < kValues; ++k) normed[k] = (values[k] - mean[k]) * scale[k];

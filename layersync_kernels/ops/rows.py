@@ -1,4 +1,4 @@
-"""How a kernel sees a (..., D) tensor: M rows of D contiguous values at any stride (the twin of csrc/common/rows.h)."""
+"""How a kernel sees a (..., D) tensor: M rows of D contiguous values at any stride (twin: csrc/common/host/rows.h)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ class Rows:
 
 
 def as_rows(tensor: Tensor) -> Rows:
-    """Collapse the leading dimensions of a (..., D) tensor into at most two strides, or make one contiguous copy."""
+    """Collapse the leading dimensions of a (..., D) tensor into at most two strides, or make one contiguous copy.
+
+    Nothing of a tensor without elements is read: `contiguous()` hands it back with its strides, and it is taken so.
+    """
     *leading, width = tensor.shape
     collapsed: list[tuple[int, int]] = []  # (extent, stride), innermost first
     for extent, stride in zip(reversed(leading), reversed(tensor.stride()[:-1]), strict=True):
@@ -31,7 +34,7 @@ def as_rows(tensor: Tensor) -> Rows:
             collapsed[-1] = (collapsed[-1][0] * extent, collapsed[-1][1])
         else:
             collapsed.append((extent, stride))
-    if len(collapsed) > 2 or (width > 1 and tensor.stride(-1) != 1):
+    if (len(collapsed) > 2 or (width > 1 and tensor.stride(-1) != 1)) and tensor.numel() > 0:
         return as_rows(tensor.contiguous())
     (inner, inner_stride), (_, outer_stride) = [*collapsed, (1, 0), (1, 0)][:2]
     return Rows(tensor, math.prod(leading), width, max(inner, 1), outer_stride, inner_stride)

@@ -22,8 +22,11 @@ BACKEND = Variable(
     "LAYERSYNC_BACKEND", "auto", "backend of every op: auto, reference, cpp, triton or cuda (read once, at import)"
 )
 NATIVE = Variable("LAYERSYNC_NATIVE", "1", "0: leave the compiled extension unloaded (read once, at import)")
-CPU_ISA = Variable("LAYERSYNC_CPU_ISA", "best", "cap on the CPU kernels: generic or avx2 (read at the first call)")
-
+CPU_ISA = Variable(
+    "LAYERSYNC_CPU_ISA",
+    "best",
+    "cap on the CPU kernels: best, generic, avx2 or avx512; a cap above the machine is none (read at the first call)",
+)
 CUBLASLT = Variable(
     "LAYERSYNC_CUBLASLT", "0", "1: half-precision GELU in the epilogue of cuBLASLt on a GPU (read once, at import)"
 )

@@ -132,6 +132,37 @@ def test_cuda_home_is_believed_only_if_it_holds_a_toolkit(tmp_path, setup_script
     assert setup_script.find_cuda_home() == tmp_path
 
 
+VERSION = """
+import sys, warnings
+warnings.simplefilter("ignore")
+sys.modules["torch"] = None  # importing it fails
+from setuptools.config.pyprojecttoml import read_configuration
+print(read_configuration("pyproject.toml")["project"]["version"])
+"""
+
+
+def test_the_version_stands_in_the_package_and_is_read_without_torch():
+    import layersync_kernels
+
+    done = subprocess.run([sys.executable, "-c", VERSION], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == layersync_kernels.__version__
+
+
+def test_every_op_is_found_by_its_files(setup_script, clean_environment, tmp_path):
+    clean_environment.setattr(setup_script, "ROOT", tmp_path)
+    for name in ("old/cpu.cpp", "old/cpu_kernels.cpp", "new/cpu_kernels.cpp", "new/cpu_more.cpp", "new/cuda.cu"):
+        (tmp_path / "csrc" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "csrc" / name).touch()
+    clean_environment.setattr(setup_script, "INSTRUCTION_SETS", ("generic", "avx2"))
+    written = setup_script.kernel_sources()
+    assert [path.stem for path in written] == ["new_generic", "new_avx2", "old_generic", "old_avx2"]
+    assert written[1].read_text() == '#define LAYERSYNC_ISA_AVX2\n#include "../../csrc/new/cpu_kernels.cpp"\n'
+    before = written[1].stat().st_mtime_ns
+    assert setup_script.kernel_sources() == written
+    assert written[1].stat().st_mtime_ns == before
+    assert [path.name for path in setup_script.sources("cuda*.cu")] == ["cuda.cu"]
+
+
 def test_default_architectures_follow_the_toolkit(setup_script):
     assert setup_script.default_archs((13, 0)) == "8.0;9.0;10.0+PTX"
     assert setup_script.default_archs((12, 4)) == "8.0;9.0+PTX"

@@ -21,9 +21,21 @@ int main(int argc, char** argv) {
   const RowGrid grid = row_grid(rows, cosine_row_threads(width, s.type, t.type), integer("max_blocks"));
   const Buffer loss(size_t(none ? rows : 1) * 4), scale(4), partials(grid.blocks * sizeof(float2));
   const Buffer cosine(size_t(rows) * 4), rnorm_s(size_t(rows) * 4), rnorm_t(size_t(rows) * 4);
-  const CosineForwardParams forward{s.rows.data, t.rows.data, s.rows.layout, t.rows.layout, rows, int(width), grid,
-                                    weights, float(number("eps")), cosine.as(), rnorm_s.as(), rnorm_t.as(),
-                                    none ? loss.as() : nullptr, none ? nullptr : partials.as<float2>(), scale.as()};
+  const CosineForwardParams forward{s.rows.data,
+                                    t.rows.data,
+                                    s.rows.layout,
+                                    t.rows.layout,
+                                    rows,
+                                    int(width),
+                                    grid,
+                                    weights,
+                                    float(number("eps")),
+                                    cosine.as(),
+                                    rnorm_s.as(),
+                                    rnorm_t.as(),
+                                    none ? loss.as() : nullptr,
+                                    none ? nullptr : partials.as<float2>(),
+                                    scale.as()};
   const auto forward_kernel = cosine_forward_kernel_for(s.type, t.type, grid.row_threads);
   emulation::launch(grid.blocks, kRowBlockThreads, seed, [=] { forward_kernel(forward); });
   if (!none) {
@@ -36,10 +48,22 @@ int main(int argc, char** argv) {
   const Buffer grad_t(teacher_grad ? size_t(rows * width) * t.item : 0);
   if (student_grad || teacher_grad) {
     const Input &a = student_grad ? s : t, &b = student_grad ? t : s;
-    const CosineBackwardParams backward{
-        a.rows.data, b.rows.data, a.rows.layout, b.rows.layout, rows, int(width), grid, weights, cosine.as(),
-        (student_grad ? rnorm_s : rnorm_t).as(), (student_grad ? rnorm_t : rnorm_s).as(), grad.as(), grads > 1 ? 1 : 0,
-        scale.as(), (student_grad ? grad_s : grad_t).as<void>(), grad_t.as<void>()};
+    const CosineBackwardParams backward{a.rows.data,
+                                        b.rows.data,
+                                        a.rows.layout,
+                                        b.rows.layout,
+                                        rows,
+                                        int(width),
+                                        grid,
+                                        weights,
+                                        cosine.as(),
+                                        (student_grad ? rnorm_s : rnorm_t).as(),
+                                        (student_grad ? rnorm_t : rnorm_s).as(),
+                                        grad.as(),
+                                        grads > 1 ? 1 : 0,
+                                        scale.as(),
+                                        (student_grad ? grad_s : grad_t).as<void>(),
+                                        grad_t.as<void>()};
     const auto kernel = cosine_backward_kernel_for(a.type, b.type, student_grad && teacher_grad, grid.row_threads);
     emulation::launch(grid.blocks, kRowBlockThreads, seed, [=] { kernel(backward); });
   }

@@ -160,8 +160,8 @@ inline Status multiply(Handle, Operation operation, const void* alpha, const voi
       const double u = backward ? value_at(operation->aux, aux, type) : sum;
       const double beta_u = 0.7978845608028654 * (u + 0.044715 * u * u * u), tanh_u = std::tanh(beta_u);
       const double slope = 0.7978845608028654 * (1 + 3 * 0.044715 * u * u);
-      const double result = backward ? sum * 0.5 * (1 + tanh_u + u * (1 - tanh_u * tanh_u) * slope)
-                                     : 0.5 * u * (1 + tanh_u);
+      const double result =
+          backward ? sum * 0.5 * (1 + tanh_u + u * (1 - tanh_u * tanh_u) * slope) : 0.5 * u * (1 + tanh_u);
       set_value(d, column * d_layout->stride + row, type, float(result));
       total += result;
     }

@@ -4,7 +4,7 @@
 
 #include "emulator.h"
 
-#include "../../csrc/common/row_kernel.cuh"
+#include "../../csrc/common/cuda/row_kernel.cuh"
 
 #include <map>
 #include <memory>

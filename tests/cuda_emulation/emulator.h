@@ -16,7 +16,7 @@
 #include <random>
 #include <vector>
 
-#include "../../csrc/common/types.h"
+#include "../../csrc/common/cpu/types.h"
 
 #define LAYERSYNC_CUDA_EMULATION
 #define __global__

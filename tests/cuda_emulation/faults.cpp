@@ -37,8 +37,13 @@ int main(int argc, char** argv) {
       };
       if (threadIdx.x == 0) reinterpret_cast<Four*>(data + 1)->x[0] = 1;
     });
-  if (name == "diverged-barrier") emulation::launch(1, kThreads, seed, [] { if (threadIdx.x < 40) __syncthreads(); });
+  if (name == "diverged-barrier")
+    emulation::launch(1, kThreads, seed, [] {
+      if (threadIdx.x < 40) __syncthreads();
+    });
   if (name == "diverged-shuffle")
-    emulation::launch(1, kThreads, seed, [] { if (threadIdx.x % 2) __shfl_xor_sync(0xffffffffu, 1.f, 1); });
+    emulation::launch(1, kThreads, seed, [] {
+      if (threadIdx.x % 2) __shfl_xor_sync(0xffffffffu, 1.f, 1);
+    });
   return 0;
 }

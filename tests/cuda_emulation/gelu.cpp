@@ -25,8 +25,9 @@ int main(int argc, char** argv) {
   const RowRuns runs = integer("run_rows") ? row_runs(rows, integer("run_rows")) : gelu_row_runs(rows);
   const Buffer d_preactivation(bytes), again(integer("activation") ? bytes : 0);
   const Buffer partials(bias ? size_t(runs.per_group * width) * 4 : 0), d_bias(bias ? size_t(width) * 4 : 0);
-  const GeluBackwardParams backward{gradient.rows, preactivation.rows.data, d_preactivation.as<void>(),
-                                    again.as<void>(), partials.as(), rows, width, runs, gelu_tiles(width)};
+  const GeluBackwardParams backward{
+      gradient.rows, preactivation.rows.data, d_preactivation.as<void>(), again.as<void>(), partials.as(), rows, width,
+      runs,          gelu_tiles(width)};
   const auto kernel = gelu_backward_kernel_for(backward, preactivation.type);
   emulation::launch(unsigned(runs.per_group * backward.tiles), kGeluThreads, seed, [=] { kernel(backward); });
   const ColumnSumParams sum{{partials.as()}, {d_bias.as()}, 1, runs.per_group, width};

@@ -16,6 +16,8 @@ VIEWS = {
     "channels strided": (lambda: torch.randn(2, 6, 10)[..., ::2], False),
     "three strides": (lambda: torch.randn(2, 5, 3, 7, 4, 5)[:, 1, :, 2], False),
     "empty": (lambda: torch.randn(0, 3, 5), True),
+    "empty with channels strided": (lambda: torch.randn(4, 10)[:, ::2][:0], True),
+    "no channels at three strides": (lambda: torch.randn(2, 5, 3, 7, 4, 5)[:, 1, :, 2, ..., :0], True),
 }
 
 
@@ -25,7 +27,7 @@ def test_rows_are_where_pytorch_has_them(name):
     tensor = make()
     rows = as_rows(tensor)
     assert (rows.tensor.data_ptr() == tensor.data_ptr()) == without_copy
-    expected = tensor.reshape(-1, tensor.shape[-1])
+    expected = torch.atleast_2d(tensor).flatten(0, -2)
     assert (rows.count, rows.width) == expected.shape
     for row in range(rows.count):
         start = row // rows.inner * rows.outer_stride + row % rows.inner * rows.inner_stride
