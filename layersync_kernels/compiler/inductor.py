@@ -122,7 +122,7 @@ class _FuseAlignment(CustomGraphPass):
 
 def _fused_backend(device: str, dtype: torch.dtype) -> str | None:
     try:
-        backend = dispatch.resolve("auto", device, dtype)
+        backend = dispatch.resolve("layersync_loss", "auto", device, dtype)
     except RuntimeError:  # LAYERSYNC_BACKEND names one that cannot run on this device
         return None
     return None if backend == "reference" else backend
@@ -166,7 +166,7 @@ class _Formula(NamedTuple):
         return (
             statically_known_true(sym_eq(first.shape, second.shape))
             and first._version == second._version == 0
-            and result.dtype in dispatch._FUSED_DTYPES
+            and result.dtype in dispatch.FUSED_DTYPES
             and all(_fused_backend(first.device.type, value.dtype) for value in (first, second))
             and isinstance(self.eps, float)
             and 0 < self.eps <= _MAX_EPS
@@ -245,7 +245,7 @@ def _source(node: Node) -> Node:
         copy, source = _value(node), _value(node.args[0])
         if source is None or source._version or source.device != copy.device:
             break
-        if copy.dtype != source.dtype and not (copy.dtype == torch.float32 and source.dtype in dispatch._FUSED_DTYPES):
+        if copy.dtype != source.dtype and not (copy.dtype == torch.float32 and source.dtype in dispatch.FUSED_DTYPES):
             break
         node = cast(Node, node.args[0])
     return node

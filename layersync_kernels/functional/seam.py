@@ -224,7 +224,7 @@ def _seam(
     out = functools.reduce(promote, affine, stream)
     if norm is not None and torch.is_autocast_enabled(x.device.type) and out != torch.float64:
         out = torch.get_autocast_dtype(x.device.type)
-    name = dispatch.resolve(backend, x.device.type, promote(out, stream))
+    name = dispatch.resolve(op, backend, x.device.type, promote(out, stream))
     if name == "reference" or x.numel() == 0:
         modulations = {name: _as_modulation(op, name, m, x) for name, m in modulations.items()}
         return _reference_seam(

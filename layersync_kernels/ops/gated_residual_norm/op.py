@@ -29,6 +29,22 @@ from torch import Tensor
 
 from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
+from ..registry import Op, register
+from .reference import gated_residual_norm_reference
+
+register(
+    Op(
+        "gated_residual_norm",
+        (
+            "gated_residual_norm",
+            "gated_residual",
+            "modulated_layer_norm",
+            "modulated_rms_norm",
+            "aligned_residual_norm",
+        ),
+        gated_residual_norm_reference,
+    )
+)
 
 
 def _fake_forward(
@@ -84,18 +100,6 @@ def _fake_backward(
     )
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    from . import triton
-
-    return triton.forward(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    from . import triton
-
-    return triton.backward(*args)
-
-
 # x: (..., D) with D > 0; branch and student, if given, of the same shape; student has x's dtype, branch has `dtype`
 # where a norm is wanted. x's dtype is `dtype` or float32. gate, shift, scale: (G, D), rows of any stride, all of one
 # dtype, float32 or `dtype`; each serves M/G rows in a row. align_eps: see cosine_alignment. Returns, contiguous:
@@ -103,13 +107,7 @@ def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
 #   normed: (..., D) of `dtype`, or (0,) without norm.
 #   stats: (2, M) float32, mean (0 where rms) and 1/sqrt(variance + eps), or (0,).
 #   alignment: (3, M) float32, cosine and both reciprocal norms (student, residual) as in cosine_alignment, or (0,).
-FORWARD = raw_op.declare(
-    "gated_residual_norm_forward",
-    "(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? student, bool norm, bool rms, "
-    "float eps, float align_eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_forward,
-    _triton_forward,
-)
+FORWARD = raw_op.declare("gated_residual_norm_forward", _fake_forward, kind="rows", python={"triton": "triton:forward"})
 # Gradients of the two outputs as far as there are any, at any stride: d_residual has residual's dtype; d_normed that of
 # branch where there is one. residual: the forward's, or x without branch. other (..., D) of residual's dtype and
 # factors (2, M) float32: factors[0]·other + factors[1]·residual is added to the gradient of the residual. groups: G, or
@@ -119,11 +117,10 @@ FORWARD = raw_op.declare(
 #   d_gate, d_shift, d_scale: (G, D) float32, or (0,): d_gate without gate, the other two without d_normed.
 BACKWARD = raw_op.declare(
     "gated_residual_norm_backward",
-    "(Tensor? d_residual, Tensor? d_normed, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale, "
-    "Tensor? stats, Tensor? other, Tensor? factors, bool rms, SymInt groups) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-    _triton_backward,
+    kind="rows",
+    python={"triton": "triton:backward"},
+    symbolic=("groups",),
 )
 
 
