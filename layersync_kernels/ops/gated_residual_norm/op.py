@@ -22,7 +22,7 @@ would add up what two teachers send. A third row of `factors` counts them, and t
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,38 @@ BACKWARD = raw_op.declare(
 )
 
 
+class Inputs(NamedTuple):
+    """What `GatedResidualNorm` takes, and in the same places which of it wants a gradient, and the gradients."""
+
+    x: Any
+    branch: Any
+    gate: Any
+    shift: Any
+    scale: Any
+    student: Any = None
+    student_slot: Any = None
+    student_factors: Any = None
+    tap: Any = None
+    norm: Any = None
+    rms: Any = None
+    eps: Any = None
+    align_eps: Any = None
+    dtype: Any = None
+    backend: Any = None
+
+
+class Results(NamedTuple):
+    """What `GatedResidualNorm` gives: the results of the raw op, the cosine (...), and the two halves of a tap."""
+
+    residual: Tensor
+    normed: Tensor
+    stats: Tensor
+    alignment: Tensor
+    cosine: Tensor
+    slot: Tensor
+    factors: Tensor
+
+
 class GatedResidualNorm(FusedFunction):
     """The fused op with its gradient. Saves r, branch, gate, scale and 8 bytes a row; at a teacher block 12 more."""
 
@@ -144,10 +176,11 @@ class GatedResidualNorm(FusedFunction):
         align_eps: float,
         dtype: torch.dtype,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(residual, normed, stats, alignment) of the raw op, the cosine, and the two halves of a tap."""
-        outputs = FORWARD[backend](x, branch, gate, shift, scale, student, norm, rms, eps, align_eps, dtype)
-        residual, normed, stats, alignment = outputs
+    ) -> tuple[Tensor, ...]:
+        """See `Results`."""
+        residual, normed, stats, alignment = FORWARD[backend](
+            x, branch, gate, shift, scale, student, norm, rms, eps, align_eps, dtype
+        )
         leading = x.shape[:-1]
         cosine = x.new_empty((0,), dtype=torch.float32) if student is None else alignment[0].clone().view(leading)
         slot = x.new_zeros((1,) * x.dim()).expand(x.shape) if tap else x.new_empty((0,))
@@ -157,22 +190,21 @@ class GatedResidualNorm(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward pass reads."""
-        x, branch, gate, shift, scale, student, _, _, ctx.tap, norm, rms, _, _, _, backend = inputs
-        residual, _, stats, alignment, *_ = output
-        ctx.mark_non_differentiable(stats, alignment)
+        given, made = Inputs(*inputs), Results(*output)
+        ctx.mark_non_differentiable(made.stats, made.alignment)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x if branch is None else residual,
-            branch,
-            gate,
-            scale,
-            stats if norm else None,
-            None if student is None else alignment,
+            given.x if given.branch is None else made.residual,
+            given.branch,
+            given.gate,
+            given.scale,
+            made.stats if given.norm else None,
+            None if given.student is None else made.alignment,
         )
-        modulations = [m for m in (gate, shift, scale) if m is not None]
+        modulations = [m for m in (given.gate, given.shift, given.scale) if m is not None]
         ctx.groups = modulations[0].shape[0] if modulations else 0
-        ctx.rms, ctx.backend = rms, backend
-        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.tap, ctx.rms, ctx.backend = given.tap, given.rms, given.backend
+        ctx.shift_dtype = None if given.shift is None else given.shift.dtype
 
     @staticmethod
     def backward(
@@ -187,7 +219,6 @@ class GatedResidualNorm(FusedFunction):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, branch, gate, shift, scale, and the student's in factored form."""
         residual, branch, gate, scale, stats, alignment = ctx.saved_tensors
-        none: tuple[None, ...] = (None,) * 7
         slot = factors = None
         # Dynamo hands in a gradient for every output, be it one that was not asked for.
         d_residual = None if branch is None else d_residual
@@ -201,12 +232,12 @@ class GatedResidualNorm(FusedFunction):
             slot = residual.detach()
             factors = torch.stack([g * rnorm_teacher, -g * cosine * rnorm_student, torch.ones_like(g)])
         if d_residual is None and d_normed is None and d_slot is None:
-            return None, None, None, None, None, None, slot, factors, *none
+            return tuple(Inputs(None, None, None, None, None, student_slot=slot, student_factors=factors))
         if d_slot is not None:
             assert d_factors is not None
             d_factors = torch.where(d_factors[2] == 1, d_factors[:2], torch.nan)
-        wanted = ctx.needs_input_grad
-        groups = ctx.groups if any(wanted[2:5]) else 0
+        wanted = Inputs(*ctx.needs_input_grad)
+        groups = ctx.groups if wanted.gate or wanted.shift or wanted.scale else 0
         dx, d_branch, d_gate, d_shift, d_scale = BACKWARD[ctx.backend](
             d_residual, d_normed, residual, branch, gate, scale, stats, d_slot, d_factors, ctx.rms, groups
         )
@@ -214,23 +245,22 @@ class GatedResidualNorm(FusedFunction):
             dx = d_residual
         inputs = [x for x in (d_residual, d_normed, residual, branch, gate, scale) if x is not None]
 
-        def give(index: int, gradient: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-            if not wanted[index] or gradient is None:
+        def give(is_wanted: bool, gradient: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+            if not is_wanted or gradient is None:
                 return None
             return differentiable_once(gradient if dtype is None else gradient.to(dtype), *inputs)
 
         affine = d_normed is not None
-        return (
-            give(0, dx),
-            give(1, d_branch),
-            give(2, d_gate, None if gate is None else gate.dtype),
-            give(3, d_shift if affine else None, ctx.shift_dtype),
-            give(4, d_scale if affine else None, None if scale is None else scale.dtype),
-            None,
-            slot,
-            factors,
-            *none,
+        gradients = Inputs(
+            give(wanted.x, dx),
+            give(wanted.branch, d_branch),
+            give(wanted.gate, d_gate, None if gate is None else gate.dtype),
+            give(wanted.shift, d_shift if affine else None, ctx.shift_dtype),
+            give(wanted.scale, d_scale if affine else None, None if scale is None else scale.dtype),
+            student_slot=slot,
+            student_factors=factors,
         )
+        return tuple(gradients)  # Dynamo loses the gradients of a NamedTuple
 
 
 def gated_residual_norm(
@@ -255,7 +285,9 @@ def gated_residual_norm(
         (residual, normed, cosine, (slot, factors)); those that were not asked for are empty.
     """
     hidden, slot, factors = student if student is not None else (None, None, None)
-    residual, normed, _, _, cosine, out_slot, out_factors = GatedResidualNorm.run(
-        x, branch, gate, shift, scale, hidden, slot, factors, tap, norm, rms, eps, align_eps, dtype, backend
+    made = Results(
+        *GatedResidualNorm.run(
+            x, branch, gate, shift, scale, hidden, slot, factors, tap, norm, rms, eps, align_eps, dtype, backend
+        )
     )
-    return residual, normed, cosine, (out_slot, out_factors)
+    return made.residual, made.normed, made.cosine, (made.slot, made.factors)

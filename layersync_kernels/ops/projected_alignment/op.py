@@ -14,7 +14,7 @@ pass.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,6 +67,31 @@ RUN = raw_op.declare(
 )
 
 
+class Inputs(NamedTuple):
+    """What `ProjectedAlignment` takes, and in the same places the gradients."""
+
+    hidden: Any
+    weight: Any
+    bias: Any
+    teacher: Any = None
+    row_weight: Any = None
+    eps: Any = None
+    reduction: Any = None
+    hidden_grad: Any = None
+    weight_grad: Any = None
+    bias_grad: Any = None
+    backend: Any = None
+
+
+class Made(NamedTuple):
+    """The results of the raw op but for the loss: a factor and, to be multiplied by it, the gradients."""
+
+    scale: Tensor
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor
+
+
 class ProjectedAlignment(FusedFunction):
     """The loss for hidden (..., D), weight (P, D), bias (P,) and teacher (..., P); saves these and the gradients."""
 
@@ -94,48 +119,55 @@ class ProjectedAlignment(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep the gradients: where Python has a say, in the context itself, from where backward takes them away."""
-        *tensors, ctx.eps, ctx.reduction, hidden_grad, weight_grad, bias_grad, ctx.backend = inputs
-        ctx.wanted = (hidden_grad, weight_grad, bias_grad)
-        ctx.dtype = inputs[1].dtype
-        ctx.mark_non_differentiable(*output[1:])
+        given = Inputs(*inputs)
+        made = output[1:]
+        tensors = given.hidden, given.weight, given.bias, given.teacher, given.row_weight
+        ctx.eps, ctx.reduction, ctx.backend, ctx.dtype = given.eps, given.reduction, given.backend, given.weight.dtype
+        ctx.wanted = given.hidden_grad, given.weight_grad, given.bias_grad
+        ctx.mark_non_differentiable(*made)
         ctx.set_materialize_grads(False)
         ctx.eager = runs_eagerly()
-        if ctx.eager:
-            ctx.kept = output[1:]
-            ctx.save_for_backward(*tensors)
-        else:
-            ctx.save_for_backward(*tensors, *output[1:])
+        ctx.kept = Made(*made) if ctx.eager else None
+        ctx.save_for_backward(*tensors, *([] if ctx.eager else made))
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """Gradients of hidden, weight and bias, as far as wanted."""
+        hidden_wanted, weight_wanted, bias_wanted = ctx.wanted
         if grad is None or not any(ctx.wanted):
-            return (None,) * 11
+            return tuple(Inputs(None, None, None))
         if ctx.reduction == _NONE:
-            gradients = list(_recompute(ctx, grad)[1:])
+            made = _recompute(ctx, grad)
         else:
-            if not ctx.eager:
-                scale, *gradients = ctx.saved_tensors[5:]
-            elif ctx.kept is None:  # a second backward pass over a retained graph
-                scale, *gradients = _recompute(ctx, None)
-            else:
-                (scale, *gradients), ctx.kept = ctx.kept, None
+            made = _made_forward(ctx)
             # is_grads_batched maps over the backward pass of an eager call
             in_place = ctx.eager and not torch._C._functorch.is_legacy_batchedtensor(grad)
-            gradients = [_scaled(gradient, grad * scale, in_place=in_place) for gradient in gradients]
-        d_hidden, d_weight, d_bias = (g if wanted else None for g, wanted in zip(gradients, ctx.wanted, strict=True))
-        d_weight = None if d_weight is None else d_weight.to(ctx.dtype)
-        d_bias = None if d_bias is None else d_bias.to(ctx.dtype)
-        results: list[Tensor | None] = [d_hidden, d_weight, d_bias]
+            factor = grad * made.scale
+            made = Made(made.scale, *(_scaled(gradient, factor, in_place=in_place) for gradient in made[1:]))
+        d_hidden = made.hidden if hidden_wanted else None
+        d_weight = made.weight.to(ctx.dtype) if weight_wanted else None
+        d_bias = made.bias.to(ctx.dtype) if bias_wanted else None
         if torch.is_grad_enabled() and ctx.eager:  # create_graph: other passes need not unpack what was saved
             inputs = [x for x in ctx.saved_tensors[:3] if x is not None]
-            results = [None if g is None else differentiable_once(g, grad, *inputs) for g in results]
-        return *results, *[None] * 8
+            d_hidden, d_weight, d_bias = (
+                None if gradient is None else differentiable_once(gradient, grad, *inputs)
+                for gradient in (d_hidden, d_weight, d_bias)
+            )
+        return tuple(Inputs(d_hidden, d_weight, d_bias))  # Dynamo loses the gradients of a NamedTuple
 
 
-def _recompute(ctx: Any, grad: Tensor | None) -> tuple[Tensor, ...]:
+def _made_forward(ctx: Any) -> Made:
+    """What the forward pass has made; an eager context gives it away."""
+    if not ctx.eager:
+        return Made(*ctx.saved_tensors[5:])
+    made, ctx.kept = ctx.kept, None
+    return _recompute(ctx, None) if made is None else made  # a second backward pass over a retained graph
+
+
+def _recompute(ctx: Any, grad: Tensor | None) -> Made:
     with torch.no_grad():  # under create_graph
-        return RUN[ctx.backend](*ctx.saved_tensors[:5], grad, ctx.eps, ctx.reduction, *ctx.wanted)[1:]
+        _, *made = RUN[ctx.backend](*ctx.saved_tensors[:5], grad, ctx.eps, ctx.reduction, *ctx.wanted)
+    return Made(*made)
 
 
 def _scaled(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
