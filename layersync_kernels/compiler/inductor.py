@@ -52,7 +52,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from .. import functional
+from ..functional import cosine as alignment
 from ..ops import dispatch
 from ..ops.cosine_alignment import op
 
@@ -116,7 +116,7 @@ class _FuseAlignment(CustomGraphPass):
         earlier = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self._earlier()]
         if None in earlier:  # a pass without identity prevents caching, here as by itself
             return None
-        sources = get_hash_for_files((__file__, functional.__file__, op.__file__))
+        sources = get_hash_for_files((__file__, alignment.__file__, op.__file__))
         return sources, *(_fused_backend(device, torch.float32) for device in ("cpu", "cuda")), *earlier
 
 
@@ -136,7 +136,7 @@ def _cosine(
     if not (first_grad or second_grad):
         student = student.detach()
     both = first_grad and second_grad
-    cosine = -functional.layersync_loss(student, teacher, reduction="none", teacher_grad=both, eps=eps)
+    cosine = -alignment.layersync_loss(student, teacher, reduction="none", teacher_grad=both, eps=eps)
     return (cosine.unsqueeze(-1) if keepdim else cosine).to(dtype)
 
 

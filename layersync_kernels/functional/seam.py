@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import dispatch
 from ..ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
 from ..ops.gated_residual_norm import gated_residual_norm_reference
-from ..ops.gated_residual_norm.groups import as_groups, in_equal_groups
+from ..ops.gated_residual_norm.op import as_groups, in_equal_groups
 from .checks import check_tokens
 
 
