@@ -93,7 +93,7 @@ class StepCount:
     Attributes:
         ops: everything that moved memory, by op.
         saved_bytes: alive between forward and backward pass, without parameters, inputs, the loss and `weight_bytes`.
-        weight_bytes: likewise alive: copies of parameters, as autocast makes them.
+        weight_bytes: alive there too, but of parameters alone: their copies, as autocast makes them.
     """
 
     ops: dict[Op, Moved] = field(default_factory=dict)

@@ -59,6 +59,9 @@ def transform() -> str | None:
     return None
 
 
+transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as that of dispatch.resolve
+
+
 def runs_eagerly() -> bool:
     """Whether neither Dynamo nor functorch traces the call: a context may then keep state in Python."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
