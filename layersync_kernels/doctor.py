@@ -14,17 +14,9 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
-from .ops import dispatch, native
+from .ops import dispatch, native, registry
 from .runtime import environment
 
-OPS = (
-    "cosine_alignment",
-    "projected_alignment",
-    "gram_alignment",
-    "spatial_norm",
-    "gated_residual_norm",
-    "gelu",
-)
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
 
@@ -62,26 +54,29 @@ def facts() -> Iterator[tuple[str, str]]:
             yield "CPU kernels", f"{cpp.facts.cpu_isa()} (of generic, avx2, avx512)"
         except RuntimeError as error:  # LAYERSYNC_CPU_ISA asks for what there is not
             yield "CPU kernels", str(error)
-        yield "Self-attention", "these kernels on the CPU, unless they are the generic ones; else PyTorch's"
     yield "CUDA extension", native.cuda().reason
 
 
 def choices() -> Iterator[tuple[str, str, str, str, str]]:
     """(op, device, dtypes, backend, reason) rows; dtypes with the same choice share one."""
-    for op in OPS:
+    for op in registry.ops():
         for device in ("cpu", "cuda"):
             if device == "cuda" and not torch.cuda.is_available():
-                yield op, device, "all", "-", "no GPU is visible to torch"
+                backends = ", ".join(name for name in ("cuda", "triton") if name in op.backends)
+                serves = f"; on one runs {backends or op.otherwise}"
+                yield op.name, device, "all", "-", f"no GPU is visible to torch{serves}"
                 continue
             grouped: dict[tuple[str, str], list[str]] = {}
             for dtype, name in _DTYPES.items():
                 try:
-                    choice = tuple(dispatch.choose("auto", device, dtype))
+                    choice = tuple(dispatch.choose(op.name, "auto", device, dtype))
                 except (RuntimeError, ValueError) as error:  # LAYERSYNC_BACKEND asks for what cannot run
                     choice = ("error", str(error))
+                if choice[0] in op.backends and not op.differentiable:
+                    choice = (choice[0], f"{choice[1]}; the reference where a gradient is asked for")
                 grouped.setdefault(choice, []).append(name)  # type: ignore[arg-type]
             for (backend, reason), dtypes in grouped.items():
-                yield op, device, ", ".join(dtypes), backend, reason
+                yield op.name, device, ", ".join(dtypes), backend, reason
 
 
 def _table(title: str, *columns: str) -> Table:

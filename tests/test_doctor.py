@@ -11,7 +11,7 @@ def test_the_report_names_backends_reasons_and_every_variable(capsys, monkeypatc
     assert doctor.main([]) == 0
     report = capsys.readouterr().out
     assert torch.__version__ in report
-    choice = dispatch.choose("auto", "cpu", torch.float32)
+    choice = dispatch.choose("cosine_alignment", "auto", "cpu", torch.float32)
     assert choice.backend in report
     for variable in environment.VARIABLES:
         assert variable.name in report

@@ -285,9 +285,7 @@ def provider(name: str, case: Case) -> Function:
         raise ValueError(f"unknown provider {name!r}; expected one of {', '.join(PROVIDERS)}")
     if name == "triton" and case.device == "cpu":
         raise RuntimeError("Triton needs a GPU to be timed")
-    if case.op == "self_attention" and name != "cpp":
-        raise RuntimeError("self_attention is torch's own but for the C++ kernels")
-    dispatch.choose(name, case.device, case.dtype)
+    dispatch.choose(case.op, name, case.device, case.dtype)
     return functools.partial(OPS[case.op].fused, backend=name)
 
 

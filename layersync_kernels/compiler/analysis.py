@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..ops import registry
+
 KINDS = {
     "products": "matrix products and convolutions",
     "attention": "scaled dot-product attention",
@@ -35,6 +37,8 @@ _PRODUCTS = {
     "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "convolution_backward", "dot", "linear", "matmul",
     "mm", "mv",
 }  # fmt: skip
+
+_GELU = {"gelu", "gelu_backward"}
 
 _LAYOUT = {
     "cat", "clone", "constant_pad_nd", "copy_", "fill", "fill_", "full", "full_like", "new_full", "new_ones",
@@ -89,7 +93,7 @@ class StepCount:
     Attributes:
         ops: everything that moved memory, by op.
         saved_bytes: alive between forward and backward pass, without parameters, inputs, the loss and `weight_bytes`.
-        weight_bytes: likewise alive: copies of parameters, as autocast makes them.
+        weight_bytes: alive there too, but of parameters alone: their copies, as autocast makes them.
     """
 
     ops: dict[Op, Moved] = field(default_factory=dict)
@@ -129,7 +133,8 @@ def count_step(forward: Callable[[], Tensor]) -> StepCount:
     """Run a training step, forward and backward, and count it.
 
     Works on any device; the counts depend on the ops that run there. An op that the library splits into several kernels
-    counts as one. Gradients go to `.grad` as always: where there are some already, adding to them is counted too.
+    counts as one, and one of this package that multiplies matrices counts as the ops that it calls. Gradients go to
+    `.grad` as always: where there are some already, adding to them is counted too.
 
     Args:
         forward: runs the model and returns the loss, a 0-d tensor that requires grad, and keeps no other tensor.
@@ -192,6 +197,11 @@ class _Counter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        raw = registry.find_raw(func.name())
+        if raw is not None and raw.kind == registry.COMPOSITE:
+            (backend,) = (name for name, overload in raw.overloads.items() if overload is func)
+            with self:  # once more, for the ops inside
+                return raw.implementation(backend)(*args, **kwargs)
         output = func(*args, **kwargs)
         self._count(func._schema, args, kwargs, list(_tensors(output)))
         return output
@@ -225,7 +235,7 @@ class _Counter(TorchDispatchMode):
             bytes_read = _bytes(read[1:]) + min(_bytes(read[:1]), bytes_written)
         else:
             bytes_read = _bytes(read)
-        kind = "weights" if of_weights or _gradient_of_leaf() else _kind(name, inputs, args, written)
+        kind = "weights" if of_weights or _gradient_of_leaf() else _kind(schema.name, inputs, args, written)
         op = Op(kind, schema.name)
         self.ops[op] = _added(self.ops.get(op, Moved()), Moved(1, bytes_read, bytes_written))
 
@@ -281,15 +291,17 @@ def _distinct_elements(tensor: Tensor) -> int:
     return min(count, span)  # overlapping windows span less than they count
 
 
-def _kind(name: str, inputs: list[Tensor], args: tuple[Any, ...], written: list[Tensor]) -> str:
-    if name in _PRODUCTS or "gemm" in name:
+def _kind(qualified: str, inputs: list[Tensor], args: tuple[Any, ...], written: list[Tensor]) -> str:
+    raw = registry.find_raw(qualified)
+    if raw is not None:
+        return raw.kind
+    name = qualified.rpartition("::")[2]
+    if name.removesuffix("_") in _PRODUCTS:
         return "products"
-    if "dot_product" in name or name.startswith("attention_"):
+    if "dot_product" in name:
         return "attention"
-    if "gelu" in name:
+    if name in _GELU:
         return "gelu"
-    if name.startswith("cosine_alignment"):
-        return "alignment"
     if name == "sum" and inputs[0].dim() == 2 and len(args) > 1 and list(args[1]) == [0]:
         return "bias"
     if name in ("_to_copy", "copy_") and inputs[-1].dtype != written[0].dtype:

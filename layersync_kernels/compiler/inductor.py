@@ -52,7 +52,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
-from .. import functional
+from ..functional import cosine as alignment
 from ..ops import dispatch
 from ..ops.cosine_alignment import op
 
@@ -116,13 +116,13 @@ class _FuseAlignment(CustomGraphPass):
         earlier = [each.uuid() if isinstance(each, CustomGraphPass) else None for each in self._earlier()]
         if None in earlier:  # a pass without identity prevents caching, here as by itself
             return None
-        sources = get_hash_for_files((__file__, functional.__file__, op.__file__))
+        sources = get_hash_for_files((__file__, alignment.__file__, op.__file__))
         return sources, *(_fused_backend(device, torch.float32) for device in ("cpu", "cuda")), *earlier
 
 
 def _fused_backend(device: str, dtype: torch.dtype) -> str | None:
     try:
-        backend = dispatch.resolve("auto", device, dtype)
+        backend = dispatch.resolve("layersync_loss", "auto", device, dtype)
     except RuntimeError:  # LAYERSYNC_BACKEND names one that cannot run on this device
         return None
     return None if backend == "reference" else backend
@@ -136,7 +136,7 @@ def _cosine(
     if not (first_grad or second_grad):
         student = student.detach()
     both = first_grad and second_grad
-    cosine = -functional.layersync_loss(student, teacher, reduction="none", teacher_grad=both, eps=eps)
+    cosine = -alignment.layersync_loss(student, teacher, reduction="none", teacher_grad=both, eps=eps)
     return (cosine.unsqueeze(-1) if keepdim else cosine).to(dtype)
 
 
@@ -166,7 +166,7 @@ class _Formula(NamedTuple):
         return (
             statically_known_true(sym_eq(first.shape, second.shape))
             and first._version == second._version == 0
-            and result.dtype in dispatch._FUSED_DTYPES
+            and result.dtype in dispatch.FUSED_DTYPES
             and all(_fused_backend(first.device.type, value.dtype) for value in (first, second))
             and isinstance(self.eps, float)
             and 0 < self.eps <= _MAX_EPS
@@ -245,7 +245,7 @@ def _source(node: Node) -> Node:
         copy, source = _value(node), _value(node.args[0])
         if source is None or source._version or source.device != copy.device:
             break
-        if copy.dtype != source.dtype and not (copy.dtype == torch.float32 and source.dtype in dispatch._FUSED_DTYPES):
+        if copy.dtype != source.dtype and not (copy.dtype == torch.float32 and source.dtype in dispatch.FUSED_DTYPES):
             break
         node = cast(Node, node.args[0])
     return node

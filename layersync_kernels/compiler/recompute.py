@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from ..ops import registry
+
 RECOMPUTE = ("none", "light", "full")
 
-_KEPT_BY_LIGHT = (
+_KEPT_OF_ATEN = (
     "aten::mm",
     "aten::addmm",
     "aten::bmm",
     "aten::_scaled_dot_product",
-    "layersync_cpp::attention_forward",
-    "layersync_cuda::linear_gelu_gemm",
 )
 
 
@@ -33,13 +33,14 @@ def check_mode(mode: str) -> str:
 
 
 @functools.cache  # the policy is asked before every op
-def _is_product(op: Any) -> bool:
-    return op.name().startswith(_KEPT_BY_LIGHT)
+def _is_kept(op: Any) -> bool:
+    raw = registry.find_raw(op.name())
+    return op.name().startswith(_KEPT_OF_ATEN) if raw is None else raw.kept
 
 
 def _light_policy(_context: Any, op: Any, *args: Any, **_kwargs: Any) -> CheckpointPolicy:
     # Autocast's copies of the weights would be made twice, and are no activations.
-    kept = _is_product(op) or (op is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter))
+    kept = _is_kept(op) or (op is torch.ops.aten._to_copy.default and isinstance(args[0], torch.nn.Parameter))
     return CheckpointPolicy.MUST_SAVE if kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 

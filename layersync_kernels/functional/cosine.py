@@ -59,7 +59,7 @@ def layersync_loss(
     if mask is not None or token_weight is not None:
         weight = row_weights("layersync_loss", student, mask, token_weight)
     dtype = student.dtype if teacher.dtype != torch.float64 else torch.float64
-    name = dispatch.resolve(backend, student.device.type, dtype)
+    name = dispatch.resolve("layersync_loss", backend, student.device.type, dtype)
     if name == "reference":
         return cosine_alignment_reference(student, teacher, weight, eps, reduction, teacher_grad)
     if weight is not None:

@@ -71,7 +71,7 @@ def projected_alignment_loss(
     if mask is not None or token_weight is not None:
         row_weight = row_weights(op, hidden, mask, token_weight)
     if teacher.dtype == torch.float64:
-        name = dispatch.resolve(backend, hidden.device.type, torch.float64)
+        name = dispatch.resolve(op, backend, hidden.device.type, torch.float64)
     if name == "reference" or hidden.numel() == 0 or teacher.numel() == 0:
         return projected_alignment_reference(hidden, weight, bias, teacher, row_weight, eps, reduction)
     if row_weight is not None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..ops import dispatch
 from ..ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
 from ..ops.gated_residual_norm import gated_residual_norm_reference
-from ..ops.gated_residual_norm.groups import as_groups, in_equal_groups
+from ..ops.gated_residual_norm.op import as_groups, in_equal_groups
 from .checks import check_tokens
 
 
@@ -224,7 +224,7 @@ def _seam(
     out = functools.reduce(promote, affine, stream)
     if norm is not None and torch.is_autocast_enabled(x.device.type) and out != torch.float64:
         out = torch.get_autocast_dtype(x.device.type)
-    name = dispatch.resolve(backend, x.device.type, promote(out, stream))
+    name = dispatch.resolve(op, backend, x.device.type, promote(out, stream))
     if name == "reference" or x.numel() == 0:
         modulations = {name: _as_modulation(op, name, m, x) for name, m in modulations.items()}
         return _reference_seam(

@@ -19,8 +19,9 @@ def spatial_norm(x: Tensor, *, alpha: float = 1.0, eps: float = 1e-6, backend: s
 
     Args:
         x: (..., N, D) tokens of a teacher, usually (B, N, D); float32, bfloat16 or float16, and float64 through the
-            reference. It counts as a constant: where a gradient is asked for, the reference runs. The last dimension
-            should be contiguous, samples and tokens may have any stride (tokens behind a class token cost no copy).
+            reference. It counts as a constant: where a gradient is asked for, only the reference runs. The last
+            dimension should be contiguous, samples and tokens may have any stride (tokens behind a class token cost no
+            copy).
         alpha: how much of the mean goes.
         eps: added to the standard deviation; at least 1e-12.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
@@ -32,7 +33,7 @@ def spatial_norm(x: Tensor, *, alpha: float = 1.0, eps: float = 1e-6, backend: s
     Raises:
         ValueError: a single token, which has no standard deviation; eps below 1e-12.
         TypeError: a tensor that is not floating point.
-        RuntimeError: a backend that was asked for and cannot run.
+        RuntimeError: a backend that was asked for and cannot run: a fused one where a gradient is asked for, too.
 
     Source: iREPA (Singh et al. 2025, arXiv:2512.10794), its spatial normalisation.
     """
@@ -46,11 +47,12 @@ def spatial_norm(x: Tensor, *, alpha: float = 1.0, eps: float = 1e-6, backend: s
         )
     if not eps >= 1e-12:
         raise ValueError(f"spatial_norm: eps must be at least 1e-12, got {eps}")
-    name = dispatch.resolve(backend, x.device.type, x.dtype)
+    grad = x.requires_grad and torch.is_grad_enabled()
+    name = dispatch.resolve("spatial_norm", backend, x.device.type, x.dtype, grad)
     if x.numel() == 0:
         return x.clone()
     samples = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
-    if name == "reference" or (x.requires_grad and torch.is_grad_enabled()):
+    if name == "reference":
         result = spatial_norm_reference(samples, alpha, eps)
     else:
         result = _spatial_norm(samples, alpha, eps, name)

@@ -6,11 +6,15 @@ from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
-from torch.autograd import Function
+from torch._C._functorch import TransformType
+from torch.autograd import Function, forward_ad
 
 
 class FusedFunction(Function):
     """An op with a hand-written gradient, in `setup_context` style. Call it by `run`, not by `apply`."""
+
+    instead: ClassVar[str] = "use backend='reference' there"
+    """What to do under a transform that the op knows nothing of."""
 
     _eager: ClassVar[type[Function]]
 
@@ -27,12 +31,35 @@ class FusedFunction(Function):
 
     @classmethod
     def run(cls, *inputs: Any) -> Any:
-        """Apply the op, by the cheapest way that is right.
+        """Apply the op, by the cheapest way that is right. Under vmap and in forward mode there is none: RuntimeError.
 
         `setup_context` is what functorch and Dynamo need, but it makes `apply` inspect the signature of `forward` in
-        each call: 45 µs, against 10 µs for the same op with the context handed to forward.
+        each call, which takes more than three times as long as to hand the context to forward (docs/design.md).
         """
-        return (cls._eager if runs_eagerly() else cls).apply(*inputs)
+        if forward_ad._current_level < 0 and runs_eagerly():
+            return cls._eager.apply(*inputs)
+        running = transform()
+        if running is not None:
+            op = cls.__module__.split(".")[-2]
+            raise RuntimeError(f"layersync_kernels: {op}: fused ops know nothing of {running}; {cls.instead}")
+        return cls.apply(*inputs)
+
+
+def transform() -> str | None:
+    """The transform around this call that fused kernels know nothing of: torch.func.vmap, or forward-mode derivatives.
+
+    What the reference is for: it is plain PyTorch. torch.func.grad is none of them.
+    """
+    if forward_ad._current_level >= 0:
+        return "forward-mode differentiation"
+    if torch._C._are_functorch_transforms_active():
+        for interpreter in torch._C._functorch.get_interpreter_stack():
+            if interpreter.key() == TransformType.Vmap:
+                return "torch.func.vmap"
+    return None
+
+
+transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as that of dispatch.resolve
 
 
 def runs_eagerly() -> bool:
@@ -41,6 +68,8 @@ def runs_eagerly() -> bool:
 
 
 class _OnceDifferentiable(Function):
+    generate_vmap_rule = True  # torch.func.jacrev maps over a backward pass
+
     @staticmethod
     def forward(gradient: Tensor, *inputs: Tensor) -> Tensor:
         return gradient.view_as(gradient)

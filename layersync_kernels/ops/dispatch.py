@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 
 from ..runtime import environment
-from . import native
+from . import native, registry
+from .autograd import transform
 
 BACKENDS = ("auto", "reference", "cpp", "triton", "cuda")
-_FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+FUSED_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_KERNELS = {"cpp": "C++", "cuda": "CUDA", "triton": "Triton"}
 _environment_backend = environment.BACKEND.get()
 
 
@@ -54,62 +56,88 @@ _OBSTACLES: dict[str, Callable[[str], str | None]] = {
 }
 
 
-def _obstacle(backend: str, device: str, dtype: torch.dtype) -> str | None:
-    if backend != "reference" and dtype not in _FUSED_DTYPES:
+def _lacks(op: registry.Op, backend: str, grad: bool) -> str | None:
+    """Why an op has no kernel for a call, on whatever machine."""
+    if backend == "reference":
+        return None
+    if backend not in op.backends:
+        return f"{op.name} has no {_KERNELS[backend]} kernels; elsewhere runs {op.otherwise}"
+    if grad and not op.differentiable:
+        return f"the kernels of {op.name} have no gradient, and one is asked for; detach() the input"
+    running = transform()
+    return None if running is None else f"fused kernels know nothing of {running}"
+
+
+def _cannot_run(backend: str, device: str, dtype: torch.dtype) -> str | None:
+    """Why the kernels of a backend do not run here."""
+    if backend != "reference" and dtype not in FUSED_DTYPES:
         return f"{dtype} runs through the reference only (fused: float32, bfloat16, float16)"
     return _OBSTACLES[backend](device)
 
 
-def _explain(device: str, dtype: torch.dtype) -> Iterator[str]:
-    for backend in BACKENDS[1:]:
-        obstacle = _obstacle(backend, device, dtype)
-        if obstacle is None:
-            yield backend
-
-
-def choose(backend: str, device: str, dtype: torch.dtype) -> Choice:
+def choose(op: str, backend: str, device: str, dtype: torch.dtype, grad: bool = False) -> Choice:
     """Choose the backend of one call.
 
     Args:
-        backend: what the caller asked for, one of `BACKENDS`. "auto" defers to LAYERSYNC_BACKEND, then takes the
-            compiled extension where it was built for the device, else Triton on a GPU, else the reference.
+        op: the op, or the public function that is called.
+        backend: what the caller asked for, one of `BACKENDS`. "auto" defers to LAYERSYNC_BACKEND where the op has that
+            one, then takes the compiled extension where it was built for the device, else Triton on a GPU, else the
+            reference.
         device: the type of the tensors' device, e.g. "cuda".
         dtype: the widest dtype among the op's inputs.
+        grad: whether a gradient is asked for. Matters for an op whose kernels have none.
+
+    Returns:
+        The choice. For an op without backends, which runs on library products everywhere, its backend is "library".
 
     Raises:
         ValueError: unknown backend.
         RuntimeError: a backend asked for by argument or environment that cannot run; says why and what could.
     """
-    asked = f"backend={backend!r}"
+    entry = registry.find(op)
+    asked, wish = f"backend={backend!r}", backend
     if backend == "auto":
-        backend, asked = _environment_backend, f"{environment.BACKEND.name}={_environment_backend}"
-    if backend not in BACKENDS:
+        asked, wish = f"{environment.BACKEND.name}={_environment_backend}", _environment_backend
+    if wish not in BACKENDS:
         raise ValueError(f"layersync_kernels: unknown {asked}; expected one of {', '.join(BACKENDS)}")
-    if backend != "auto":
-        obstacle = _obstacle(backend, device, dtype)
+    if not entry.backends and backend == "auto":
+        return Choice("library", entry.otherwise)
+    reasons: list[str] = []
+    if wish != "auto":
+        lacks = _lacks(entry, wish, grad)
+        obstacle = lacks or _cannot_run(wish, device, dtype)
         if obstacle is None:
-            return Choice(backend, f"asked for by {asked}")
-        raise RuntimeError(
-            f"layersync_kernels: {asked} cannot run: {obstacle}. Possible here: {', '.join(_explain(device, dtype))}"
-        )
-    obstacles: list[str] = []
+            return Choice(wish, f"asked for by {asked}")
+        if lacks is None or backend != "auto":
+            possible = [
+                name
+                for name in BACKENDS[1:]
+                if _lacks(entry, name, grad) is None and _cannot_run(name, device, dtype) is None
+            ]
+            raise RuntimeError(
+                f"layersync_kernels: {op}: {asked} cannot run: {obstacle}. Possible here: {', '.join(possible)}"
+            )
+        reasons.append(f"{asked}: {lacks}")  # one wish for all ops: one that lacks it goes its own way
     for candidate in ("cuda", "triton") if device == "cuda" else ("cpp",):
-        obstacle = _obstacle(candidate, device, dtype)
+        obstacle = _lacks(entry, candidate, grad) or _cannot_run(candidate, device, dtype) or entry.slower(candidate)
         if obstacle is None:
-            return Choice(candidate, "; ".join([*obstacles, "the fastest that runs here"]))
-        obstacles.append(obstacle)
-    return Choice("reference", "; ".join(obstacles))
+            return Choice(candidate, "; ".join([*reasons, "the fastest that runs here"]))
+        if obstacle not in reasons:
+            reasons.append(obstacle)
+    return Choice("reference", "; ".join(reasons))
 
 
-_chosen: dict[tuple[str, str, torch.dtype], str] = {}
+_chosen: dict[tuple[str, str, str, torch.dtype, bool], str] = {}
 
 
-def resolve(backend: str, device: str, dtype: torch.dtype) -> str:
+def resolve(op: str, backend: str, device: str, dtype: torch.dtype, grad: bool = False) -> str:
     """The name that `choose` gives, remembered: a look-up on the hot path, a constant under torch.compile."""
-    key = (backend, device, dtype)
+    if transform() is not None:
+        return choose(op, backend, device, dtype, grad).backend
+    key = (op, backend, device, dtype, grad)
     name = _chosen.get(key)
     if name is None:
-        name = _chosen[key] = choose(backend, device, dtype).backend
+        name = _chosen[key] = choose(op, backend, device, dtype, grad).backend
     return name
 
 

@@ -19,9 +19,11 @@ class Variable(NamedTuple):
 
 
 BACKEND = Variable(
-    "LAYERSYNC_BACKEND", "auto", "backend of every op: auto, reference, cpp, triton or cuda (read once, at import)"
+    "LAYERSYNC_BACKEND",
+    "auto",
+    "auto, reference, cpp, triton or cuda, for the ops that have it (read once, at import)",
 )
-NATIVE = Variable("LAYERSYNC_NATIVE", "1", "0: leave the compiled extension unloaded (read once, at import)")
+NATIVE = Variable("LAYERSYNC_NATIVE", "1", "0: leave the compiled extension unloaded (read once, at first use)")
 CPU_ISA = Variable(
     "LAYERSYNC_CPU_ISA",
     "best",

@@ -53,7 +53,7 @@ student, teacher = torch.randn(4, 8, requires_grad=True), torch.randn(4, 8)
 layersync_loss(student, teacher).backward()
 assert student.grad.abs().sum() > 0
 import layersync_kernels; print(layersync_kernels.__file__)
-print(dispatch.choose("auto", "cpu", torch.float32))
+print(dispatch.choose("cosine_alignment", "auto", "cpu", torch.float32))
 print(native.cuda().reason)
 """
 

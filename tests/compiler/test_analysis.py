@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from layersync_kernels import functional
 from layersync_kernels.bench.traffic import Provider, training_step
 from layersync_kernels.compiler.analysis import Moved, Op, block_count, count_step, ideal_block
 from layersync_kernels.ops import native
@@ -117,6 +118,40 @@ def test_matrix_products_and_attention_are_counted_apart():
     assert count.inside.kernels == 4
     outside = {op.name for op in count.ops if op.kind not in ("products", "attention")}
     assert not any("mm" in name or "attention" in name for name in outside)
+
+
+def gradients_of(function, *shapes):
+    """Counts of a step through `function` of leaves, without what reduces its result."""
+    leaves = [torch.randn(shape, requires_grad=True) for shape in shapes]
+    return count_step(lambda: function(*leaves).sum())
+
+
+@pytest.mark.skipif(not native.cpp().loaded, reason="no C++ kernels for this machine")
+def test_the_products_of_a_fused_loss_are_counted_as_such():
+    """One chunk or strip is all that there is: eager takes the three products of a linear layer, or as many of Gram."""
+    rows, width, projected = 32, 8, 4
+    teacher = torch.randn(rows, projected)
+    projected_loss = gradients_of(
+        lambda hidden, weight: functional.projected_alignment_loss(hidden, weight, None, teacher, backend="cpp"),
+        (rows, width), (projected, width),
+    )  # fmt: skip
+    products = projected_loss.kind("products")
+    sides = rows * width, projected * width, rows * projected
+    assert products.kernels == 3
+    assert products.total == (3 * sum(sides) + projected * width) * FLOAT  # the sum over chunks is one more operand
+    assert projected_loss.kind("alignment").kernels == 1
+    assert not any("projected_alignment" in op.name for op in projected_loss.ops)
+
+    gram = gradients_of(
+        lambda student: functional.gram_alignment_loss(student, teacher[None, :16], backend="cpp"), (1, 16, width)
+    )
+    assert gram.kind("products").kernels == 2  # the differences, and the gradient
+    assert gram.kind("alignment").kernels == 1
+
+    dispersive = gradients_of(functional.dispersive_loss, (rows, width))
+    assert dispersive.kind("products") == Moved(
+        2, (2 * sides[0] + rows * rows + rows * rows + sides[0]) * FLOAT, (rows * rows + sides[0]) * FLOAT
+    )
 
 
 def test_what_is_kept_for_the_backward_pass():

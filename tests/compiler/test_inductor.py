@@ -416,7 +416,8 @@ def test_caching_is_off_with_an_earlier_pass_of_no_identity():
 def test_cache_tells_backends_apart(enabled, monkeypatch):
     with_kernels = config.pre_grad_custom_pass.uuid()
     assert with_kernels == inductor._FuseAlignment(None).uuid()
-    monkeypatch.setattr(dispatch, "_chosen", {("auto", "cpu", torch.float32): "reference"})
+    chosen = {("layersync_loss", "auto", "cpu", torch.float32, False): "reference"}
+    monkeypatch.setattr(dispatch, "_chosen", chosen)
     assert config.pre_grad_custom_pass.uuid() != with_kernels
 
 

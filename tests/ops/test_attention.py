@@ -3,6 +3,7 @@
 import functools
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -148,11 +149,14 @@ def test_cpp_results_do_not_depend_on_threads_or_batch():
         assert torch.equal(a, e[1:2])
 
 
-@needs_cpp
-def test_cpp_opcheck():
+CALLS = {"self_attention": lambda x, backend: self_attention(torch.cat([x, 2 * x, x.square()], dim=-1), 2, backend)}
+
+
+def raw_samples(backend):
+    """Arguments of every raw op, for test_registry.py."""
     qkv, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 8)
-    torch.library.opcheck(op.FORWARD["cpp"], (qkv, 2))
-    torch.library.opcheck(op.BACKWARD["cpp"], (grad, qkv, 2))
+    yield "attention_forward", (qkv, 2)
+    yield "attention_backward", (grad, qkv, 2)
 
 
 @needs_cpp
@@ -261,8 +265,26 @@ def test_the_reference_is_attention(dtype):
 
 def test_auto_takes_the_reference_where_the_kernels_cannot_run():
     qkv = torch.randn(2, 5, 24, dtype=torch.float64)
-    assert dispatch.resolve("auto", "cpu", torch.float64) == "reference"
+    assert dispatch.resolve("self_attention", "auto", "cpu", torch.float64) == "reference"
     assert torch.equal(self_attention(qkv, 2), self_attention_reference(qkv, 2))
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_a_backend_without_kernels_is_refused(backend):
+    """TRITON_INTERPRET makes Triton itself possible here."""
+    with pytest.raises(RuntimeError, match=f"self_attention: backend='{backend}' cannot run: attention has no"):
+        self_attention(torch.randn(2, 5, 24), 2, backend)
+
+
+@needs_cpp
+@pytest.mark.parametrize(("isa", "expected"), [("generic", "reference"), ("avx2", "cpp")])
+def test_auto_passes_over_kernels_that_are_slower(isa, expected, monkeypatch):
+    facts = types.SimpleNamespace(cpu_isa=lambda: isa)
+    monkeypatch.setattr(native, "cpp", lambda: native.Library(True, "pretended", facts))
+    choice = dispatch.choose("self_attention", "auto", "cpu", torch.float32)
+    assert choice.backend == expected
+    assert ("slower" in choice.reason) == (isa == "generic")
+    assert dispatch.choose("self_attention", "cpp", "cpu", torch.float32).backend == "cpp"
 
 
 @pytest.mark.parametrize(

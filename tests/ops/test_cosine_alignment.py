@@ -326,18 +326,25 @@ def test_saves_at_most_16_bytes_a_row_beyond_the_inputs(backend):
     assert 0 < extra <= 16 * 300
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("weighted", [False, True])
-def test_opcheck(backend, weighted):
+CALLS = {"layersync_loss": lambda x, backend: layersync_loss(x, x.detach().flip(1), backend=backend)}
+
+
+def raw_samples(backend):
+    """Arguments of every raw op, for test_registry.py."""
     device = device_of(backend)
     student, teacher = torch.randn(2, 3, 40, device=device), torch.randn(2, 3, 40, device=device).bfloat16()
-    weight = torch.rand(6, device=device) if weighted else None
-    for reduction in op.REDUCTIONS.values():
-        torch.library.opcheck(op.FORWARD[backend], (student, teacher, weight, 1e-6, reduction))
+    for weight, reduction in itertools.product((None, torch.rand(6, device=device)), op.REDUCTIONS.values()):
+        yield "cosine_alignment_forward", (student, teacher, weight, 1e-6, reduction)
         loss, stats, scale = op.FORWARD[backend](student, teacher, weight, 1e-6, reduction)
         for wanted in ((True, False), (False, True), (True, True)):
-            args = (torch.ones_like(loss), student, teacher, weight, stats, scale, *wanted)
-            torch.library.opcheck(op.BACKWARD[backend], args)
+            yield (
+                "cosine_alignment_backward",
+                (torch.ones_like(loss), student, teacher, weight, stats, scale, *wanted),
+            )
+        if backend in op.IN_PLACE:
+            gradient = torch.ones_like(loss)
+            yield "cosine_alignment_in_place", (student, teacher, weight, gradient, 1e-6, 0.5, reduction, True)
+            yield "cosine_alignment_in_place", (student, teacher, weight, gradient, 1e-6, 0.5, reduction, False)
 
 
 @pytest.mark.parametrize("backend", [backend for backend in FUSED if backend.values != ("triton",)])
@@ -511,4 +518,4 @@ def test_a_backend_that_cannot_run_says_why_and_what_could(backend, monkeypatch)
     from layersync_kernels.ops import dispatch
 
     with pytest.raises(RuntimeError, match=rf"backend='{backend}' cannot run: .* are on cpu.*Possible here: reference"):
-        dispatch.choose(backend, "cpu", torch.float32)
+        dispatch.choose("cosine_alignment", backend, "cpu", torch.float32)

@@ -455,30 +455,47 @@ BACKWARD_PARTS = {  # d_residual, d_normed, branch, gate, scale, other, groups
 }
 
 
-@pytest.mark.parametrize(("backend", "parts"), each_backend(FORWARD_PARTS, ["everything", "norm alone"]))
-def test_opcheck_forward(backend, parts):
-    device = device_of(backend)
-    *given, student, norm = FORWARD_PARTS[parts]
-    x, branch, *modulation = (tensor.to(device) for tensor in tensors((2, 3, 8), "fp32 stream").values())
-    optional = [tensor if wanted else None for tensor, wanted in zip([branch, *modulation], given, strict=True)]
-    args = (x, *optional, x if student else None, bool(norm), False, 1e-6, 1e-6, BF16)
-    torch.library.opcheck(op.FORWARD[backend], args)
+MODULATION = torch.linspace(-1, 1, 8)
+CALLS = {
+    "modulated_layer_norm": lambda x, backend: functional.modulated_layer_norm(
+        x, MODULATION, MODULATION, backend=backend
+    ),
+    "modulated_rms_norm": lambda x, backend: functional.modulated_rms_norm(x, None, MODULATION, backend=backend),
+    "gated_residual": lambda x, backend: functional.gated_residual(x, x.square(), MODULATION, backend=backend),
+    "gated_residual_norm": lambda x, backend: gated_residual_norm(
+        x, x.square(), MODULATION, None, MODULATION, backend=backend
+    )[1],
+    "aligned_residual_norm": lambda x, backend: (
+        aligned_residual_norm(x, x.square(), MODULATION, None, None, backend=backend).normed
+    ),
+}
 
 
-@pytest.mark.parametrize(("backend", "parts"), each_backend(BACKWARD_PARTS, ["everything", "norm with a shift"]))
-def test_opcheck_backward(backend, parts):
-    device = device_of(backend)
-    x, branch, gate, _, scale = (tensor.to(device) for tensor in tensors((2, 3, 8), "fp32 stream").values())
+def raw_samples(backend):
+    """Arguments of every raw op, for test_registry.py; of many, Triton's interpreter, which is slow, takes a few."""
+    device, few = device_of(backend), backend == "triton" and not HAS_GPU
+    x, branch, gate, shift, scale = (tensor.to(device) for tensor in tensors((2, 3, 8), "fp32 stream").values())
+    for name, (*given, student, norm) in FORWARD_PARTS.items():
+        if few and name not in ("everything", "norm alone"):
+            continue
+        optional = [t if wanted else None for t, wanted in zip((branch, gate, shift, scale), given, strict=True)]
+        yield (
+            "gated_residual_norm_forward",
+            (x, *optional, x if student else None, bool(norm), False, 1e-6, 1e-6, BF16),
+        )
     available = (x, branch, branch, gate, scale, x)
-    d_residual, d_normed, *given, other = (
-        t if w else None for t, w in zip(available, BACKWARD_PARTS[parts], strict=False)
-    )
     stats, factors = torch.rand(2, 6, device=device), torch.rand(2, 6, device=device)
-    args = (
-        d_residual, d_normed, x, *given, None if d_normed is None else stats, other, None if other is None else factors,
-        False, 2 * BACKWARD_PARTS[parts][-1],
-    )  # fmt: skip
-    torch.library.opcheck(op.BACKWARD[backend], args)
+    for name, parts in BACKWARD_PARTS.items():
+        if few and name not in ("everything", "norm with a shift"):
+            continue
+        d_residual, d_normed, *given, other = (t if w else None for t, w in zip(available, parts, strict=False))
+        yield (
+            "gated_residual_norm_backward",
+            (
+                d_residual, d_normed, x, *given, None if d_normed is None else stats, other,
+                None if other is None else factors, False, 2 * parts[-1],
+            ),
+        )  # fmt: skip
 
 
 @pytest.mark.parametrize("backend", [backend for backend in FUSED if backend.values != ("triton",)])

@@ -233,7 +233,7 @@ def test_frozen_inputs_change_no_other_gradient(backend, frozen):
 def test_large_outputs_are_those_of_their_parts(dtype, inner, poisoned_memory):
     """From 8 MB on the CPU kernels write past the cache where rows are aligned, by other instructions."""
     device = "cuda" if HAS_GPU else "cpu"
-    backend = dispatch.resolve("auto", device, dtype)
+    backend = dispatch.resolve("gelu", "auto", device, dtype)
     if backend == "reference":
         pytest.skip("no compiled kernels")
     u, d_activation = (torch.randn(2100, inner, device=device).to(dtype) for _ in range(2))
@@ -283,12 +283,29 @@ def test_keeps_the_preactivation_but_not_the_activation(backend, name):
     assert output.data_ptr() not in saved
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_opcheck(backend):
+WEIGHTS = torch.linspace(-1, 1, 128).view(16, 8), torch.linspace(1, -1, 64).view(4, 16)
+CALLS = {
+    "linear_gelu": lambda x, backend: linear_gelu(x, WEIGHTS[0].to(x.dtype), backend=backend),
+    "gelu_mlp": lambda x, backend: gelu_mlp(
+        x, WEIGHTS[0].to(x.dtype), None, WEIGHTS[1].to(x.dtype), None, backend=backend
+    ),
+}
+
+
+def raw_samples(backend):
+    """Arguments of every raw op, for test_registry.py."""
     u, gradient = torch.randn(3, 8, device=device_of(backend)), torch.randn(3, 16, device=device_of(backend))[:, :8]
-    torch.library.opcheck(op.FORWARD[backend], (u,))
+    yield "gelu_forward", (u,)
     for activation, bias in itertools.product((False, True), repeat=2):
-        torch.library.opcheck(op.BACKWARD[backend], (gradient, u, activation, bias))
+        yield "gelu_backward", (gradient, u, activation, bias)
+    if backend == "cuda":  # the fakes of the products are tested without a card in test_gelu_cublaslt.py
+        x, weight, bias, weight2 = (
+            torch.randn(shape, device="cuda").bfloat16() for shape in ((6, 16), (24, 16), (24,), (8, 24))
+        )
+        u, d_output = torch.randn(6, 24, device="cuda").bfloat16(), torch.randn(6, 8, device="cuda").bfloat16()
+        yield "linear_gelu_gemm", (x, weight, bias)
+        yield "linear_gelu_gemm", (x, weight, None)
+        yield "gelu_mlp_gemm_backward", (d_output, weight2, u)
 
 
 @pytest.mark.parametrize("backend", [backend for backend in FUSED if backend.values != ("triton",)])

@@ -229,13 +229,19 @@ def test_memory_is_linear_in_the_tokens():
     assert tokens * 2 * width <= fused.elements <= tokens * (2 * width + 256)
 
 
-@pytest.mark.parametrize("backend", FUSED)
-@pytest.mark.parametrize("masked", [False, True])
-def test_opcheck(backend, masked):
+CALLS = {"gram_alignment_loss": lambda x, backend: gram_alignment_loss(x, x.detach().square(), backend=backend)}
+
+
+def raw_samples(backend):
+    """Arguments of every raw op, for test_registry.py."""
     student, teacher = on(backend, torch.randn(2, 3, 5, 8), torch.randn(2, 3, 5, 4))
-    mask = torch.rand(2, 3, 5, device=student.device) > 0.5 if masked else None
-    for gradient in (False, True):
-        torch.library.opcheck(op.GRAM[backend], (student, teacher, mask, 0.1, 0, 1e-6, gradient))
+    for mask in (None, torch.rand(2, 3, 5, device=student.device) > 0.5):
+        for gradient in (False, True):
+            yield "gram_alignment", (student, teacher, mask, 0.1, 0, 1e-6, gradient)
+    if backend in op.STRIP:
+        difference = torch.randn(2, 3, 5, device=student.device)
+        for kind, gradient in itertools.product(KINDS.values(), (None, torch.empty_like(difference))):
+            yield "gram_alignment_strip", (difference, 3, 0.1, kind, gradient)
 
 
 @pytest.mark.parametrize("backend", FUSED)

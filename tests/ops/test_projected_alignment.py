@@ -8,7 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layersync_kernels.functional.cosine import layersync_loss
 from layersync_kernels.functional.projected import projected_alignment_loss
 from layersync_kernels.ops.cosine_alignment.op import IN_PLACE
-from layersync_kernels.ops.projected_alignment import op
+from layersync_kernels.ops.projected_alignment import chunks
 
 from ..support.backends import (
     ALL,
@@ -27,8 +27,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 def small_chunks(monkeypatch):
     """Few rows are several chunks, the last of them smaller than the others."""
     for name in ("_CHUNK_BYTES", "_LINEAR_BYTES"):
-        monkeypatch.setattr(op, name, {"cpu": 1, "cuda": 1})
-    monkeypatch.setattr(op, "_FEWEST_ROWS", 4)
+        monkeypatch.setattr(chunks, name, {"cpu": 1, "cuda": 1})
+    monkeypatch.setattr(chunks, "_FEWEST_ROWS", 4)
 
 
 def inputs(*leading, width=5, projected=7, dtype=torch.float32, device="cpu"):
@@ -226,14 +226,21 @@ class Largest(TorchDispatchMode):
 @pytest.mark.parametrize("reduction", ["mean", "none"])
 def test_no_projected_tensor_is_ever_whole(backend, reduction):
     hidden, weight, bias, teacher = (move(x, backend).half() for x in inputs(3, 14, width=6, projected=64))
-    hidden, teacher = hidden[:, 1:], teacher[:, 1:]  # without a class token, as a critic's features come
+    hidden, teacher = hidden[:, 1:], teacher[:, 1:]  # without a class token, as a teacher's features come
     with Largest(but=hidden.numel()) as largest:
         run(hidden, weight, bias, teacher, backend, reduction=reduction)
     assert 4 * 64 <= largest.numel <= 7 * 64  # a chunk of z, the weight
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_opcheck(backend):
+CALLS = {
+    "projected_alignment_loss": lambda x, backend: projected_alignment_loss(
+        x, torch.linspace(-1, 1, 64, dtype=x.dtype).view(8, 8), None, x.detach().flip(1), backend=backend
+    )
+}
+
+
+def raw_samples(backend):
+    """Arguments of the raw op, for test_registry.py."""
     hidden, weight, bias, teacher = (move(x, backend) for x in inputs(3, 3))
     row_weight = move(torch.rand(9), backend)
     for options in (
@@ -241,7 +248,7 @@ def test_opcheck(backend):
         (row_weight, None, 1e-6, 0, False, False, False),
         (row_weight, torch.ones_like(teacher[..., 0]), 1e-6, 0, True, False, True),
     ):
-        torch.library.opcheck(op.RUN[backend], (hidden, weight, bias, teacher, *options))
+        yield "projected_alignment", (hidden, weight, bias, teacher, *options)
 
 
 @pytest.mark.parametrize("backend", FUSED)

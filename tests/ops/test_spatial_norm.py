@@ -114,14 +114,23 @@ def test_nan_and_infinity_stay_in_their_channel_and_sample(backend, value, token
 @pytest.mark.parametrize("width", [768, 770])
 def test_large_outputs_are_those_of_their_samples(dtype, width, poisoned_memory):
     """From 8 MB on the CPU kernels write past the cache where rows are aligned; threads share samples and channels."""
-    backend = dispatch.resolve("auto", "cuda" if HAS_GPU else "cpu", dtype)
+    backend = dispatch.resolve("spatial_norm", "auto", "cuda" if HAS_GPU else "cpu", dtype)
     x = torch.randn(3, 2000, width).to(dtype)
     whole = check(x, backend)
     for sample, expected in zip(x.split(1), whole.split(1), strict=True):
         assert torch.equal(run(sample, backend), expected)
 
 
-@pytest.mark.parametrize("backend", ALL)
+@pytest.mark.parametrize("backend", FUSED)
+def test_a_gradient_that_kernels_do_not_have_is_refused(backend):
+    leaf = torch.randn(2, 5, 3, device=device_of(backend), requires_grad=True)
+    with pytest.raises(RuntimeError, match=f"spatial_norm: backend='{backend}' cannot run: .* have no gradient"):
+        spatial_norm(leaf, backend=backend)
+    with torch.no_grad():
+        assert torch.equal(spatial_norm(leaf, backend=backend), spatial_norm(leaf.detach(), backend=backend))
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 def test_a_gradient_goes_through_the_reference(backend):
     x = torch.randn(2, 5, 3, device=device_of(backend))
     leaf = x.clone().requires_grad_()
@@ -134,10 +143,17 @@ def test_a_gradient_goes_through_the_reference(backend):
         assert not spatial_norm(leaf, backend=backend).requires_grad
 
 
-@pytest.mark.parametrize("backend", FUSED)
-def test_opcheck_and_fullgraph(backend):
+CALLS = {"spatial_norm": lambda x, backend: spatial_norm(x, backend=backend)}
+
+
+def raw_samples(backend):
+    """Arguments of the raw op, for test_registry.py."""
     x = torch.randn(2, 6, 8, device=device_of(backend))
-    torch.library.opcheck(op.SPATIAL_NORM[backend], (x[:, 1:], 0.6, 1e-6))
+    yield "spatial_norm", (x[:, 1:], 0.6, 1e-6)
+
+
+@pytest.mark.parametrize("backend", FUSED)
+def test_fullgraph_compile_equals_eager_and_does_not_recompile(backend):
     torch._dynamo.reset()
 
     def step(x):

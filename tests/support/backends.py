@@ -16,19 +16,22 @@ def device_of(backend):
     return "cuda" if backend == "cuda" or (backend == "triton" and HAS_GPU) else "cpu"
 
 
-def _mark(backend):
+def mark(backend):
+    """A backend for `parametrize`, skipped where its kernels cannot run."""
     reasons = []
-    if backend == "cuda":
+    if backend == "library":
+        pass
+    elif backend == "cuda":
         reasons.append(pytest.mark.gpu)
     else:
         try:
-            dispatch.choose(backend, device_of(backend), torch.float32)
+            dispatch.choose("cosine_alignment", backend, device_of(backend), torch.float32)
         except RuntimeError as error:  # a build without a compiler, tested by tests/build/test_build.py
             reasons.append(pytest.mark.skip(reason=str(error)))
     return pytest.param(backend, marks=reasons)
 
 
-FUSED = [_mark(backend) for backend in ("cpp", "triton", "cuda")]
+FUSED = [mark(backend) for backend in ("cpp", "triton", "cuda")]
 ALL = [*FUSED, "reference"]
 
 

@@ -16,9 +16,35 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from .. import dispatch, native, raw_op
-from ..autograd import FusedFunction, differentiable_once
+from ..autograd import FusedFunction, differentiable_once, transform
+from ..registry import Op, register
+from .reference import self_attention_reference
+
+
+def _slower(backend: str) -> str | None:
+    """Kernels beat torch's attention with AVX-512 and AVX2, at any shape and dtype; the portable loops do not.
+
+    Torch's time by theirs, forward and backward together, on two cores of a Zen 4 EPYC with 16 to 4096 tokens and head
+    widths 32 to 128: bf16 1.8 to 5.3, fp32 1.2 to 2.2, fp16 4.9 to 8.6. Held to AVX2, beside torch with AVX-512: 0.9 to
+    1.5. The portable loops: 0.1.
+    """
+    portable = native.cpp().facts.cpu_isa() == "generic"
+    return "the portable loops, all that this CPU can run, are slower than torch's attention" if portable else None
+
+
+register(
+    Op(
+        "attention",
+        ("self_attention",),
+        self_attention_reference,
+        backends=("cpp",),
+        otherwise="torch's scaled_dot_product_attention",
+        slower=_slower,
+    )
+)
 
 
 def _fake_forward(qkv: Tensor, heads: int) -> Tensor:
@@ -31,13 +57,9 @@ def _fake_backward(d_out: Tensor, qkv: Tensor, heads: int) -> Tensor:
 
 
 # qkv: (B, N, 3·heads·E) at any stride. Returns the attention (B, N, heads·E), contiguous.
-FORWARD = raw_op.declare(
-    "attention_forward", "(Tensor qkv, int heads) -> Tensor", _fake_forward, None, backends=("cpp",)
-)
+FORWARD = raw_op.declare("attention_forward", _fake_forward, kind="attention", backends=("cpp",), kept=True)
 # d_out: (B, N, heads·E) of qkv's dtype, at any stride. Returns the gradient of qkv, contiguous.
-BACKWARD = raw_op.declare(
-    "attention_backward", "(Tensor d_out, Tensor qkv, int heads) -> Tensor", _fake_backward, None, backends=("cpp",)
-)
+BACKWARD = raw_op.declare("attention_backward", _fake_backward, kind="attention", backends=("cpp",))
 
 
 class SelfAttention(FusedFunction):
@@ -86,27 +108,14 @@ class UnpackHeads(FusedFunction):
         return torch.stack([gradient.transpose(1, 2) for gradient in gradients], dim=2).flatten(2), None
 
 
-def _kernels_win() -> bool:
-    """Whether the kernels beat torch's attention, which they do with AVX-512 and AVX2 at any shape and dtype.
-
-    Torch's time by theirs, forward and backward together, on two cores of a Zen 4 EPYC with 16 to 4096 tokens and head
-    widths 32 to 128: bf16 1.8 to 5.3, fp32 1.2 to 2.2, fp16 4.9 to 8.6. Held to AVX2, beside torch with AVX-512: 0.9 to
-    1.5. The portable loops: 0.1.
-    """
-    return native.cpp().facts.cpu_isa() != "generic"
-
-
-_kernels_win._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve
-
-
 def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor:
     """Multi-head self-attention, softmax(q·kᵀ / √E)·v over all tokens, without mask or dropout.
 
     Args:
         qkv: (B, N, 3·H·E), laid out [3, H, E] in the last dimension as a joint projection leaves it; any strides.
         num_heads: H.
-        backend: "auto" takes the C++ kernels where they are the faster ones; "cpp" takes them; every other backend
-            runs torch's `scaled_dot_product_attention`.
+        backend: "auto" takes the C++ kernels where they are the faster ones; "cpp" takes them; "reference" is torch's
+            `scaled_dot_product_attention`. There are no kernels for a GPU.
 
     Returns:
         (B, N, H·E) of qkv's dtype.
@@ -122,8 +131,11 @@ def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor
             f"self_attention: the last dimension of qkv must be 3 · {num_heads} heads · head width, got "
             f"{qkv.shape[-1]} in {tuple(qkv.shape)}"
         )
-    name = dispatch.resolve(backend, qkv.device.type, qkv.dtype)
-    if name != "cpp" or (backend == "auto" and not _kernels_win()):
+    name = dispatch.resolve("self_attention", backend, qkv.device.type, qkv.dtype)
+    if name == "reference":
+        if transform() is not None:
+            with sdpa_kernel(SDPBackend.MATH):  # the others have neither a batching rule nor forward derivatives
+                return self_attention_reference(qkv, num_heads)
         out = F.scaled_dot_product_attention(*UnpackHeads.run(qkv, num_heads))
         return out.transpose(1, 2).flatten(2)
     return SelfAttention.run(qkv, num_heads, name)

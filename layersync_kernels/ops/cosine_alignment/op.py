@@ -15,6 +15,10 @@ from torch import Tensor
 
 from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
+from ..registry import Op, register
+from .reference import cosine_alignment_reference
+
+register(Op("cosine_alignment", ("layersync_loss",), cosine_alignment_reference))
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 
@@ -60,42 +64,18 @@ def _fake_in_place(
     return loss, student.new_empty((1, student.shape[-1]) if summed else (0,), dtype=torch.float32)
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from . import triton
-
-    return triton.forward(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import triton
-
-    return triton.backward(*args)
-
-
 # weight: (M,) contiguous float32 or None. reduction: see REDUCTIONS. Returns (loss, stats (3, M), scale ()), all fp32.
 FORWARD = raw_op.declare(
-    "cosine_alignment_forward",
-    "(Tensor student, Tensor teacher, Tensor? weight, float eps, int reduction) -> (Tensor, Tensor, Tensor)",
-    _fake_forward,
-    _triton_forward,
+    "cosine_alignment_forward", _fake_forward, kind="alignment", python={"triton": "triton:forward"}
 )
 # grad: the gradient of the loss, () or (leading), fp32. Returns both gradients, contiguous; an unwanted one is empty.
 BACKWARD = raw_op.declare(
-    "cosine_alignment_backward",
-    "(Tensor grad, Tensor student, Tensor teacher, Tensor? weight, Tensor stats, Tensor scale, bool student_grad, "
-    "bool teacher_grad) -> (Tensor, Tensor)",
-    _fake_backward,
-    _triton_backward,
+    "cosine_alignment_backward", _fake_backward, kind="alignment", python={"triton": "triton:backward"}
 )
 # Both passes in one, for a student (contiguous) that nothing else needs: its gradient, times `scale`, takes its place.
 # grad as above. Returns the loss and, where wanted, the sum of that gradient over the rows, fp32.
 IN_PLACE = raw_op.declare(
-    "cosine_alignment_in_place",
-    "(Tensor(a!) student, Tensor teacher, Tensor? weight, Tensor grad, float eps, float scale, int reduction, "
-    "bool summed) -> (Tensor, Tensor)",
-    _fake_in_place,
-    None,
-    ("cpp",),
+    "cosine_alignment_in_place", _fake_in_place, kind="alignment", backends=("cpp",), mutates=("student",)
 )
 
 

@@ -15,14 +15,28 @@ their own dtype; what crosses beyond that is one number. Its gradient needs no o
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
+from ..raw_op import LIBRARY
+from ..registry import COMPOSITE, Op, register
+from .reference import dispersive_loss_reference
+
+register(
+    Op(
+        "dispersive",
+        ("dispersive_loss",),
+        dispersive_loss_reference,
+        backends=(),
+        otherwise="library products on every device",
+    )
+)
 
 # Elements of a chunk. A CPU's should fit its cache; a GPU's should outlast the launch of its kernels.
 _CHUNK = {"cpu": 1 << 18}
@@ -40,7 +54,8 @@ def _chunks(rows: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield columns, chunk - chunk.mean(dim=0)
 
 
-def _affinity(rows: Tensor, rank: int, world: int, temperature: float) -> Tensor:
+def affinity(rows: Tensor, rank: int, world: int, temperature: float) -> Tensor:
+    """Compute AFFINITY."""
     own = _own(rows, rank, world)
     dtype = torch.promote_types(rows.dtype, torch.float32)
     products = rows.new_zeros((rows.shape[0] // world, rows.shape[0]), dtype=dtype)
@@ -54,7 +69,8 @@ def _affinity(rows: Tensor, rank: int, world: int, temperature: float) -> Tensor
     return distances.mul_(-_scale(rows, temperature)).exp_()
 
 
-def _affinity_grad(grad: Tensor, rows: Tensor, affinity: Tensor, rank: int, world: int, temperature: float) -> Tensor:
+def affinity_grad(grad: Tensor, rows: Tensor, affinity: Tensor, rank: int, world: int, temperature: float) -> Tensor:
+    """Compute AFFINITY_GRAD."""
     laplacian = -affinity
     diagonal = laplacian.diagonal(_own(rows, rank, world).start)
     diagonal.zero_()  # its ones would cost small affinities their digits in the sum, and cancel
@@ -86,31 +102,21 @@ def _fake_affinity_grad(
     return rows.new_empty((affinity.shape[0], rows.shape[1]))
 
 
-def _define(name: str, schema: str, implementation: Callable[..., Tensor], fake: Callable[..., Tensor]) -> Any:
-    torch.library.define(f"layersync::{name}", schema)
-    torch.library.impl(f"layersync::{name}", "CompositeExplicitAutograd")(implementation)
-    torch.library.register_fake(f"layersync::{name}", fake)
-    return getattr(torch.ops.layersync, name).default
-
-
 # rows: (B, K) of all processes. Returns E of the own rows, (B / world, B), float32 (float64 for float64 rows).
-AFFINITY = _define(
-    "dispersive_affinity",
-    "(Tensor rows, int rank, int world, float temperature) -> Tensor",
-    _affinity,
-    _fake_affinity,
-)
+AFFINITY = raw_op.declare(
+    "dispersive_affinity", _fake_affinity, kind=COMPOSITE, backends=(LIBRARY,), python={LIBRARY: "op:affinity"}
+)[LIBRARY]
 # grad: of S, (). Returns the gradient of the own rows, (B / world, K), in the dtype of the rows.
-AFFINITY_GRAD = _define(
-    "dispersive_affinity_grad",
-    "(Tensor grad, Tensor rows, Tensor affinity, int rank, int world, float temperature) -> Tensor",
-    _affinity_grad,
-    _fake_affinity_grad,
-)
+AFFINITY_GRAD = raw_op.declare(
+    "dispersive_affinity_grad", _fake_affinity_grad, kind=COMPOSITE, backends=(LIBRARY,),
+    python={LIBRARY: "op:affinity_grad"},
+)[LIBRARY]  # fmt: skip
 
 
 class AffinitySum(FusedFunction):
     """S over the own rows i and all rows j, with the gradient of the S over all i and j."""
+
+    instead = "write the loss in plain PyTorch there"
 
     @staticmethod
     def forward(

@@ -22,13 +22,56 @@ would add up what two teachers send. A third row of `factors` counts them, and t
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
+from ..registry import Op, register
+from .reference import gated_residual_norm_reference
+
+register(
+    Op(
+        "gated_residual_norm",
+        (
+            "gated_residual_norm",
+            "gated_residual",
+            "modulated_layer_norm",
+            "modulated_rms_norm",
+            "aligned_residual_norm",
+        ),
+        gated_residual_norm_reference,
+    )
+)
+
+
+def as_groups(modulation: Tensor, leading: Sequence[int]) -> Tensor:
+    """View a modulation that broadcasts over (*leading, D) as (G, D), or expand it to one row per token.
+
+    Args:
+        modulation: (*dims, D), one dimension for each of `leading`, equal to it or 1.
+        leading: the dimensions of the tokens.
+    """
+    *dims, width = modulation.shape
+    shared = len(dims)  # dimensions from here on share a row
+    while shared > 0 and dims[shared - 1] == 1:
+        shared -= 1
+    if tuple(dims[:shared]) == tuple(leading[:shared]):
+        return modulation.reshape(math.prod(dims), width)
+    return modulation.expand(*leading, width).reshape(math.prod(leading), width)
+
+
+def in_equal_groups(modulations: Sequence[Tensor]) -> list[Tensor]:
+    """Repeat the rows of (G, D) modulations up to the finest division among them."""
+    groups = max(m.shape[0] for m in modulations)
+    return [
+        m if m.shape[0] == groups else m.unsqueeze(1).expand(-1, groups // m.shape[0], -1).flatten(0, 1)
+        for m in modulations
+    ]
 
 
 def _fake_forward(
@@ -84,18 +127,6 @@ def _fake_backward(
     )
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, ...]:
-    from . import triton
-
-    return triton.forward(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
-    from . import triton
-
-    return triton.backward(*args)
-
-
 # x: (..., D) with D > 0; branch and student, if given, of the same shape; student has x's dtype, branch has `dtype`
 # where a norm is wanted. x's dtype is `dtype` or float32. gate, shift, scale: (G, D), rows of any stride, all of one
 # dtype, float32 or `dtype`; each serves M/G rows in a row. align_eps: see cosine_alignment. Returns, contiguous:
@@ -103,13 +134,7 @@ def _triton_backward(*args: Any) -> tuple[Tensor, ...]:
 #   normed: (..., D) of `dtype`, or (0,) without norm.
 #   stats: (2, M) float32, mean (0 where rms) and 1/sqrt(variance + eps), or (0,).
 #   alignment: (3, M) float32, cosine and both reciprocal norms (student, residual) as in cosine_alignment, or (0,).
-FORWARD = raw_op.declare(
-    "gated_residual_norm_forward",
-    "(Tensor x, Tensor? branch, Tensor? gate, Tensor? shift, Tensor? scale, Tensor? student, bool norm, bool rms, "
-    "float eps, float align_eps, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
-    _fake_forward,
-    _triton_forward,
-)
+FORWARD = raw_op.declare("gated_residual_norm_forward", _fake_forward, kind="rows", python={"triton": "triton:forward"})
 # Gradients of the two outputs as far as there are any, at any stride: d_residual has residual's dtype; d_normed that of
 # branch where there is one. residual: the forward's, or x without branch. other (..., D) of residual's dtype and
 # factors (2, M) float32: factors[0]·other + factors[1]·residual is added to the gradient of the residual. groups: G, or
@@ -119,12 +144,43 @@ FORWARD = raw_op.declare(
 #   d_gate, d_shift, d_scale: (G, D) float32, or (0,): d_gate without gate, the other two without d_normed.
 BACKWARD = raw_op.declare(
     "gated_residual_norm_backward",
-    "(Tensor? d_residual, Tensor? d_normed, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale, "
-    "Tensor? stats, Tensor? other, Tensor? factors, bool rms, SymInt groups) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _fake_backward,
-    _triton_backward,
+    kind="rows",
+    python={"triton": "triton:backward"},
+    symbolic=("groups",),
 )
+
+
+class Inputs(NamedTuple):
+    """What `GatedResidualNorm` takes, and in the same places which of it wants a gradient, and the gradients."""
+
+    x: Any
+    branch: Any
+    gate: Any
+    shift: Any
+    scale: Any
+    student: Any = None
+    student_slot: Any = None
+    student_factors: Any = None
+    tap: Any = None
+    norm: Any = None
+    rms: Any = None
+    eps: Any = None
+    align_eps: Any = None
+    dtype: Any = None
+    backend: Any = None
+
+
+class Results(NamedTuple):
+    """What `GatedResidualNorm` gives: the results of the raw op, the cosine (...), and the two halves of a tap."""
+
+    residual: Tensor
+    normed: Tensor
+    stats: Tensor
+    alignment: Tensor
+    cosine: Tensor
+    slot: Tensor
+    factors: Tensor
 
 
 class GatedResidualNorm(FusedFunction):
@@ -147,10 +203,11 @@ class GatedResidualNorm(FusedFunction):
         align_eps: float,
         dtype: torch.dtype,
         backend: str,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """(residual, normed, stats, alignment) of the raw op, the cosine, and the two halves of a tap."""
-        outputs = FORWARD[backend](x, branch, gate, shift, scale, student, norm, rms, eps, align_eps, dtype)
-        residual, normed, stats, alignment = outputs
+    ) -> tuple[Tensor, ...]:
+        """See `Results`."""
+        residual, normed, stats, alignment = FORWARD[backend](
+            x, branch, gate, shift, scale, student, norm, rms, eps, align_eps, dtype
+        )
         leading = x.shape[:-1]
         cosine = x.new_empty((0,), dtype=torch.float32) if student is None else alignment[0].clone().view(leading)
         slot = x.new_zeros((1,) * x.dim()).expand(x.shape) if tap else x.new_empty((0,))
@@ -160,22 +217,21 @@ class GatedResidualNorm(FusedFunction):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward pass reads."""
-        x, branch, gate, shift, scale, student, _, _, ctx.tap, norm, rms, _, _, _, backend = inputs
-        residual, _, stats, alignment, *_ = output
-        ctx.mark_non_differentiable(stats, alignment)
+        given, made = Inputs(*inputs), Results(*output)
+        ctx.mark_non_differentiable(made.stats, made.alignment)
         ctx.set_materialize_grads(False)
         ctx.save_for_backward(
-            x if branch is None else residual,
-            branch,
-            gate,
-            scale,
-            stats if norm else None,
-            None if student is None else alignment,
+            given.x if given.branch is None else made.residual,
+            given.branch,
+            given.gate,
+            given.scale,
+            made.stats if given.norm else None,
+            None if given.student is None else made.alignment,
         )
-        modulations = [m for m in (gate, shift, scale) if m is not None]
+        modulations = [m for m in (given.gate, given.shift, given.scale) if m is not None]
         ctx.groups = modulations[0].shape[0] if modulations else 0
-        ctx.rms, ctx.backend = rms, backend
-        ctx.shift_dtype = None if shift is None else shift.dtype
+        ctx.tap, ctx.rms, ctx.backend = given.tap, given.rms, given.backend
+        ctx.shift_dtype = None if given.shift is None else given.shift.dtype
 
     @staticmethod
     def backward(
@@ -190,7 +246,6 @@ class GatedResidualNorm(FusedFunction):
     ) -> tuple[Tensor | None, ...]:
         """Gradients of x, branch, gate, shift, scale, and the student's in factored form."""
         residual, branch, gate, scale, stats, alignment = ctx.saved_tensors
-        none: tuple[None, ...] = (None,) * 7
         slot = factors = None
         # Dynamo hands in a gradient for every output, be it one that was not asked for.
         d_residual = None if branch is None else d_residual
@@ -204,12 +259,12 @@ class GatedResidualNorm(FusedFunction):
             slot = residual.detach()
             factors = torch.stack([g * rnorm_teacher, -g * cosine * rnorm_student, torch.ones_like(g)])
         if d_residual is None and d_normed is None and d_slot is None:
-            return None, None, None, None, None, None, slot, factors, *none
+            return tuple(Inputs(None, None, None, None, None, student_slot=slot, student_factors=factors))
         if d_slot is not None:
             assert d_factors is not None
             d_factors = torch.where(d_factors[2] == 1, d_factors[:2], torch.nan)
-        wanted = ctx.needs_input_grad
-        groups = ctx.groups if any(wanted[2:5]) else 0
+        wanted = Inputs(*ctx.needs_input_grad)
+        groups = ctx.groups if wanted.gate or wanted.shift or wanted.scale else 0
         dx, d_branch, d_gate, d_shift, d_scale = BACKWARD[ctx.backend](
             d_residual, d_normed, residual, branch, gate, scale, stats, d_slot, d_factors, ctx.rms, groups
         )
@@ -217,23 +272,22 @@ class GatedResidualNorm(FusedFunction):
             dx = d_residual
         inputs = [x for x in (d_residual, d_normed, residual, branch, gate, scale) if x is not None]
 
-        def give(index: int, gradient: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
-            if not wanted[index] or gradient is None:
+        def give(is_wanted: bool, gradient: Tensor | None, dtype: torch.dtype | None = None) -> Tensor | None:
+            if not is_wanted or gradient is None:
                 return None
             return differentiable_once(gradient if dtype is None else gradient.to(dtype), *inputs)
 
         affine = d_normed is not None
-        return (
-            give(0, dx),
-            give(1, d_branch),
-            give(2, d_gate, None if gate is None else gate.dtype),
-            give(3, d_shift if affine else None, ctx.shift_dtype),
-            give(4, d_scale if affine else None, None if scale is None else scale.dtype),
-            None,
-            slot,
-            factors,
-            *none,
+        gradients = Inputs(
+            give(wanted.x, dx),
+            give(wanted.branch, d_branch),
+            give(wanted.gate, d_gate, None if gate is None else gate.dtype),
+            give(wanted.shift, d_shift if affine else None, ctx.shift_dtype),
+            give(wanted.scale, d_scale if affine else None, None if scale is None else scale.dtype),
+            student_slot=slot,
+            student_factors=factors,
         )
+        return tuple(gradients)  # Dynamo loses the gradients of a NamedTuple
 
 
 def gated_residual_norm(
@@ -258,7 +312,9 @@ def gated_residual_norm(
         (residual, normed, cosine, (slot, factors)); those that were not asked for are empty.
     """
     hidden, slot, factors = student if student is not None else (None, None, None)
-    residual, normed, _, _, cosine, out_slot, out_factors = GatedResidualNorm.run(
-        x, branch, gate, shift, scale, hidden, slot, factors, tap, norm, rms, eps, align_eps, dtype, backend
+    made = Results(
+        *GatedResidualNorm.run(
+            x, branch, gate, shift, scale, hidden, slot, factors, tap, norm, rms, eps, align_eps, dtype, backend
+        )
     )
-    return residual, normed, cosine, (out_slot, out_factors)
+    return made.residual, made.normed, made.cosine, (made.slot, made.factors)

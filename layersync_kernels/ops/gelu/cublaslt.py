@@ -26,22 +26,10 @@ def _fake_backward(d_output: Tensor, weight2: Tensor, preactivation: Tensor) -> 
 
 # x: (M, I), weight: (O, I), bias: (O,), of one half type. Returns gelu(x·Wᵀ + b) and its pre-activation, both (M, O).
 # The activation is that of the unrounded pre-activation.
-FORWARD = raw_op.declare(
-    "linear_gelu_gemm",
-    "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
-    _fake_forward,
-    None,
-    ("cuda",),
-)["cuda"]
+FORWARD = raw_op.declare("linear_gelu_gemm", _fake_forward, kind="products", backends=("cuda",), kept=True)["cuda"]
 # d_output: (M, O), weight2: (O, H), preactivation: (M, H) contiguous, of one half type. Returns the gradient of the
 # pre-activation and the column sums of that gradient, which the library can give in their half type only.
-BACKWARD = raw_op.declare(
-    "gelu_mlp_gemm_backward",
-    "(Tensor d_output, Tensor weight2, Tensor preactivation) -> (Tensor, Tensor)",
-    _fake_backward,
-    None,
-    ("cuda",),
-)["cuda"]
+BACKWARD = raw_op.declare("gelu_mlp_gemm_backward", _fake_backward, kind="products", backends=("cuda",))["cuda"]
 
 
 def supports(backend: str, rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:

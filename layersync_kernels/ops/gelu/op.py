@@ -16,7 +16,11 @@ from torch import Tensor
 
 from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
+from ..registry import Op, register
 from . import cublaslt
+from .reference import linear_gelu_reference
+
+register(Op("gelu", ("linear_gelu", "gelu_mlp"), linear_gelu_reference))
 
 
 def _fake_forward(preactivation: Tensor) -> Tensor:
@@ -34,29 +38,12 @@ def _fake_backward(
     )
 
 
-def _triton_forward(*args: Any) -> Tensor:
-    from . import triton
-
-    return triton.forward(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from . import triton
-
-    return triton.backward(*args)
-
-
 # preactivation: (M, W) contiguous. Returns its tanh-GELU.
-FORWARD = raw_op.declare("gelu_forward", "(Tensor preactivation) -> Tensor", _fake_forward, _triton_forward)
+FORWARD = raw_op.declare("gelu_forward", _fake_forward, kind="gelu", python={"triton": "triton:forward"})
 # d_activation: (M, W) of preactivation's dtype, at any row stride. Returns, contiguous: the gradient of the
 # preactivation; the activation, or (0,) where not wanted; the column sums of that gradient, unrounded, in float32, or
 # (0,) where not wanted.
-BACKWARD = raw_op.declare(
-    "gelu_backward",
-    "(Tensor d_activation, Tensor preactivation, bool activation, bool bias) -> (Tensor, Tensor, Tensor)",
-    _fake_backward,
-    _triton_backward,
-)
+BACKWARD = raw_op.declare("gelu_backward", _fake_backward, kind="gelu", python={"triton": "triton:backward"})
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

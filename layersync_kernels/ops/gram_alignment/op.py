@@ -14,6 +14,10 @@ from torch import Tensor
 
 from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
+from ..registry import COMPOSITE, Op, register
+from .reference import gram_alignment_reference
+
+register(Op("gram_alignment", ("gram_alignment_loss",), gram_alignment_reference))
 
 KINDS = {"relu": 0, "square": 1, "abs": 2}
 
@@ -29,44 +33,19 @@ def _fake_strip(difference: Tensor, diagonal: int, margin: float, kind: int, gra
     return difference.new_empty(difference.shape[:-1], dtype=torch.float32)
 
 
-def _cpp(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import strips
-
-    return strips.run(strips.library_strip(STRIP["cpp"]), *args)
-
-
-def _cuda(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import strips
-
-    return strips.run(strips.library_strip(STRIP["cuda"]), *args)
-
-
-def _triton(*args: Any) -> tuple[Tensor, Tensor]:
-    from . import strips, triton
-
-    return strips.run(triton.strip, *args)
-
-
 # mask: (..., N) bool or None. kind: see KINDS. Returns the value of each sample and, contiguous, the gradient of their
 # sum with respect to the student, or (0,) where it is not wanted; both fp32.
 GRAM = raw_op.declare(
     "gram_alignment",
-    "(Tensor student, Tensor teacher, Tensor? mask, float margin, int kind, float eps, bool gradient) "
-    "-> (Tensor, Tensor)",
     _fake,
-    _triton,
+    kind=COMPOSITE,
+    python={"cpp": "strips:run_cpp", "cuda": "strips:run_cuda", "triton": "strips:run_triton"},
 )
-torch.library.impl("layersync_cpp::gram_alignment", "cpu")(_cpp)
-torch.library.impl("layersync_cuda::gram_alignment", "cuda")(_cuda)
 # difference: (samples, rows, columns), contiguous. Returns the sums of f(|difference|) over each row, (samples, rows)
 # float32: the first `diagonal` columns once, the others, which stand for their mirror images too, twice. Writes the
 # derivative of each term into `gradient`, which may be `difference`: float32, on a GPU of the dtype of the differences.
 STRIP = raw_op.declare(
-    "gram_alignment_strip",
-    "(Tensor difference, int diagonal, float margin, int kind, Tensor(a!)? gradient) -> Tensor",
-    _fake_strip,
-    None,
-    ("cpp", "cuda"),
+    "gram_alignment_strip", _fake_strip, kind="alignment", backends=("cpp", "cuda"), mutates=("gradient",)
 )
 
 

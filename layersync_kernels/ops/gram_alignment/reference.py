@@ -15,7 +15,7 @@ def gram_alignment_reference(
 
     Args:
         student: (..., N, D1), whose rows have the cosines S.
-        teacher: (..., N, D2), likewise T; a constant.
+        teacher: (..., N, D2), whose rows have the cosines T; a constant.
         mask: bool, (..., N), or None. Tokens that it leaves out are not looked at; a sample without any gives 0.
         margin: differences below it count nothing.
         kind: "relu", "square" or "abs".

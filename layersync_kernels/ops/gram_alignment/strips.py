@@ -20,6 +20,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .op import STRIP
+
 _CHUNK = 1 << 18  # elements that are normalised at a time on a CPU: passes over them stay in the cache
 
 
@@ -123,6 +125,23 @@ def _accumulate(total: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
         total += torch.bmm(a, b, out_dtype=total.dtype)
 
 
+def run_cpp(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute the raw op of op.py on the CPU."""
+    return run(library_strip(STRIP["cpp"]), *args)
+
+
+def run_cuda(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute the raw op of op.py on a GPU."""
+    return run(library_strip(STRIP["cuda"]), *args)
+
+
+def run_triton(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute the raw op of op.py with strips in Triton."""
+    from . import triton
+
+    return run(triton.strip, *args)
+
+
 @torch.no_grad()
 def run(
     strip: StripFunction,
@@ -139,11 +158,12 @@ def run(
     batch, both, cpu = math.prod(leading), width + teacher.shape[-1], student.device.type == "cpu"
     dtype = product_dtype(student, teacher)
     rows = batch * tokens
-    v = student.new_empty((rows, both), dtype=dtype)
-    s, t = v[:, :width], v[:, width:]
+    v = student.new_empty((batch, tokens, both), dtype=dtype)
+    s, t = v[..., :width].flatten(0, 1), v[..., width:].flatten(0, 1)
     # G has three values for two of the kinds, but half types would round the sums: on a CPU they are sums in fp32.
     wide = s if dtype != torch.bfloat16 else s.new_empty(s.shape, dtype=torch.float32)
-    ds = s.new_empty(s.shape if gradient else (0,), dtype=torch.float32)
+    wide_samples = wide.unflatten(0, (batch, tokens))
+    ds = s.new_empty(wide_samples.shape if gradient else (0,), dtype=torch.float32)
     total = s.new_zeros(batch, dtype=torch.float64)
     valid = None if mask is None else mask.reshape(rows, 1)
     with torch.autocast(student.device.type, enabled=False):
@@ -155,7 +175,6 @@ def run(
         buffers = [v.new_empty(samples * height * tokens)]
         if gradient:
             buffers.append(v.new_empty(len(buffers[0]), dtype=wide.dtype) if wide.dtype != dtype else buffers[0])
-        v, wide_rows, ds_rows = (x.unflatten(0, (batch, tokens)) for x in (v, wide, ds if gradient else v))
         for group in (slice(sample, sample + samples) for sample in range(0, batch, samples)):
             for first in range(0, tokens, height):
                 last = min(first + height, tokens)
@@ -167,13 +186,13 @@ def run(
                 sums = strip(Strip(u, columns, scratch[0], g, margin, kind))
                 total[group] += sums.sum(dim=-1, dtype=torch.float64)
                 if g is not None:
-                    _accumulate(ds_rows[group, first:last], g, wide_rows[group, first:], first == 0)
+                    _accumulate(ds[group, first:last], g, wide_samples[group, first:], first == 0)
                     if last < tokens:
                         mirrored = g[:, :, last - first :].mT
-                        _accumulate(ds_rows[group, last:], mirrored, wide_rows[group, first:last], first == 0)
+                        _accumulate(ds[group, last:], mirrored, wide_samples[group, first:last], first == 0)
         count = total.new_full((batch,), tokens) if mask is None else mask.reshape(batch, tokens).sum(-1).double()
         pairs = count.square().clamp_(min=1)
         if gradient:
             scale = (2 / pairs).float().repeat_interleave(tokens, output_size=rows).unsqueeze(-1)
-            _pull_back(ds, wide, rnorm * scale)
+            _pull_back(ds.flatten(0, 1), wide, rnorm * scale)
     return (total / pairs).float().view(leading), ds.view(student.shape) if gradient else ds

@@ -2,25 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from torch import Tensor
 
 from .. import raw_op
+from ..registry import Op, register
+from .reference import spatial_norm_reference
+
+register(Op("spatial_norm", ("spatial_norm",), spatial_norm_reference, differentiable=False))
 
 
 def _fake(x: Tensor, alpha: float, eps: float) -> Tensor:
     return x.new_empty(x.shape)
 
 
-def _triton(*args: Any) -> Tensor:
-    from . import triton
-
-    return triton.spatial_norm(*args)
-
-
 # x: (B, N, D) at any stride of samples and tokens, N > 1. Returns (x - alpha·mean) / (std + eps), contiguous.
-SPATIAL_NORM = raw_op.declare("spatial_norm", "(Tensor x, float alpha, float eps) -> Tensor", _fake, _triton)
+SPATIAL_NORM = raw_op.declare("spatial_norm", _fake, kind="rows", python={"triton": "triton:spatial_norm"})
 
 
 def spatial_norm(x: Tensor, alpha: float, eps: float, backend: str) -> Tensor:
