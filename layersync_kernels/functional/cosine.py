@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.cosine_alignment import cosine_alignment, cosine_alignment_reference, reduce_rows
-from .checks import check_devices, check_reduction, check_tokens, row_weights
+from .checks import (
+    check_dense,
+    check_devices,
+    check_positive,
+    check_reduction,
+    check_tokens,
+    flat_weights,
+    row_weights,
+)
 
 
 def layersync_loss(
@@ -54,17 +62,14 @@ def layersync_loss(
     Source: the LayerSync paper's loss; gradient −(w/Σw)·(t̂ − c·ŝ)/‖s‖.
     """
     _check_pair(student, teacher)
-    check_reduction("layersync_loss", reduction, eps)
-    weight = None
-    if mask is not None or token_weight is not None:
-        weight = row_weights("layersync_loss", student, mask, token_weight)
+    check_reduction("layersync_loss", reduction)
+    check_positive("layersync_loss", "eps", eps)
+    weight = row_weights("layersync_loss", student, mask, token_weight)
     dtype = student.dtype if teacher.dtype != torch.float64 else torch.float64
     name = dispatch.resolve(backend, student.device.type, dtype)
     if name == "reference":
         return cosine_alignment_reference(student, teacher, weight, eps, reduction, teacher_grad)
-    if weight is not None:
-        weight = weight.to(torch.float32).expand(student.shape[:-1]).reshape(-1).contiguous()
-    return cosine_alignment(student, teacher, weight, eps, reduction, teacher_grad, name)
+    return cosine_alignment(student, teacher, flat_weights(weight, student), eps, reduction, teacher_grad, name)
 
 
 def cosine_loss(
@@ -74,18 +79,18 @@ def cosine_loss(
 
     Args:
         cosine: (...) fp32, one per token, as `aligned_residual_norm` gives it.
-        mask: as in `layersync_loss`.
-        token_weight: likewise.
-        reduction: likewise.
+        mask: bool, True for tokens that count, broadcast as in `layersync_loss`. Those it leaves out may hold NaN.
+        token_weight: float weight of each token, shaped like `mask`; multiplied with it. It is not differentiated.
+        reduction: "mean" (over the sum of weights), "sum" (the weighted sum), or "none" (−w·cosine per token).
 
     Returns:
-        fp32: a 0-d tensor, or like `cosine` for "none". Raises as `layersync_loss` does.
+        The cosine's dtype: a 0-d tensor, or like `cosine` for "none". Errors as `layersync_loss`.
     """
+    check_dense("cosine_loss", "cosine", cosine)
     check_reduction("cosine_loss", reduction)
-    weight = None
-    if mask is not None or token_weight is not None:
-        rows = cosine.unsqueeze(-1)
-        weight = row_weights("cosine_loss", rows, mask, token_weight).to(cosine.dtype).expand(cosine.shape)
+    weight = row_weights("cosine_loss", cosine.unsqueeze(-1), mask, token_weight)
+    if weight is not None:
+        weight = weight.to(cosine.dtype).expand(cosine.shape)
     return reduce_rows(cosine, weight, reduction)
 
 

@@ -50,7 +50,7 @@ def gelu_mlp(
     """Linear, tanh-GELU, linear: the MLP of a DiT block, which keeps its pre-activation but not its activation.
 
     Backward computes the activation again in the pass that multiplies by the derivative of GELU: (M, H) less memory for
-    one more write, where H is the inner width. Arguments, results and errors as `linear_gelu`.
+    one more write, where H is the inner width. Results and errors as `linear_gelu`.
 
     Args:
         x: (..., I).
@@ -58,7 +58,7 @@ def gelu_mlp(
         bias1: (H,) or None.
         weight2: (O, H).
         bias2: (O,) or None.
-        backend: as `linear_gelu`.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         (..., O).

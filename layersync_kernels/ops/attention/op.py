@@ -14,10 +14,9 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from .. import dispatch, native, raw_op
+from .. import native, raw_op
 from ..autograd import FusedFunction, differentiable_once
 
 
@@ -86,7 +85,7 @@ class UnpackHeads(FusedFunction):
         return torch.stack([gradient.transpose(1, 2) for gradient in gradients], dim=2).flatten(2), None
 
 
-def _kernels_win() -> bool:
+def kernels_win() -> bool:
     """Whether the kernels beat torch's attention, which they do with AVX-512 and AVX2 at any shape and dtype.
 
     Torch's time by theirs, forward and backward together, on two cores of a Zen 4 EPYC with 16 to 4096 tokens and head
@@ -96,34 +95,4 @@ def _kernels_win() -> bool:
     return native.cpp().facts.cpu_isa() != "generic"
 
 
-_kernels_win._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve
-
-
-def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor:
-    """Multi-head self-attention, softmax(q·kᵀ / √E)·v over all tokens, without mask or dropout.
-
-    Args:
-        qkv: (B, N, 3·H·E), laid out [3, H, E] in the last dimension as a joint projection leaves it; any strides.
-        num_heads: H.
-        backend: "auto" takes the C++ kernels where they are the faster ones; "cpp" takes them; every other backend
-            runs torch's `scaled_dot_product_attention`.
-
-    Returns:
-        (B, N, H·E) of qkv's dtype.
-
-    Raises:
-        ValueError: qkv that is not three-dimensional, or whose last dimension is not a multiple of 3·H.
-        RuntimeError: a backend that was asked for and cannot run; double backward.
-    """
-    if qkv.dim() != 3:
-        raise ValueError(f"self_attention: qkv must be (B, N, 3·H·E), got {tuple(qkv.shape)}")
-    if num_heads < 1 or qkv.shape[-1] % (3 * num_heads) != 0:
-        raise ValueError(
-            f"self_attention: the last dimension of qkv must be 3 · {num_heads} heads · head width, got "
-            f"{qkv.shape[-1]} in {tuple(qkv.shape)}"
-        )
-    name = dispatch.resolve(backend, qkv.device.type, qkv.dtype)
-    if name != "cpp" or (backend == "auto" and not _kernels_win()):
-        out = F.scaled_dot_product_attention(*UnpackHeads.run(qkv, num_heads))
-        return out.transpose(1, 2).flatten(2)
-    return SelfAttention.run(qkv, num_heads, name)
+kernels_win._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve
