@@ -88,10 +88,28 @@ def cosine_loss(
     """
     check_dense("cosine_loss", "cosine", cosine)
     check_reduction("cosine_loss", reduction)
-    weight = row_weights("cosine_loss", cosine.unsqueeze(-1), mask, token_weight)
+    return _negative_reduced("cosine_loss", cosine, mask, token_weight, reduction)
+
+
+def weighted_mean(op: str, values: Tensor, mask: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    """Σ w·value / Σ w of one value for each token, 0 where all weights are; w = mask · token_weight.
+
+    Args:
+        op: whose arguments they are, for messages.
+        values: (...), of floating point. Those under the mask may hold NaN.
+        mask: as in `layersync_loss`, or None.
+        token_weight: as in `layersync_loss`, or None.
+    """
+    return _negative_reduced(op, -values, mask, token_weight, "mean")
+
+
+def _negative_reduced(
+    op: str, values: Tensor, mask: Tensor | None, token_weight: Tensor | None, reduction: str
+) -> Tensor:
+    weight = row_weights(op, values.unsqueeze(-1), mask, token_weight)
     if weight is not None:
-        weight = weight.to(cosine.dtype).expand(cosine.shape)
-    return reduce_rows(cosine, weight, reduction)
+        weight = weight.to(values.dtype).expand(values.shape)
+    return reduce_rows(values, weight, reduction)
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:

@@ -98,7 +98,7 @@ def refused():
                     yield pytest.param(op, name, kind, id=f"{op}-{name}-{kind}")
 
 
-@pytest.mark.parametrize(("op", "name", "kind"), refused())
+@pytest.mark.parametrize(("op", "name", "kind"), list(refused()))
 @pytest.mark.filterwarnings("ignore:.*(prototype|beta|deprecated|nested)")
 def test_what_is_not_dense_is_explained(op, name, kind, mesh):
     make, message = REFUSED[kind]
@@ -129,16 +129,12 @@ class Named(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def waited_for(x):
-    return AsyncCollectiveTensor(x)
-
-
 TAKEN = {
     "parameter": lambda x: nn.Parameter(x, requires_grad=False),
     "buffer": nn.Buffer,
     "subclass": lambda x: x.as_subclass(Subclass),
     "named": lambda x: x.as_subclass(Named),
-    "collective": waited_for,
+    "collective": AsyncCollectiveTensor,
 }
 
 
