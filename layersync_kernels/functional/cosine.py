@@ -1,4 +1,4 @@
-"""The alignment term of LayerSync: the negative cosine of the tokens of two blocks."""
+"""The alignment term of LayerSync: the negative cosine of the tokens of two blocks, made by the op cosine_alignment."""
 
 from __future__ import annotations
 
@@ -56,7 +56,8 @@ def layersync_loss(
     Raises:
         ValueError: shapes or devices that differ, a mask that does not broadcast or is ambiguous, unknown reduction or
             backend, eps that is not positive.
-        TypeError: tensors that are not floating point, a mask that is not bool, weights that are not float.
+        TypeError: tensors that are not dense or not floating point, a mask that is not bool, weights that are not
+            float.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: the LayerSync paper's loss; gradient −(w/Σw)·(t̂ − c·ŝ)/‖s‖.

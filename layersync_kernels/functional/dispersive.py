@@ -36,7 +36,7 @@ def dispersive_loss(
 
     Raises:
         ValueError: temperature that is not positive.
-        TypeError: a tensor that is not floating point.
+        TypeError: a tensor that is not dense or not floating point.
         RuntimeError: `gather` without torch.distributed; double backward.
 
     Source: Wang and He 2025, Diffuse and Disperse, arXiv:2506.09027 (its L2 form, as published in PyTorch).

@@ -26,7 +26,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backen
 
     Raises:
         ValueError: shapes that do not fit, tensors on several devices.
-        TypeError: dtypes that differ (outside autocast) or are not floating point.
+        TypeError: dtypes that differ (outside autocast); tensors that are not dense or not floating point.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, tanh form.

@@ -52,7 +52,7 @@ def gram_alignment_loss(
         ValueError: another number of tokens, or other leading dimensions; N = 1, whose value would always be 0; a
             negative margin; unknown kind, reduction or backend; a mask that does not broadcast; eps that is not
             positive; tensors on different devices.
-        TypeError: tensors that are not floating point, a mask that is not bool.
+        TypeError: tensors that are not dense or not floating point, a mask that is not bool.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: VideoREPA (arXiv:2505.23656) and VA-VAE, with their published code; U-REPA; SARA.

@@ -17,9 +17,14 @@ from .checks import autocast_dtype, check_positive, check_tokens
 class Tap(NamedTuple):
     """What a student block hands to its teacher, so that their alignment costs no pass over memory of its own.
 
+    The gradient of a student's token is p·teacher + q·student. A fused backend sends it back unmultiplied, through two
+    inlets that have no values forward: the teacher's tokens into the slot, by reference, p and q into the factors. The
+    student's backward pass multiplies them. One teacher may do so: a second makes the gradient NaN.
+
     Attributes:
-        hidden: (..., D), the student's tokens. Detached where `slot` is there: the gradient goes another way.
-        slot, factors: that way; empty where the gradient goes through `hidden`. They serve one teacher.
+        hidden: (..., D), the student's tokens. Detached by a fused backend, differentiated by the reference.
+        slot: the inlet for the teacher's tokens, (..., D) without memory of its own; empty from the reference.
+        factors: the inlet for p, q and the number of teachers, (3, tokens) fp32; empty from the reference.
     """
 
     hidden: Tensor
@@ -64,7 +69,7 @@ def modulated_layer_norm(
 
     Raises:
         ValueError: shapes that do not fit, tensors on several devices.
-        TypeError: tensors that are not floating point.
+        TypeError: tensors that are not dense or not floating point.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: DiT (Peebles and Xie 2022, arXiv:2212.09748), adaLN. Mean and variance are fp32; a NaN or infinity stays in
@@ -174,6 +179,7 @@ def aligned_residual_norm(
 
     Raises:
         ValueError: as `gated_residual_norm`; a student of another shape; a tap from another backend.
+        TypeError: tensors that are not dense or not floating point; a student that is no `Tap`.
     """
     return _seam(
         "aligned_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend,
