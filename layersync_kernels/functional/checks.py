@@ -1,21 +1,35 @@
-"""What the public ops check of their inputs, and the casts that autocast asks for."""
+"""What the public ops check of their inputs, and the casts that autocast asks for.
+
+A check takes the name of the op, and that of the argument, for its message: what came, what was expected, what to do.
+"""
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Sequence
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch._subclasses import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
 
 from ..ops import dispatch
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+_PLAIN = (Tensor, nn.Parameter)
 
 
-def check_reduction(op: str, reduction: str, eps: float = 1.0) -> None:
-    """Raises ValueError for an unknown reduction, or an eps that is not positive."""
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"{op}: unknown reduction={reduction!r}; expected 'mean', 'sum' or 'none'")
-    if not eps > 0:
-        raise ValueError(f"{op}: eps must be positive, got {eps}")
+def check_reduction(op: str, reduction: str, expected: Sequence[str] = ("mean", "sum", "none")) -> None:
+    """Raises ValueError for a reduction that is not among the expected ones."""
+    if reduction not in expected:
+        *others, last = map(repr, expected)
+        raise ValueError(f"{op}: unknown reduction={reduction!r}; expected {', '.join(others)} or {last}")
+
+
+def check_positive(op: str, name: str, value: float) -> None:
+    """Raises ValueError for what is not above zero, as NaN is not."""
+    if not value > 0:
+        raise ValueError(f"{op}: {name} must be positive, got {value}")
 
 
 def check_devices(op: str, student: Tensor, teacher: Tensor) -> None:
@@ -24,64 +38,177 @@ def check_devices(op: str, student: Tensor, teacher: Tensor) -> None:
         raise ValueError(f"{op}: student is on {student.device} and teacher on {teacher.device}; move one of them")
 
 
-def row_weights(op: str, tokens: Tensor, mask: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    """Mask · token_weight, broadcastable to the leading dimensions of the tokens."""
-    weight = None
-    if mask is not None:
-        if mask.dtype != torch.bool:
-            raise TypeError(f"{op}: mask must be bool (True counts), got {mask.dtype}; use token_weight=")
-        weight = broadcast(op, "mask", mask, tokens)
-    if token_weight is not None:
-        if not token_weight.is_floating_point():
-            raise TypeError(f"{op}: token_weight must be floating point, got {token_weight.dtype}")
-        if token_weight.requires_grad and torch.is_grad_enabled():
-            raise ValueError(
-                f"{op}: token_weight is not differentiated; detach() it, or weight the terms of "
-                'reduction="none" yourself'
-            )
-        factor = broadcast(op, "token_weight", token_weight, tokens)
-        # A product would keep a NaN weight under the mask alive.
-        weight = factor if weight is None else torch.where(weight, factor, 0)
-    assert weight is not None
-    return weight
+def check_dense(
+    op: str,
+    name: str,
+    tensor: Tensor,
+    dtypes: Sequence[torch.dtype] = FLOATS,
+    expected: str = "float32, bfloat16, float16 or float64",
+    advice: str = "",
+) -> None:
+    """Raises TypeError for what the kernels cannot read: no tensor, values that are not at its strides, another dtype.
+
+    Taken are tensors and parameters, also as functorch wraps them; meta and fake tensors; subclasses that leave it to
+    torch what an op does with their memory. Sparse, nested and quantised tensors and subclasses with a
+    `__torch_dispatch__` of their own, as DTensor, are not.
+
+    Args:
+        op: for the message.
+        name: of the argument.
+        tensor: what came.
+        dtypes: those that it may have.
+        expected: the same in words.
+        advice: what to do about another dtype.
+    """
+    # Hardly any call comes past the condition, but each pays for it.
+    if type(tensor) not in _PLAIN or tensor.layout is not torch.strided or tensor.is_nested:
+        _check_unusual(op, name, tensor)
+    if tensor.dtype not in dtypes:
+        if tensor.is_quantized:
+            came, advice = f"a quantised tensor ({tensor.dtype})", "; give its dequantize()"
+        else:
+            came = str(tensor.dtype)
+        raise TypeError(f"{op}: {name} must be {expected}, got {came}{advice}")
 
 
-def broadcast(op: str, name: str, weight: Tensor, tokens: Tensor) -> Tensor:
-    """View `weight` so that it broadcasts to the leading dimensions: aligned right as usual, or left, per sample."""
-    leading = tokens.shape[:-1]
-    if weight.device != tokens.device:
-        raise ValueError(f"{op}: {name} is on {weight.device}, the tokens on {tokens.device}")
-    fits_right = weight.dim() <= len(leading) and all(
-        w in (1, n) for w, n in zip(reversed(weight.shape), reversed(leading), strict=False)
-    )
-    missing = len(leading) - weight.dim()
-    fits_left = missing > 0 and weight.dim() > 0 and tuple(weight.shape) == tuple(leading[: weight.dim()])
-    if fits_left and fits_right and weight.numel() > 1:
-        raise ValueError(
-            f"{op}: {name} of shape {tuple(weight.shape)} is ambiguous for leading dimensions "
-            f"{tuple(leading)}; give {(*weight.shape, *[1] * missing)} for one value per sample or "
-            f"{(*[1] * missing, *weight.shape)} for one per token"
+def _check_unusual(op: str, name: str, tensor: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{op}: {name} must be a tensor, got {type(tensor).__name__}")
+    if tensor.is_nested:
+        came = f"a nested tensor ({tensor.layout})"
+        advice = "torch.nested.to_padded_tensor() pads it; a mask, where the op takes one, leaves the padding out"
+    elif not _keeps_its_values_itself(type(tensor)):
+        came = f"a {type(tensor).__name__}, which wraps other tensors"
+        advice = (
+            "give this process's part, to_local(), or the whole, full_tensor()"
+            if hasattr(tensor, "to_local")
+            else "give the dense tensor inside of it"
         )
-    if fits_right:
-        return weight
-    if fits_left:
-        return weight.reshape(*weight.shape, *[1] * missing)
-    raise ValueError(
-        f"{op}: {name} of shape {tuple(weight.shape)} does not broadcast to the leading dimensions "
-        f"{tuple(leading)} of tokens {tuple(tokens.shape)}; expected one value per token or per sample"
-    )
+    elif tensor.layout is not torch.strided:
+        sparse = str(tensor.layout).startswith("torch.sparse")
+        came = f"a sparse tensor ({tensor.layout})" if sparse else f"a tensor of layout {tensor.layout}"
+        advice = "give its to_dense()"
+    else:
+        return
+    raise TypeError(f"{op}: {name} must be a dense torch.Tensor, got {came}; {advice}")
+
+
+def _keeps_its_values_itself(cls: type[Tensor]) -> bool:
+    """Whether a class's tensors are dense ones, or stand for one: while torch traces, or until a collective is done."""
+    if cls.__torch_dispatch__ is Tensor.__torch_dispatch__ or issubclass(cls, FakeTensor | FunctionalTensor):
+        return True
+    collectives = sys.modules.get("torch.distributed._functional_collectives")  # what to_local() gives may wait for one
+    return collectives is not None and issubclass(cls, collectives.AsyncCollectiveTensor)
+
+
+_keeps_its_values_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve
 
 
 def check_tokens(op: str, name: str, tensor: Tensor, like: Tensor | None = None, other: str = "x") -> None:
-    """Raises TypeError for what is no floating tensor, ValueError without channels or on another device than `like`."""
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{op}: {name} must be a tensor (..., D), got {type(tensor).__name__}")
-    if tensor.dtype not in DTYPES:
-        raise TypeError(f"{op}: {name} must be float32, bfloat16, float16 or float64, got {tensor.dtype}")
+    """Raises TypeError for what is no dense floating tensor, ValueError without channels or on another device.
+
+    Args:
+        op: for the message, as `name`.
+        name: of the argument.
+        tensor: (..., D).
+        like: a tensor that must be on the same device.
+        other: the name of `like`.
+    """
+    # The conditions of check_dense, whose call alone would cost a small op one part in a hundred for each tensor.
+    if (
+        type(tensor) not in _PLAIN
+        or tensor.dtype not in FLOATS
+        or tensor.layout is not torch.strided
+        or tensor.is_nested
+    ):
+        check_dense(op, name, tensor)
     if tensor.dim() == 0:
         raise ValueError(f"{op}: {name} needs a channel dimension (..., D), got a 0-d tensor")
     if like is not None and tensor.device != like.device:
         raise ValueError(f"{op}: {name} is on {tensor.device} and {other} on {like.device}; move one of them")
+
+
+def check_mask(op: str, mask: Tensor, advice: str = "") -> None:
+    """Raises TypeError for what is no dense tensor of bool."""
+    check_dense(op, "mask", mask, (torch.bool,), "bool (True counts)", advice)
+
+
+def row_mask(op: str, mask: Tensor, tokens: Tensor) -> Tensor:
+    """The mask, checked, as a view that broadcasts to the leading dimensions of the tokens."""
+    check_mask(op, mask, "; use token_weight=")
+    return broadcast(op, "mask", mask, tokens)
+
+
+def row_weights(op: str, tokens: Tensor, mask: Tensor | None, token_weight: Tensor | None) -> Tensor | None:
+    """What each row counts: mask · token_weight, checked; None where neither is given, and all count alike.
+
+    Args:
+        op: for messages.
+        tokens: (..., D), whose rows are weighted.
+        mask: bool, True for rows that count; see `broadcast` for its shape.
+        token_weight: floating point, shaped like a mask.
+
+    Returns:
+        Broadcasts to the leading dimensions of the tokens; a bool mask where no weight is given.
+
+    Raises:
+        TypeError: a mask that is not bool, a weight that is not floating point, neither dense.
+        ValueError: one that does not broadcast or is on another device; a weight that requires grad.
+    """
+    counted = None if mask is None else row_mask(op, mask, tokens)
+    if token_weight is None:
+        return counted
+    check_dense(op, "token_weight", token_weight, expected="floating point")
+    if token_weight.requires_grad and torch.is_grad_enabled():
+        raise ValueError(
+            f'{op}: token_weight is not differentiated; detach() it, or weight the terms of reduction="none" yourself'
+        )
+    weight = broadcast(op, "token_weight", token_weight, tokens)
+    # Not a product, in which a NaN under the mask would stay alive.
+    return weight if counted is None else torch.where(counted, weight, 0)
+
+
+def flat_weights(weight: Tensor | None, tokens: Tensor) -> Tensor | None:
+    """One fp32 value for each row of the tokens, in one dimension, as the kernels read what `row_weights` gives."""
+    if weight is None:
+        return None
+    return weight.to(torch.float32).expand(tokens.shape[:-1]).reshape(-1).contiguous()
+
+
+def broadcast(op: str, name: str, weight: Tensor, tokens: Tensor) -> Tensor:
+    """View a mask or weight so that it broadcasts to the leading dimensions of the tokens (..., D).
+
+    It may have as many dimensions as they, or fewer: the last ones, as broadcasting aligns them ((N,) of (B, N): one
+    for each position), or exactly the first ones ((B,) of (B, N): one for each sample).
+
+    Raises:
+        ValueError: a shape that fits neither way, or both with different meanings; another device.
+    """
+    leading = tuple(tokens.shape[:-1])
+    shape = tuple(weight.shape)
+    if weight.device != tokens.device:
+        raise ValueError(f"{op}: {name} is on {weight.device}, the tokens on {tokens.device}")
+    missing = len(leading) - len(shape)
+    fits_last = missing >= 0 and all(w in (1, n) for w, n in zip(shape, leading[missing:], strict=True))
+    fits_first = missing > 0 and len(shape) > 0 and shape == leading[: len(shape)]
+    if fits_last and fits_first and weight.numel() > 1:
+        raise ValueError(
+            f"{op}: {name} of shape {shape} is ambiguous for leading dimensions {leading}; give "
+            f"{(*shape, *[1] * missing)} for one value per sample or {(*[1] * missing, *shape)} for one per token"
+        )
+    if fits_last:
+        return weight
+    if fits_first:
+        return weight.reshape(*shape, *[1] * missing)
+    raise ValueError(
+        f"{op}: {name} of shape {shape} does not broadcast to the leading dimensions {leading} of tokens "
+        f"{tuple(tokens.shape)}; expected one value per token or per sample"
+    )
+
+
+def autocast_dtype(device: str) -> torch.dtype | None:
+    """What autocast computes in on a type of device; None where it is off, or where there is none (meta)."""
+    return torch.get_autocast_dtype(device) if device != "meta" and torch.is_autocast_enabled(device) else None
 
 
 def linear_inputs(
@@ -92,7 +219,24 @@ def linear_inputs(
     backend: str,
     name: str = "x",
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], str]:
-    """Check the inputs of a chain of linear layers and cast them as autocast does. `name` is what x is called."""
+    """Check the inputs of a chain of linear layers, cast them as autocast does, and choose the backend.
+
+    Args:
+        op: for messages.
+        x: (..., I).
+        weights: of each layer (out, in).
+        biases: of each layer (out,), or None.
+        backend: what the caller asked for.
+        name: what the caller's argument for x is called.
+
+    Returns:
+        x, weights, biases, the backend's name.
+
+    Raises:
+        ValueError: shapes that do not fit, tensors on several devices.
+        TypeError: what is no dense floating tensor; several dtypes outside autocast.
+        RuntimeError: a backend that was asked for and cannot run.
+    """
     check_tokens(op, name, x)
     width = x.shape[-1]
     for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
@@ -109,8 +253,8 @@ def linear_inputs(
             if bias.shape != (width,):
                 raise ValueError(f"{op}: bias{suffix} {tuple(bias.shape)} must have the shape ({width},)")
     device = x.device.type
-    if torch.is_autocast_enabled(device):
-        dtype = torch.get_autocast_dtype(device)
+    dtype = autocast_dtype(device)
+    if dtype is not None:
 
         def cast(tensor: Tensor) -> Tensor:
             return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)

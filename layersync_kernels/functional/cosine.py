@@ -1,4 +1,4 @@
-"""The alignment term of LayerSync: the negative cosine of the tokens of two blocks."""
+"""The alignment term of LayerSync: the negative cosine of the tokens of two blocks, made by the op cosine_alignment."""
 
 from __future__ import annotations
 
@@ -7,7 +7,15 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.cosine_alignment import cosine_alignment, cosine_alignment_reference, reduce_rows
-from .checks import check_devices, check_reduction, check_tokens, row_weights
+from .checks import (
+    check_dense,
+    check_devices,
+    check_positive,
+    check_reduction,
+    check_tokens,
+    flat_weights,
+    row_weights,
+)
 
 
 def layersync_loss(
@@ -48,23 +56,21 @@ def layersync_loss(
     Raises:
         ValueError: shapes or devices that differ, a mask that does not broadcast or is ambiguous, unknown reduction or
             backend, eps that is not positive.
-        TypeError: tensors that are not floating point, a mask that is not bool, weights that are not float.
+        TypeError: tensors that are not dense or not floating point, a mask that is not bool, weights that are not
+            float.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: the LayerSync paper's loss; gradient −(w/Σw)·(t̂ − c·ŝ)/‖s‖.
     """
     _check_pair(student, teacher)
-    check_reduction("layersync_loss", reduction, eps)
-    weight = None
-    if mask is not None or token_weight is not None:
-        weight = row_weights("layersync_loss", student, mask, token_weight)
+    check_reduction("layersync_loss", reduction)
+    check_positive("layersync_loss", "eps", eps)
+    weight = row_weights("layersync_loss", student, mask, token_weight)
     dtype = student.dtype if teacher.dtype != torch.float64 else torch.float64
     name = dispatch.resolve("layersync_loss", backend, student.device.type, dtype)
     if name == "reference":
         return cosine_alignment_reference(student, teacher, weight, eps, reduction, teacher_grad)
-    if weight is not None:
-        weight = weight.to(torch.float32).expand(student.shape[:-1]).reshape(-1).contiguous()
-    return cosine_alignment(student, teacher, weight, eps, reduction, teacher_grad, name)
+    return cosine_alignment(student, teacher, flat_weights(weight, student), eps, reduction, teacher_grad, name)
 
 
 def cosine_loss(
@@ -74,19 +80,37 @@ def cosine_loss(
 
     Args:
         cosine: (...) fp32, one per token, as `aligned_residual_norm` gives it.
-        mask: as in `layersync_loss`.
-        token_weight: likewise.
-        reduction: likewise.
+        mask: bool, True for tokens that count, broadcast as in `layersync_loss`. Those it leaves out may hold NaN.
+        token_weight: float weight of each token, shaped like `mask`; multiplied with it. It is not differentiated.
+        reduction: "mean" (over the sum of weights), "sum" (the weighted sum), or "none" (−w·cosine per token).
 
     Returns:
-        fp32: a 0-d tensor, or like `cosine` for "none". Raises as `layersync_loss` does.
+        The cosine's dtype: a 0-d tensor, or like `cosine` for "none". Errors as `layersync_loss`.
     """
+    check_dense("cosine_loss", "cosine", cosine)
     check_reduction("cosine_loss", reduction)
-    weight = None
-    if mask is not None or token_weight is not None:
-        rows = cosine.unsqueeze(-1)
-        weight = row_weights("cosine_loss", rows, mask, token_weight).to(cosine.dtype).expand(cosine.shape)
-    return reduce_rows(cosine, weight, reduction)
+    return _negative_reduced("cosine_loss", cosine, mask, token_weight, reduction)
+
+
+def weighted_mean(op: str, values: Tensor, mask: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    """Σ w·value / Σ w of one value for each token, 0 where all weights are; w = mask · token_weight.
+
+    Args:
+        op: whose arguments they are, for messages.
+        values: (...), of floating point. Those under the mask may hold NaN.
+        mask: as in `layersync_loss`, or None.
+        token_weight: as in `layersync_loss`, or None.
+    """
+    return _negative_reduced(op, -values, mask, token_weight, "mean")
+
+
+def _negative_reduced(
+    op: str, values: Tensor, mask: Tensor | None, token_weight: Tensor | None, reduction: str
+) -> Tensor:
+    weight = row_weights(op, values.unsqueeze(-1), mask, token_weight)
+    if weight is not None:
+        weight = weight.to(values.dtype).expand(values.shape)
+    return reduce_rows(values, weight, reduction)
 
 
 def _check_pair(student: Tensor, teacher: Tensor) -> None:

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..ops.dispersive import dispersive_loss as _dispersive_loss
-from .checks import check_tokens
+from .checks import check_positive, check_tokens
 
 
 def dispersive_loss(
@@ -36,14 +36,13 @@ def dispersive_loss(
 
     Raises:
         ValueError: temperature that is not positive.
-        TypeError: a tensor that is not floating point.
+        TypeError: a tensor that is not dense or not floating point.
         RuntimeError: `gather` without torch.distributed; double backward.
 
     Source: Wang and He 2025, Diffuse and Disperse, arXiv:2506.09027 (its L2 form, as published in PyTorch).
     """
     check_tokens("dispersive_loss", "hidden", hidden)
-    if not temperature > 0:
-        raise ValueError(f"dispersive_loss: temperature must be positive, got {temperature}")
+    check_positive("dispersive_loss", "temperature", temperature)
     if gather is not None and not (dist.is_available() and dist.is_initialized()):
         raise RuntimeError("dispersive_loss: gather needs torch.distributed.init_process_group, or leave it out")
     if hidden.numel() == 0:

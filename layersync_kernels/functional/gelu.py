@@ -26,7 +26,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backen
 
     Raises:
         ValueError: shapes that do not fit, tensors on several devices.
-        TypeError: dtypes that differ (outside autocast) or are not floating point.
+        TypeError: dtypes that differ (outside autocast); tensors that are not dense or not floating point.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, tanh form.
@@ -50,7 +50,7 @@ def gelu_mlp(
     """Linear, tanh-GELU, linear: the MLP of a DiT block, which keeps its pre-activation but not its activation.
 
     Backward computes the activation again in the pass that multiplies by the derivative of GELU: (M, H) less memory for
-    one more write, where H is the inner width. Arguments, results and errors as `linear_gelu`.
+    one more write, where H is the inner width. Results and errors as `linear_gelu`.
 
     Args:
         x: (..., I).
@@ -58,7 +58,7 @@ def gelu_mlp(
         bias1: (H,) or None.
         weight2: (O, H).
         bias2: (O,) or None.
-        backend: as `linear_gelu`.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         (..., O).

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..ops import dispatch
 from ..ops.gram_alignment import KINDS, gram_alignment, gram_alignment_reference
-from .checks import check_devices, check_tokens
+from .checks import check_devices, check_mask, check_positive, check_reduction, check_tokens
 
 
 def gram_alignment_loss(
@@ -52,16 +52,14 @@ def gram_alignment_loss(
         ValueError: another number of tokens, or other leading dimensions; N = 1, whose value would always be 0; a
             negative margin; unknown kind, reduction or backend; a mask that does not broadcast; eps that is not
             positive; tensors on different devices.
-        TypeError: tensors that are not floating point, a mask that is not bool.
+        TypeError: tensors that are not dense or not floating point, a mask that is not bool.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: VideoREPA (arXiv:2505.23656) and VA-VAE, with their published code; U-REPA; SARA.
     """
     _check_gram(student, teacher, margin, kind, mask)
-    if reduction not in ("mean", "none"):
-        raise ValueError(f"gram_alignment_loss: unknown reduction={reduction!r}; expected 'mean' or 'none'")
-    if not eps > 0:
-        raise ValueError(f"gram_alignment_loss: eps must be positive, got {eps}")
+    check_reduction("gram_alignment_loss", reduction, ("mean", "none"))
+    check_positive("gram_alignment_loss", "eps", eps)
     if mask is not None:
         mask = mask.expand(student.shape[:-1])
     dtype = student.dtype if teacher.dtype != torch.float64 else torch.float64
@@ -104,8 +102,7 @@ def _check_gram(student: Tensor, teacher: Tensor, margin: float, kind: str, mask
         raise ValueError(f"gram_alignment_loss: unknown kind={kind!r}; expected one of {', '.join(map(repr, KINDS))}")
     if mask is None:
         return
-    if mask.dtype != torch.bool:
-        raise TypeError(f"gram_alignment_loss: mask must be bool (True counts), got {mask.dtype}")
+    check_mask("gram_alignment_loss", mask)
     if mask.device != student.device:
         raise ValueError(f"gram_alignment_loss: mask is on {mask.device}, student and teacher on {student.device}")
     leading = student.shape[:-1]

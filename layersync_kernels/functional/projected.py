@@ -9,7 +9,7 @@ from torch import Tensor
 from ..ops import dispatch
 from ..ops.cosine_alignment import cosine_alignment
 from ..ops.projected_alignment import linear_rows, projected_alignment, projected_alignment_reference
-from .checks import check_reduction, check_tokens, linear_inputs, row_weights
+from .checks import check_positive, check_reduction, check_tokens, flat_weights, linear_inputs, row_weights
 
 
 def projected_alignment_loss(
@@ -33,12 +33,13 @@ def projected_alignment_loss(
         hidden: (..., D) tokens, usually (B, N, D).
         weight: (P, D).
         bias: (P,) or None.
-        teacher: (..., P), a constant, of any floating dtype: the critic's tokens, one for each of hidden's.
-        mask: as in `layersync_loss`.
-        token_weight: likewise.
-        reduction: likewise.
-        eps: likewise.
-        backend: likewise.
+        teacher: (..., P) tokens, one for each of hidden's; a constant, of any floating dtype.
+        mask: bool, True for tokens that count, broadcast as in `layersync_loss`. Masked tokens may hold NaN.
+        token_weight: float weight of each token, shaped like `mask`; multiplied with it. It is not differentiated.
+        reduction: "mean" (over the sum of weights; 0 where everything is masked), "sum" (the weighted sum), or "none"
+            (−w·cos per token).
+        eps: a token whose norm, projected or the teacher's, is below it has cosine 0 and gradient 0.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         fp32 (fp64 for fp64 inputs): a 0-d tensor, or the leading dimensions for "none". Under autocast the projection
@@ -55,7 +56,8 @@ def projected_alignment_loss(
     op = "projected_alignment_loss"
     x, (projection,), (offset,), name = linear_inputs(op, hidden, (weight,), (bias,), backend, "hidden")
     check_tokens(op, "teacher", teacher, hidden, "hidden")
-    check_reduction(op, reduction, eps)
+    check_reduction(op, reduction)
+    check_positive(op, "eps", eps)
     if teacher.shape[-1] != weight.shape[0]:
         raise ValueError(
             f"{op}: teacher {tuple(teacher.shape)} has {teacher.shape[-1]} channels and weight {tuple(weight.shape)} "
@@ -67,15 +69,12 @@ def projected_alignment_loss(
             f"{tuple(hidden.shape[:-1])} is not {tuple(teacher.shape[:-1])}; drop extra tokens, or interpolate the "
             "teacher's to hidden's grid"
         )
-    row_weight = None
-    if mask is not None or token_weight is not None:
-        row_weight = row_weights(op, hidden, mask, token_weight)
+    row_weight = row_weights(op, hidden, mask, token_weight)
     if teacher.dtype == torch.float64:
         name = dispatch.resolve(op, backend, hidden.device.type, torch.float64)
     if name == "reference" or hidden.numel() == 0 or teacher.numel() == 0:
         return projected_alignment_reference(hidden, weight, bias, teacher, row_weight, eps, reduction)
-    if row_weight is not None:
-        row_weight = row_weight.to(torch.float32).expand(hidden.shape[:-1]).reshape(-1).contiguous()
+    row_weight = flat_weights(row_weight, hidden)
     teacher = teacher.detach()
     tokens = hidden.numel() // hidden.shape[-1]
     if backend == "auto" and tokens <= linear_rows(weight.shape[0], x.dtype, x.device.type):

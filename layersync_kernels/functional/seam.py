@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from typing import NamedTuple
 
 import torch
@@ -12,15 +11,20 @@ from ..ops import dispatch
 from ..ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
 from ..ops.gated_residual_norm import gated_residual_norm_reference
 from ..ops.gated_residual_norm.op import as_groups, in_equal_groups
-from .checks import check_tokens
+from .checks import autocast_dtype, check_positive, check_tokens
 
 
 class Tap(NamedTuple):
     """What a student block hands to its teacher, so that their alignment costs no pass over memory of its own.
 
+    The gradient of a student's token is p·teacher + q·student. A fused backend sends it back unmultiplied, through two
+    inlets that have no values forward: the teacher's tokens into the slot, by reference, p and q into the factors. The
+    student's backward pass multiplies them. One teacher may do so: a second makes the gradient NaN.
+
     Attributes:
-        hidden: (..., D), the student's tokens. Detached where `slot` is there: the gradient goes another way.
-        slot, factors: that way; empty where the gradient goes through `hidden`. They serve one teacher.
+        hidden: (..., D), the student's tokens. Detached by a fused backend, differentiated by the reference.
+        slot: the inlet for the teacher's tokens, (..., D) without memory of its own; empty from the reference.
+        factors: the inlet for p, q and the number of teachers, (3, tokens) fp32; empty from the reference.
     """
 
     hidden: Tensor
@@ -54,7 +58,7 @@ def modulated_layer_norm(
         shift: modulation: (B, D), one row per sample (the first dimension of x); (D,), one for all; or as many
             dimensions as x, each equal to x's or 1: (B, 1, D), per token (B, N, D). Per sample and per token cost no
             copy; what broadcasts over leading dimensions, as (1, N, D), is expanded first.
-        scale: likewise.
+        scale: modulation, of the shapes that shift may have, but not necessarily of the same.
         eps: added to the variance.
         backend: "auto", "reference", "cpp", "triton" or "cuda".
 
@@ -65,7 +69,7 @@ def modulated_layer_norm(
 
     Raises:
         ValueError: shapes that do not fit, tensors on several devices.
-        TypeError: tensors that are not floating point.
+        TypeError: tensors that are not dense or not floating point.
         RuntimeError: a backend that was asked for and cannot run; double backward.
 
     Source: DiT (Peebles and Xie 2022, arXiv:2212.09748), adaLN. Mean and variance are fp32; a NaN or infinity stays in
@@ -94,7 +98,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "a
         x: (..., D) residual stream.
         branch: (..., D), what attention or MLP returned.
         gate: modulation, as `modulated_layer_norm` takes it.
-        backend: as there.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         Like x, of the dtype that PyTorch's promotion gives. Errors as `modulated_layer_norm`.
@@ -126,7 +130,7 @@ def gated_residual_norm(
         scale: modulation, or None for zeros.
         eps: added to the variance or the mean square.
         norm: "layer" (LayerNorm without weights) or "rms".
-        backend: as in `modulated_layer_norm`.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         (residual, normed). The residual has the dtype of PyTorch's promotion of x, branch and gate; for `normed` see
@@ -157,24 +161,25 @@ def aligned_residual_norm(
     of the teacher. The teacher is a constant (stop-gradient), as in LayerSync.
 
     Args:
-        x: as in `gated_residual_norm`.
-        branch: likewise.
-        gate: likewise.
-        shift: likewise.
-        scale: likewise.
+        x: (..., D) residual stream.
+        branch: (..., D), what attention or MLP returned.
+        gate: modulation, as `modulated_layer_norm` takes it.
+        shift: modulation, or None for zeros.
+        scale: modulation, or None for zeros.
         student: the tap of a shallower block, from the same backend. A tap serves one call; a second one makes the
             student's gradient NaN.
         tap: whether this residual is a student.
-        eps: as in `gated_residual_norm`.
-        norm: likewise.
+        eps: added to the variance or the mean square.
+        norm: "layer" (LayerNorm without weights) or "rms".
         align_eps: a token whose norm is below it has cosine 0 and gradient 0.
-        backend: as in `gated_residual_norm`.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Returns:
         A Seam. Its cosine equals `-layersync_loss(student, residual, reduction="none")`.
 
     Raises:
         ValueError: as `gated_residual_norm`; a student of another shape; a tap from another backend.
+        TypeError: tensors that are not dense or not floating point; a student that is no `Tap`.
     """
     return _seam(
         "aligned_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend,
@@ -197,63 +202,121 @@ def _seam(
     tap: bool = False,
     align_eps: float = 1e-6,
 ) -> Seam:
+    modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
+    _check_seam(op, x, branch, modulations, student, norm=norm, eps=eps, align_eps=align_eps)
+    dtypes = seam_dtypes(x, branch, modulations, norm=norm)
+    name = dispatch.resolve(op, backend, x.device.type, torch.promote_types(dtypes.stream, dtypes.normed))
+    if name == "reference" or x.numel() == 0:
+        return _reference_seam(
+            op, x, branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtypes=dtypes
+        )
+    if student is not None and student.slot.numel() == 0:
+        raise ValueError(f"{op}: the student's tap comes from the reference; this call runs on {name}")
+    groups = _kernel_modulations(op, x, modulations, dtypes)
+    residual, normed, cosine, link = _gated_residual_norm(
+        x.to(dtypes.wide), None if branch is None else branch.to(dtypes.half), groups.get("gate"), groups.get("shift"),
+        groups.get("scale"), None if student is None else student._replace(hidden=student.hidden.to(dtypes.wide)),
+        tap=tap, norm=norm is not None, rms=norm == "rms", eps=eps, align_eps=align_eps, dtype=dtypes.half,
+        backend=name,
+    )  # fmt: skip
+    residual, normed = residual.to(dtypes.stream), normed.to(dtypes.normed)
+    return Seam(residual, normed, None if student is None else cosine, Tap(residual.detach(), *link) if tap else None)
+
+
+class SeamDtypes(NamedTuple):
+    """The dtypes of a seam: what its results have, and what the kernels work in.
+
+    The kernels take a stream and a half-block of equal dtype, or a stream of fp32 with any half-block. What is neither
+    is widened to fp32.
+
+    Attributes:
+        stream: of the residual that is returned.
+        normed: of the norm that is returned.
+        wide: in which the kernels read x and the student, and write the residual.
+        half: in which the kernels read the branch and write the norm.
+    """
+
+    stream: torch.dtype
+    normed: torch.dtype
+    wide: torch.dtype
+    half: torch.dtype
+
+
+def seam_dtypes(x: Tensor, branch: Tensor | None, modulations: dict[str, Tensor], *, norm: str | None) -> SeamDtypes:
+    """The dtypes of a seam, from those of its inputs and autocast.
+
+    Args:
+        x: the residual stream.
+        branch: what is added to it, or None.
+        modulations: "gate", "shift" and "scale", as far as they are given.
+        norm: "layer", "rms", or None for a seam that ends with the residual.
+    """
+    stream = x.dtype
+    for added in (branch, modulations.get("gate")):
+        stream = stream if added is None else torch.promote_types(stream, added.dtype)
+    normed = stream
+    for affine in (modulations.get("shift"), modulations.get("scale")):
+        normed = normed if affine is None else torch.promote_types(normed, affine.dtype)
+    autocast = autocast_dtype(x.device.type)
+    if norm is not None and autocast is not None and normed != torch.float64:
+        normed = autocast
+    if branch is None:  # the half-block is the norm alone
+        half = normed
+    elif norm is None:  # it is the branch alone
+        half = branch.dtype
+    else:
+        half = torch.promote_types(branch.dtype, normed)
+    wide = stream if stream in (half, torch.float32) else torch.float32
+    if norm is None and wide != stream:  # with no norm to write, the branch is widened too
+        half = wide
+    return SeamDtypes(stream, normed, wide, half)
+
+
+def _check_seam(
+    op: str,
+    x: Tensor,
+    branch: Tensor | None,
+    modulations: dict[str, Tensor],
+    student: Tap | None,
+    *,
+    norm: str | None,
+    eps: float,
+    align_eps: float,
+) -> None:
     check_tokens(op, "x", x)
     if branch is not None:
         check_tokens(op, "branch", branch, x)
         if branch.shape != x.shape:
             raise ValueError(f"{op}: branch {tuple(branch.shape)} must have the shape of x, {tuple(x.shape)}")
     if student is not None:
-        check_tokens(op, "student", student.hidden, x)
+        if not isinstance(student, Tap):
+            raise TypeError(
+                f"{op}: student must be a Tap, as a call with tap=True gives it, got {type(student).__name__}"
+            )
+        check_tokens(op, "student.hidden", student.hidden, x)
         if student.hidden.shape != x.shape:
             raise ValueError(
                 f"{op}: the student's hidden {tuple(student.hidden.shape)} must have the shape of x, {tuple(x.shape)}"
             )
     if norm not in ("layer", "rms", None):
         raise ValueError(f"{op}: unknown norm={norm!r}; expected 'layer' or 'rms'")
-    for label, value in (("eps", eps), ("align_eps", align_eps)):
-        if not value > 0:
-            raise ValueError(f"{op}: {label} must be positive, got {value}")
-    modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
-    for name, m in modulations.items():
-        check_tokens(op, name, m, x)
-    promote = torch.promote_types
-    stream = x.dtype
-    if branch is not None:
-        stream = functools.reduce(promote, [branch.dtype, *([] if gate is None else [gate.dtype])], stream)
-    affine = [m.dtype for m in (shift, scale) if m is not None]
-    out = functools.reduce(promote, affine, stream)
-    if norm is not None and torch.is_autocast_enabled(x.device.type) and out != torch.float64:
-        out = torch.get_autocast_dtype(x.device.type)
-    name = dispatch.resolve(op, backend, x.device.type, promote(out, stream))
-    if name == "reference" or x.numel() == 0:
-        modulations = {name: _as_modulation(op, name, m, x) for name, m in modulations.items()}
-        return _reference_seam(
-            op, x.to(stream), branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtype=out
-        )
+    check_positive(op, "eps", eps)
+    check_positive(op, "align_eps", align_eps)
+    for name, modulation in modulations.items():
+        check_tokens(op, name, modulation, x)
 
-    # The kernels take (stream, half-block) dtypes that are equal, or fp32 with anything; the rest is widened to fp32.
-    half = out if branch is None else branch.dtype if norm is None else promote(branch.dtype, out)
-    wide = stream if stream in (half, torch.float32) else torch.float32
-    if wide != stream and norm is None:
-        half = wide
-    per_sample = (x.shape[0], x.shape[-1])
+
+def _kernel_modulations(op: str, x: Tensor, modulations: dict[str, Tensor], dtypes: SeamDtypes) -> dict[str, Tensor]:
+    """The modulations as the kernels read them: equally many groups of rows each, of one dtype, fp32 or the half's."""
     groups = modulations
+    per_sample = (x.shape[0], x.shape[-1])
     if any(m.shape != per_sample for m in groups.values()):
-        full = [as_groups(_as_modulation(op, key, m, x), x.shape[:-1]) for key, m in groups.items()]
+        full = [as_groups(_as_modulation(op, name, m, x), x.shape[:-1]) for name, m in groups.items()]
         groups = dict(zip(groups, in_equal_groups(full), strict=True))
     kinds = {m.dtype for m in groups.values()}
-    if kinds - {half} and kinds != {torch.float32}:
-        groups = {key: m.to(torch.float32) for key, m in groups.items()}
-    if student is not None and student.slot.numel() == 0:
-        raise ValueError(f"{op}: the student's tap comes from the reference; this call runs on {name}")
-    taken = None if student is None else (student.hidden.to(wide), student.slot, student.factors)
-    residual, normed, cosine, link = _gated_residual_norm(
-        x.to(wide), None if branch is None else branch.to(half), groups.get("gate"), groups.get("shift"),
-        groups.get("scale"), taken, tap=tap, norm=norm is not None, rms=norm == "rms", eps=eps, align_eps=align_eps,
-        dtype=half, backend=name,
-    )  # fmt: skip
-    residual, normed = residual.to(stream), normed.to(out)
-    return Seam(residual, normed, None if student is None else cosine, Tap(residual.detach(), *link) if tap else None)
+    if kinds <= {dtypes.half} or kinds == {torch.float32}:
+        return groups
+    return {name: m.to(torch.float32) for name, m in groups.items()}
 
 
 def _reference_seam(
@@ -267,14 +330,15 @@ def _reference_seam(
     norm: str | None,
     eps: float,
     align_eps: float,
-    dtype: torch.dtype,
+    dtypes: SeamDtypes,
 ) -> Seam:
+    modulations = {name: _as_modulation(op, name, m, x) for name, m in modulations.items()}
     if student is not None and student.slot.numel() > 0:
         raise ValueError(f"{op}: the student's tap comes from a fused backend; this call runs on the reference")
     residual, normed, cosine = gated_residual_norm_reference(
-        x, branch, modulations.get("gate"), modulations.get("shift"), modulations.get("scale"),
+        x.to(dtypes.stream), branch, modulations.get("gate"), modulations.get("shift"), modulations.get("scale"),
         None if student is None else student.hidden, norm=norm is not None, rms=norm == "rms", eps=eps,
-        align_eps=align_eps, dtype=dtype,
+        align_eps=align_eps, dtype=dtypes.normed,
     )  # fmt: skip
     empty = x.new_empty((0,))
     return Seam(residual, empty if normed is None else normed, cosine, Tap(residual, empty, empty) if tap else None)

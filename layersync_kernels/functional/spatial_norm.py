@@ -32,7 +32,7 @@ def spatial_norm(x: Tensor, *, alpha: float = 1.0, eps: float = 1e-6, backend: s
 
     Raises:
         ValueError: a single token, which has no standard deviation; eps below 1e-12.
-        TypeError: a tensor that is not floating point.
+        TypeError: a tensor that is not dense or not floating point.
         RuntimeError: a backend that was asked for and cannot run: a fused one where a gradient is asked for, too.
 
     Source: iREPA (Singh et al. 2025, arXiv:2512.10794), its spatial normalisation.

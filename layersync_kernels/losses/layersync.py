@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..functional.cosine import cosine_loss, layersync_loss
-from .pairs import Block, as_block, sorted_blocks
-from .schedule import AlignmentLoss, zero_loss
+from .base import AlignmentLoss, zero_loss
+from .pairs import Block, distinct_pairs, pair_label, sorted_blocks
 
 EPS = 1e-6
 
@@ -27,7 +27,9 @@ class LayerSyncLoss(AlignmentLoss):
         start_step: where the decay begins (not for "constant").
         stop_step: from this step on the loss is off. "constant" runs forever without it; the others need it.
         every: compute the loss in every n-th step only (those divisible by n), with unchanged weight.
-        teacher_grad, eps, backend: as in `functional.layersync_loss`.
+        teacher_grad: differentiate the teacher too. By default it is a constant, as in the paper (stop-gradient).
+        eps: a token whose norm is below it has cosine 0 and gradient 0.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Attributes:
         layers: the block numbers to capture, ascending.
@@ -57,11 +59,10 @@ class LayerSyncLoss(AlignmentLoss):
         eps: float = EPS,
         backend: str = "auto",
     ) -> None:
-        super().__init__(schedule=schedule, start_step=start_step, stop_step=stop_step, every=every)
-        self.pairs = tuple((as_block(student), as_block(teacher)) for student, teacher in pairs)
-        self.set_weights(weights)
+        super().__init__(
+            _checked_pairs(pairs), weights, schedule=schedule, start_step=start_step, stop_step=stop_step, every=every
+        )
         self.teacher_grad, self.eps, self.backend = teacher_grad, eps, backend
-        self._validate()
         self.layers = sorted_blocks(block for pair in self.pairs for block in pair)
         self.captures = self._captures()
 
@@ -73,25 +74,6 @@ class LayerSyncLoss(AlignmentLoss):
             if all(student != s and teacher != t for s, t in fused):
                 fused.append((student, teacher))
         return *fused, *sorted_blocks(block for pair in self.pairs if pair not in fused for block in pair)
-
-    def _validate(self) -> None:
-        if not self.pairs:
-            raise ValueError("LayerSyncLoss: give at least one (student, teacher) pair of block numbers")
-        for student, teacher in self.pairs:
-            if isinstance(student, int) and student < 1:
-                raise ValueError(f"LayerSyncLoss: blocks are counted from 1, got student {student}")
-            if student == teacher:
-                raise ValueError(
-                    f"LayerSyncLoss: student and teacher are both block {student}; the loss would be constant. "
-                    "Give a deeper teacher"
-                )
-            if isinstance(student, int) and isinstance(teacher, int) and student > teacher:
-                raise ValueError(
-                    f"LayerSyncLoss: student {student} lies behind teacher {teacher}; the pair is (shallow, deep): "
-                    f"did you mean ({teacher}, {student})?"
-                )
-        if len(set(self.pairs)) != len(self.pairs):
-            raise ValueError(f"LayerSyncLoss: a pair is given twice in {self.pairs}; raise its weight instead")
 
     def forward(
         self,
@@ -108,9 +90,10 @@ class LayerSyncLoss(AlignmentLoss):
             states: block number → (B, N, D) output of that block, for each of `layers`; or pair → (B, N) cosines, for
                 each of `captures`; or pair → its (student, teacher) tokens. May be empty in inactive steps.
             step: the trainer's step, from 0; needed by decaying schedules, `stop_step` and `every`.
-            mask: as in `functional.layersync_loss`.
-            token_weight: as in `functional.layersync_loss`.
-            reduction: as in `functional.layersync_loss`; "none" needs pairs with the same number of tokens.
+            mask: bool, True for tokens that count, broadcast over the leading dimensions as in `layersync_loss`.
+            token_weight: float weight of each token, shaped like `mask`; multiplied with it.
+            reduction: of each pair's tokens: "mean" (over the sum of weights), "sum", or "none", which needs pairs with
+                the same number of tokens.
 
         Returns:
             a 0-d tensor, or (B, N) for "none".
@@ -118,38 +101,52 @@ class LayerSyncLoss(AlignmentLoss):
         Raises:
             ValueError: a block of a pair was not captured; a step is needed and missing.
         """
-        factor = self._factor(step)
+        factor = self.factor(step)
         self.cosine = {}
         if factor == 0:
             return zero_loss(states)
-        self._check_captured(
-            sorted_blocks(b for pair in self.pairs if pair not in states for b in pair if b not in states), states
-        )
+        self.check_captured([b for pair in self.pairs if pair not in states for b in pair if b not in states], states)
         terms = []
-        for (student, teacher), weight in zip(self.pairs, self.weights, strict=True):
-            state = states[student, teacher] if (student, teacher) in states else (states[student], states[teacher])
-            if isinstance(state, Tensor):
-                cosine = state
-            else:
-                # Masked tokens are not read, whatever the reduction; weights come in where it is made.
-                loss = layersync_loss(
-                    *state,
-                    mask=mask,
-                    token_weight=token_weight if reduction == "mean" else None,
-                    reduction="mean" if reduction == "mean" else "none",
-                    teacher_grad=self.teacher_grad,
-                    eps=self.eps,
-                    backend=self.backend,
-                )
-                cosine = -loss
-            if isinstance(state, Tensor) or reduction != "mean":
-                loss = cosine_loss(cosine, mask=mask, token_weight=token_weight, reduction=reduction)
-                cosine = -cosine_loss(cosine.detach(), mask=mask, token_weight=token_weight)
-            self.cosine[f"{student}:{teacher}"] = cosine.detach()
+        for pair, weight in zip(self.pairs, self.weights, strict=True):
+            state = states[pair] if pair in states else tuple(states[block] for block in pair)
+            loss, self.cosine[pair_label(pair)] = self._aligned(state, mask, token_weight, reduction)
             terms.append((weight * factor) * loss)
         return functools.reduce(torch.add, terms)
 
+    def _aligned(
+        self, state: Tensor | tuple[Tensor, Tensor], mask: Tensor | None, token_weight: Tensor | None, reduction: str
+    ) -> tuple[Tensor, Tensor]:
+        """(loss, mean cosine) of a pair, from its tokens or from their cosines."""
+        options: dict[str, Any] = {"teacher_grad": self.teacher_grad, "eps": self.eps, "backend": self.backend}
+        if isinstance(state, Tensor):
+            cosine = state
+        elif reduction == "mean":
+            loss = layersync_loss(*state, mask=mask, token_weight=token_weight, **options)
+            return loss, -loss.detach()
+        else:  # the loss's own reduction would leave no cosines to average
+            cosine = -layersync_loss(*state, mask=mask, reduction="none", **options)
+        loss = cosine_loss(cosine, mask=mask, token_weight=token_weight, reduction=reduction)
+        return loss, -cosine_loss(cosine.detach(), mask=mask, token_weight=token_weight)
+
     def extra_repr(self) -> str:
         """The pairs, weights and schedule, for `print(module)`."""
-        pairs = ", ".join(f"{s}:{t} x {w:g}" for (s, t), w in zip(self.pairs, self.weights, strict=True))
-        return f"{pairs}, schedule={self.schedule}, every={self.every}, backend={self.backend}"
+        pairs = ", ".join(f"{pair_label(pair)} x {w:g}" for pair, w in zip(self.pairs, self.weights, strict=True))
+        return f"{pairs}, schedule={self.schedule.kind}, every={self.schedule.every}, backend={self.backend}"
+
+
+def _checked_pairs(pairs: Sequence[tuple[Block, Block]]) -> tuple[tuple[Block, Block], ...]:
+    checked = distinct_pairs("LayerSyncLoss", "(student, teacher) pair of blocks", pairs)
+    for student, teacher in checked:
+        if isinstance(student, int) and student < 1:
+            raise ValueError(f"LayerSyncLoss: blocks are counted from 1, got student {student}")
+        if student == teacher:
+            raise ValueError(
+                f"LayerSyncLoss: student and teacher are both block {student}; the loss would be constant. "
+                "Give a deeper teacher"
+            )
+        if isinstance(student, int) and isinstance(teacher, int) and student > teacher:
+            raise ValueError(
+                f"LayerSyncLoss: student {student} lies behind teacher {teacher}; the pair is (shallow, deep): "
+                f"did you mean ({teacher}, {student})?"
+            )
+    return checked

@@ -27,8 +27,27 @@ def default_pair(depth: int) -> tuple[int, int]:
     return student, max(student + 1, round(0.66 * depth))
 
 
-def as_block(block: Block) -> Block:
-    """A name as it is, any integer as Python's."""
+def distinct_pairs(loss: str, what: str, pairs: Iterable[tuple[Block, Block]]) -> tuple[tuple[Block, Block], ...]:
+    """The pairs of a loss, their blocks names or Python's integers.
+
+    Args:
+        loss: its name, for messages.
+        what: it takes, for messages.
+        pairs: as they were given.
+
+    Raises:
+        ValueError: no pair, or one twice.
+    """
+    distinct = tuple((_as_block(student), _as_block(teacher)) for student, teacher in pairs)
+    if not distinct:
+        raise ValueError(f"{loss}: give at least one {what}")
+    if len(set(distinct)) != len(distinct):
+        given = ", ".join(map(pair_label, distinct))
+        raise ValueError(f"{loss}: the same {what} is given twice in {given}; raise its weight instead")
+    return distinct
+
+
+def _as_block(block: Block) -> Block:
     return block if isinstance(block, str) else int(block)  # integers of NumPy are none that isinstance knows
 
 

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional.cosine import cosine_loss, layersync_loss
+from ..functional.checks import check_tokens, row_mask
+from ..functional.cosine import layersync_loss, weighted_mean
 from ..functional.spatial_norm import spatial_norm
-from .layersync import EPS
-from .pairs import Block, as_block, pair_label, sorted_blocks
+from .base import AlignmentLoss, zero_loss
+from .pairs import Block, distinct_pairs, pair_label, sorted_blocks
 from .projectors import Mlp, TokenConv, grid_of, mlp
-from .schedule import AlignmentLoss, zero_loss
 
 _METHODS = ("repa", "irepa", "sra")
 
@@ -52,16 +52,16 @@ class RepresentationAlignmentLoss(AlignmentLoss):
         check_teacher: look for NaN and infinity in the teacher in every call, at the price of a host synchronisation.
             Otherwise the first call alone is checked, where wrong weights and overflowing precision show; a later NaN
             makes the loss NaN.
-        schedule: as in `LayerSyncLoss`, with `start_step`, `stop_step` and `every`.
-        start_step: as in `LayerSyncLoss`.
-        stop_step: likewise.
-        every: likewise.
+        schedule: "constant"; or "linear" or "cosine" from 1 at `start_step` to 0 at `stop_step`.
+        start_step: where the decay begins (not for "constant").
+        stop_step: from this step on the loss is off. "constant" runs forever without it; the others need it.
+        every: compute the loss in every n-th step only (those divisible by n), with unchanged weight.
         eps: a token whose norm is below it has cosine 0 and gradient 0.
-        backend: as in `functional.layersync_loss`.
+        backend: "auto", "reference", "cpp", "triton" or "cuda".
 
     Attributes:
         layers: the blocks to capture, ascending.
-        captures: the same, as `LayerSyncLoss` has it.
+        captures: the same, under the name by which a model is asked for what a loss needs.
         projectors: nn.ModuleList, one for each pair. With "repa" its keys are those of REPA's `model.projectors`.
         cosine: after a forward pass, the mean cosine of each pair as a detached 0-d tensor, keyed by block, or
             "block:teacher" where the pair names one.
@@ -96,12 +96,12 @@ class RepresentationAlignmentLoss(AlignmentLoss):
         start_step: int = 0,
         stop_step: int | None = None,
         every: int = 1,
-        eps: float = EPS,
+        eps: float = 1e-6,
         backend: str = "auto",
     ) -> None:
-        super().__init__(schedule=schedule, start_step=start_step, stop_step=stop_step, every=every)
-        self.pairs = self._pairs(blocks)
-        self.set_weights(weights)
+        super().__init__(
+            _pairs_of(blocks), weights, schedule=schedule, start_step=start_step, stop_step=stop_step, every=every
+        )
         self.layers = self.captures = sorted_blocks(block for block, _ in self.pairs)
         if method not in _METHODS:
             raise ValueError(f"RepresentationAlignmentLoss: unknown method {method!r}; expected one of {_METHODS}")
@@ -123,23 +123,6 @@ class RepresentationAlignmentLoss(AlignmentLoss):
                 f"RepresentationAlignmentLoss: {len(self.projectors)} projectors for {len(self.pairs)} pairs; "
                 "give one each"
             )
-
-    @staticmethod
-    def _pairs(blocks: Block | Sequence[Block | tuple[Block, Block]]) -> tuple[tuple[Block, Block], ...]:
-        if isinstance(blocks, str) or not isinstance(blocks, Sequence):
-            blocks = [blocks]
-        pairs = [block if isinstance(block, tuple) else (block, block) for block in blocks]
-        pairs = [(as_block(block), as_block(teacher)) for block, teacher in pairs]
-        if not pairs:
-            raise ValueError("RepresentationAlignmentLoss: give at least one block")
-        if len(set(pairs)) != len(pairs):
-            raise ValueError(
-                f"RepresentationAlignmentLoss: a block is given twice in {pairs}; raise its weight instead"
-            )
-        for block, _ in pairs:
-            if isinstance(block, int) and block < 1:
-                raise ValueError(f"RepresentationAlignmentLoss: blocks are counted from 1, got {block}")
-        return tuple(pairs)
 
     def _teacher_size(self, sizes: int | Mapping[Block, int] | None, teacher: Block) -> int:
         if sizes is None and self.method == "sra":
@@ -175,8 +158,8 @@ class RepresentationAlignmentLoss(AlignmentLoss):
             teacher: (B, N, T) tokens for all pairs; or block, or name of a teacher, → its tokens. A constant: no
                 gradient flows into it. Not looked at in inactive steps.
             step: the trainer's step, from 0; needed by decaying schedules, `stop_step` and `every`.
-            mask: as in `functional.layersync_loss`.
-            token_weight: as in `functional.layersync_loss`.
+            mask: bool, True for tokens that count, broadcast over the leading dimensions as in `layersync_loss`.
+            token_weight: float weight of each token, shaped like `mask`; multiplied with it.
 
         Returns:
             a 0-d tensor.
@@ -184,12 +167,13 @@ class RepresentationAlignmentLoss(AlignmentLoss):
         Raises:
             ValueError: a block was not captured, a teacher is missing, has other tokens or channels than expected, or
                 holds NaN or infinity; a projector gives other channels; a step is needed and missing.
+            TypeError: hidden states or a teacher that are no dense floating tensors.
         """
-        factor = self._factor(step)
+        factor = self.factor(step)
         self.cosine = {}
         if factor == 0:
             return zero_loss(states)
-        self._check_captured(sorted_blocks(block for block, _ in self.pairs if block not in states), states)
+        self.check_captured([block for block, _ in self.pairs if block not in states], states)
         terms = []
         for pair, projector, weight, size in zip(
             self.pairs, self.projectors, self.weights, self.teacher_sizes, strict=True
@@ -233,10 +217,10 @@ class RepresentationAlignmentLoss(AlignmentLoss):
         dtype = torch.promote_types(torch.promote_types(projected.dtype, target.dtype), torch.float32)
         projected, target = projected.to(dtype), target.to(dtype)
         if mask is not None:
-            masked = ~_counting(projected, mask).unsqueeze(-1)
+            masked = ~row_mask("RepresentationAlignmentLoss", mask, projected).unsqueeze(-1)
             projected = projected.masked_fill(masked, 0)  # and so its gradient, which 0·NaN would spoil
         rows = F.smooth_l1_loss(projected, target, beta=self.beta, reduction="none").mean(dim=-1)
-        return cosine_loss(-rows, mask=mask, token_weight=token_weight)
+        return weighted_mean("RepresentationAlignmentLoss", rows, mask, token_weight)
 
     @staticmethod
     def _teacher(teacher: Tensor | Mapping[Any, Tensor], name: Block) -> Tensor:
@@ -250,6 +234,8 @@ class RepresentationAlignmentLoss(AlignmentLoss):
 
     def _target(self, hidden: Tensor, teacher: Tensor, name: str, size: int, mask: Tensor | None) -> Tensor:
         """The teacher's tokens, checked, on the student's grid and normalised."""
+        check_tokens("RepresentationAlignmentLoss", f"block {name}", hidden)
+        check_tokens("RepresentationAlignmentLoss", f"the teacher of block {name}", teacher)
         if hidden.dim() != 3 or hidden.shape[-1] != self.hidden_size:
             raise ValueError(
                 f"RepresentationAlignmentLoss: block {name} gave {tuple(hidden.shape)}; expected (batch, tokens, "
@@ -290,22 +276,28 @@ class RepresentationAlignmentLoss(AlignmentLoss):
     def extra_repr(self) -> str:
         """The pairs, weights and schedule, for `print(module)`."""
         pairs = ", ".join(f"{pair_label(pair)} x {w:g}" for pair, w in zip(self.pairs, self.weights, strict=True))
-        return f"{pairs}, method={self.method}, rows={self.rows}, schedule={self.schedule}, every={self.every}"
-
-
-def _counting(x: Tensor, mask: Tensor) -> Tensor:
-    """The mask, one value for each token."""
-    ones = torch.ones(x.shape[:-1], device=x.device)
-    return cosine_loss(ones, mask=mask, reduction="none") != 0
+        schedule = f"schedule={self.schedule.kind}, every={self.schedule.every}"
+        return f"{pairs}, method={self.method}, rows={self.rows}, {schedule}"
 
 
 def _check_finite(teacher: Tensor, name: str, mask: Tensor | None) -> None:
     bad = ~teacher.isfinite().all(dim=-1)
     if mask is not None:
-        bad = bad & _counting(teacher, mask)
+        bad = bad & row_mask("RepresentationAlignmentLoss", mask, teacher)
     count = int(bad.sum())
     if count:
         raise ValueError(
             f"RepresentationAlignmentLoss: the teacher of block {name} gave NaN or infinity in {count} of "
             f"{bad.numel()} tokens; check its weights and its precision (fp16 overflows), or mask those tokens"
         )
+
+
+def _pairs_of(blocks: Block | Sequence[Block | tuple[Block, Block]]) -> tuple[tuple[Block, Block], ...]:
+    if isinstance(blocks, str) or not isinstance(blocks, Sequence):
+        blocks = [blocks]
+    given = [block if isinstance(block, tuple) else (block, block) for block in blocks]
+    pairs = distinct_pairs("RepresentationAlignmentLoss", "block", given)
+    for block, _ in pairs:
+        if isinstance(block, int) and block < 1:
+            raise ValueError(f"RepresentationAlignmentLoss: blocks are counted from 1, got {block}")
+    return pairs

@@ -8,8 +8,9 @@ import types
 import pytest
 import torch
 
+from layersync_kernels.functional import self_attention
 from layersync_kernels.ops import dispatch, native
-from layersync_kernels.ops.attention import op, self_attention, self_attention_reference
+from layersync_kernels.ops.attention import op, self_attention_reference
 
 from ..support.backends import assert_as_exact_as, run_on_lower_instruction_set
 
@@ -231,7 +232,7 @@ def test_cpp_memory_grows_with_tokens_not_with_their_square():
     """Scores of 2 heads of 6,000 tokens would take 288 MB."""
     program = """
 import torch
-from layersync_kernels.ops.attention import self_attention
+from layersync_kernels.functional import self_attention
 def peak():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) / 1024
 torch.set_num_threads(2)

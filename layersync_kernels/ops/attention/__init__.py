@@ -1,6 +1,6 @@
 """Self-attention over packed queries, keys and values, with one packed gradient."""
 
-from .op import self_attention
+from .op import SelfAttention, UnpackHeads
 from .reference import self_attention_reference
 
-__all__ = ["self_attention", "self_attention_reference"]
+__all__ = ["SelfAttention", "UnpackHeads", "self_attention_reference"]

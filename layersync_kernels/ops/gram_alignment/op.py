@@ -39,7 +39,7 @@ GRAM = raw_op.declare(
     "gram_alignment",
     _fake,
     kind=COMPOSITE,
-    python={"cpp": "strips:run_cpp", "cuda": "strips:run_cuda", "triton": "strips:run_triton"},
+    python={"cpp": "strips:run_cpp", "cuda": "strips:run_cuda", "triton": "triton:run"},
 )
 # difference: (samples, rows, columns), contiguous. Returns the sums of f(|difference|) over each row, (samples, rows)
 # float32: the first `diagonal` columns once, the others, which stand for their mirror images too, twice. Writes the

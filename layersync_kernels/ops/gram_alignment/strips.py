@@ -135,13 +135,6 @@ def run_cuda(*args: Any) -> tuple[Tensor, Tensor]:
     return run(library_strip(STRIP["cuda"]), *args)
 
 
-def run_triton(*args: Any) -> tuple[Tensor, Tensor]:
-    """Compute the raw op of op.py with strips in Triton."""
-    from . import triton
-
-    return run(triton.strip, *args)
-
-
 @torch.no_grad()
 def run(
     strip: StripFunction,

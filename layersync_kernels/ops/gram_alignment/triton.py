@@ -4,12 +4,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..tiles import device_of
+from . import strips
 from .op import KINDS
 from .strips import Strip
 
@@ -117,3 +120,8 @@ def strip(strip: Strip) -> Tensor:
             num_warps=warps,
         )
     return sums
+
+
+def run(*args: Any) -> tuple[Tensor, Tensor]:
+    """Compute the raw op by strips; see strips.py."""
+    return strips.run(strip, *args)
