@@ -22,7 +22,7 @@ class Captured(NamedTuple):
     Attributes:
         hidden: what the student returned; its tokens, projected or detached, where the hook had to look at them.
         target: what the teacher returned after that.
-        hidden_versions: of the tensors in `hidden`, see `versions`.
+        hidden_versions: of the tensors in `hidden`, see `_versions`.
         target_versions: of those in `target`.
         repeated: another forward pass began before this one's loss.
         without_grad: a pass came by without grad, as in validation.
@@ -84,6 +84,23 @@ class CapturedPair:
             captured.reentrant,
         )
 
+    def check_unwritten(self, student: Tensor, teacher: Tensor) -> None:
+        """Check that the tensors found in what was captured still hold what their blocks returned.
+
+        Raises:
+            RuntimeError: one was changed in place since.
+        """
+        for role, block, tokens, output, before in (
+            ("student", self.student, student, self.hidden, self.hidden_versions),
+            ("teacher", self.teacher, teacher, self.target, self.target_versions),
+        ):
+            if _written(tokens, output, before):
+                raise RuntimeError(
+                    f"LayerSync: what {role} {block} returned was changed in place after the block (x += y, relu_), "
+                    "itself or through a tensor that shares its memory, and the loss would be that of the changed "
+                    "values. Write that op out of place (x = x + y), or have the block return x.clone()"
+                )
+
     def __getstate__(self) -> dict[str, Any]:
         # Copies of the model (EMA) and pickles of it carry hooks that do nothing, and none of the activations.
         return {"active": False}
@@ -107,7 +124,7 @@ class CapturedPair:
             if self.target is not None:
                 self.repeated = True
             self.hidden, self.target = hidden, None  # never one pass's student with another one's teacher
-            self.hidden_versions = versions(hidden, args)
+            self.hidden_versions = _versions(hidden, args)
         return output if self.entry_key is not None else None
 
     def on_teacher(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
@@ -116,12 +133,12 @@ class CapturedPair:
             return None
         if self.projector is None and self.entry_key is None:
             if not recomputing():
-                self.target, self.target_versions = output, versions(output, args)
+                self.target, self.target_versions = output, _versions(output, args)
             return None
         target = self.layouts[1].find(output, self.teacher.path, unwrapped(module))
         if not recomputing():
             self.target = target.detach() if self.entry_key is not None else target
-            self.target_versions = versions(self.target, args)
+            self.target_versions = _versions(self.target, args)
         if self.projector is None or self.hidden is None:
             return None
         # DDP looks for used parameters from the model's output, where the projector is not; this puts it there.
@@ -139,7 +156,7 @@ class CapturedPair:
         return False
 
 
-def versions(output: Any, args: tuple[Any, ...]) -> Versions:
+def _versions(output: Any, args: tuple[Any, ...]) -> Versions:
     """How often each tensor of a block's output was written to.
 
     In a compiled graph that means nothing: None, as it returns new tensors; {}, where it returns an input changed.
@@ -163,7 +180,7 @@ def _tensors(output: Any, depth: int = 3) -> Iterator[Tensor]:
         yield from _tensors(item, depth - 1)
 
 
-def written(tensor: Tensor, output: Any, before: Versions) -> bool:
+def _written(tensor: Tensor, output: Any, before: Versions) -> bool:
     """Whether a tensor that was found in a block's output has been written to since the hook saw the output.
 
     A tensor that was made of the output, by `output=`, is taken for the one that it is a view of, or for the only one

@@ -36,12 +36,10 @@ MODULE_STATE = frozenset(vars(nn.Module()))
 
 # Samples and tokens: one, odd ones, and more than the tiles and windows of 64, 128 and 256 that attention is cut into.
 _SIZES = ((2, 16), (1, 1), (5, 3), (33, 2), (3, 65), (1, 130), (1, 257))
-# Of tokens, condition and incoming gradient. Small tokens show where LayerNorm has its eps, gradients of both kinds what
-# a hook would clip. Attention's logits grow with the square of the condition.
+# Of tokens, condition, incoming gradient. Small tokens show where LayerNorm has its eps, gradients what a hook clips.
 _MAGNITUDES = ((1.0, 1.0, 1.0), (1e-3, 1e-3, 1e-3), (1e3, 10.0, 1e3), (1e3, 1.0, 1e-3))
-# Of the largest value, at a condition of 1. In fp64 other ways of writing the same block differ by 1e-15, a LayerNorm
-# in fp32 by 1e-7, GELU without the tanh by 1e-4; elsewhere they differ by their own roundings, 1e-6, 1e-2 and 1e-3, and
-# a wrong block by more than all.
+# Of the largest value. In fp64 other ways of writing the same block differ by 1e-15, a LayerNorm in fp32 by 1e-7, GELU
+# without the tanh by 1e-4; elsewhere by their own roundings, 1e-6, 1e-2 and 1e-3, and a wrong block by more than all.
 _TOLERANCES = {torch.float64: 1e-6, torch.float32: 1e-4, torch.bfloat16: 8e-2, torch.float16: 2e-2}
 
 # What the published block runs, or another way of writing it: views, and smooth functions. Their gradients' come along.
@@ -65,13 +63,11 @@ def forward(self, x, c):
     x = x + gate_mlp.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
     return x
 """
-_PUBLISHED_REPA = _PUBLISHED.replace("dim=1", "dim=-1")
 
 _Block = TypeVar("_Block", SiTBlock, AdaLNZeroBlock)
 
 
-class _DifferenceError(Exception):
-    """The block is not the published one; its message says in what."""
+class _DifferenceError(Exception): ...
 
 
 class Verdict(NamedTuple):
@@ -106,11 +102,10 @@ def examine(block: nn.Module) -> Verdict:
 
     Copies with random parameters run on the CPU, without the block's hooks; random states stay what they were.
     """
-    doubts: list[str] = []
     try:
         with _apart() as drawn:
             given = _stand_in(block)
-            doubts += _tried(given, {p.dtype for p in block.parameters()}, drawn)
+            doubts = _tried(given, {p.dtype for p in block.parameters()}, drawn)
             doubts += [*_overrides(block), *_decides_by_size(given)]
     except _DifferenceError as found:
         return Verdict(difference=str(found))
@@ -207,10 +202,8 @@ class _Marks:
 
     def changed(self, block: nn.Module) -> list[str]:
         """The attributes that are no longer what they were."""
-        now = _Marks(block)
-        return sorted(
-            name for name in now._marks.keys() | self._marks.keys() if now._marks.get(name) != self._marks.get(name)
-        )
+        old, new = self._marks, _Marks(block)._marks
+        return sorted(name for name in old | new if old.get(name) != new.get(name))
 
 
 # ---- what is tried
@@ -276,9 +269,7 @@ def _tried(given: Any, own: set[torch.dtype], drawn: Callable[[], str | None]) -
                 parameter.data = value.to(trial.dtype)
         samples, tokens = trial.size
         shapes = ((samples, tokens, width), (samples, condition), (samples, tokens, width))
-        x, c, d_out = (
-            (draw(shape) * factor).to(trial.dtype) for shape, factor in zip(shapes, trial.magnitudes, strict=True)
-        )
+        x, c, d_out = ((draw(s) * m).to(trial.dtype) for s, m in zip(shapes, trial.magnitudes, strict=True))
         try:
             expected = _results(published, trial, x, c, d_out)
         except RuntimeError:
@@ -302,7 +293,7 @@ def _tried(given: Any, own: set[torch.dtype], drawn: Callable[[], str | None]) -
 def _results(block: nn.Module, trial: _Try, x: Tensor, c: Tensor, d_out: Tensor) -> dict[str, Tensor]:
     """The output and, with grad, gradients."""
     block.train(trial.training)
-    leaves = [x.requires_grad_(trial.grad), c.requires_grad_(trial.grad)]
+    leaves = [tensor.requires_grad_(trial.grad) for tensor in (x, c)]
     with torch.set_grad_enabled(trial.grad):
         inputs = [leaf.clone() for leaf in leaves]  # what is no leaf can be changed in place
         with torch.autocast("cpu", torch.bfloat16, enabled=trial.autocast):
@@ -325,8 +316,8 @@ def _results(block: nn.Module, trial: _Try, x: Tensor, c: Tensor, d_out: Tensor)
 
 
 def _compare(found: dict[str, Tensor], expected: dict[str, Tensor], trial: _Try) -> None:
-    condition = trial.magnitudes[1]
-    tolerance = _TOLERANCES[torch.bfloat16 if trial.autocast else trial.dtype] * max(1.0, condition) ** 2
+    logits = max(1.0, trial.magnitudes[1]) ** 2  # they grow with the square of the condition
+    tolerance = _TOLERANCES[torch.bfloat16 if trial.autocast else trial.dtype] * logits
     for name, b in expected.items():
         a = found[name]
         if a.dtype != b.dtype:
@@ -352,7 +343,9 @@ def _overrides(block: Any) -> Iterator[str]:
 
 def _is_published(forward: Callable[..., Any]) -> bool:
     try:
-        return _canonical(inspect.getsource(forward)) in map(_canonical, (_PUBLISHED, _PUBLISHED_REPA))
+        return _canonical(inspect.getsource(forward)) in map(
+            _canonical, (_PUBLISHED, _PUBLISHED.replace("dim=1", "dim=-1"))
+        )
     except (OSError, TypeError, SyntaxError):
         return False
 

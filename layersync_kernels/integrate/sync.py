@@ -14,8 +14,8 @@ from torch.autograd import Variable
 from ..losses.layersync import LayerSyncLoss
 from ..losses.pairs import default_pair
 from . import reentrant
-from .blocks import Block, Blocks, unwrapped
-from .capture import CapturedPair, Versions, written
+from .blocks import Blocks, unwrapped
+from .capture import CapturedPair
 from .tokens import Pick, Select, align_tokens, both_layouts
 
 logger = logging.getLogger(__name__)
@@ -254,8 +254,7 @@ class LayerSync(nn.Module):
 
         Raises:
             RuntimeError: no forward pass was captured; the message says why that can be. A block's output was changed
-                in place after the block: seen where the model runs eagerly, and where its blocks are compiled one by
-                one (by AOTAutograd, as Inductor is); inside of one compiled graph it cannot be seen.
+                in place after the block, which inside of one compiled graph cannot be seen.
             ValueError: tokens of student and teacher that do not fit.
             TypeError: a block returns no hidden tokens.
         """
@@ -303,18 +302,8 @@ class LayerSync(nn.Module):
             student = pair.layouts[0].find(student, pair.student.path, unwrapped(pair.student.module))
             teacher = pair.layouts[1].find(teacher, pair.teacher.path, unwrapped(pair.teacher.module))
         if not torch.compiler.is_compiling():
-            self._check_unwritten("student", pair.student, student, pair.hidden, pair.hidden_versions)
-            self._check_unwritten("teacher", pair.teacher, teacher, pair.target, pair.target_versions)
+            pair.check_unwritten(student, teacher)
         return student, teacher
-
-    @staticmethod
-    def _check_unwritten(role: str, block: Block, tokens: Tensor, output: Any, before: Versions) -> None:
-        if written(tokens, output, before):
-            raise RuntimeError(
-                f"LayerSync: what {role} {block} returned was changed in place before loss(), by something like x += y "
-                "or relu_ after the block, on it or on a tensor that shares its memory; the loss would be that of the "
-                "changed values. Write that op out of place (x = x + y), or have the block return x.clone()"
-            )
 
     def _aligned(
         self, hidden: list[tuple[Tensor, Tensor]], mask: Tensor | None, reduction: str, token_weight: Tensor | None
