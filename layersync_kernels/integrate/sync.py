@@ -253,7 +253,8 @@ class LayerSync(nn.Module):
             the schedule skips, and where `enabled` is False.
 
         Raises:
-            RuntimeError: no forward pass was captured; the message says why that can be.
+            RuntimeError: no forward pass was captured; the message says why that can be. A block's output was changed
+                in place after the block, which inside of one compiled graph cannot be seen.
             ValueError: tokens of student and teacher that do not fit.
             TypeError: a block returns no hidden tokens.
         """
@@ -300,6 +301,8 @@ class LayerSync(nn.Module):
         if pair.entry_key is None and pair.projector is None:  # else the hooks had to look already
             student = pair.layouts[0].find(student, pair.student.path, unwrapped(pair.student.module))
             teacher = pair.layouts[1].find(teacher, pair.teacher.path, unwrapped(pair.teacher.module))
+        if not torch.compiler.is_compiling():
+            pair.check_unwritten(student, teacher)
         return student, teacher
 
     def _aligned(

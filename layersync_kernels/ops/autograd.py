@@ -42,7 +42,7 @@ class FusedFunction(Function):
         if running is not None:
             op = cls.__module__.split(".")[-2]
             raise RuntimeError(f"layersync_kernels: {op}: fused ops know nothing of {running}; {cls.instead}")
-        return cls.apply(*inputs)
+        return cls.apply(*_each_once(inputs))
 
 
 def transform() -> str | None:
@@ -65,6 +65,15 @@ transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as tha
 def runs_eagerly() -> bool:
     """Whether neither Dynamo nor functorch traces the call: a context may then keep state in Python."""
     return not (torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active())
+
+
+def _each_once(inputs: tuple[Any, ...]) -> list[Any]:
+    """A tensor that is given twice as a tensor and a view of it: Dynamo traces no Function that gets one twice."""
+    given: list[Any] = []
+    for value in inputs:
+        again = isinstance(value, Tensor) and any(value is other for other in given)
+        given.append(value.view_as(value) if again else value)
+    return given
 
 
 class _OnceDifferentiable(Function):
