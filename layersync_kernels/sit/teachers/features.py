@@ -76,9 +76,9 @@ class Features:
             raise TeacherError(f"cannot read the features {path}: {error}") from error
         if not named or any(tokens.ndim != 3 or tokens.dtype not in FLOATS for tokens in self._sets):
             raise TeacherError(f"{path} holds no features: expected 'features' (N, tokens, channels) in fp16")
-        shapes = [tuple(tokens.shape) for tokens in self._sets]
-        if 0 in shapes[0] or shapes[0] != shapes[-1]:
-            raise TeacherError(f"{path} holds features of shapes {shapes}; expected one shape without zeros")
+        kinds = [(tuple(tokens.shape), tokens.dtype) for tokens in self._sets]
+        if 0 in kinds[0][0] or kinds[0] != kinds[-1]:
+            raise TeacherError(f"{path} holds features of {kinds}; expected one shape without zeros, and one type")
         self._path = path
         self.name = known.teacher or path.name
         self.width = self._sets[0].shape[2]
