@@ -14,7 +14,7 @@ pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="li
 
 KINDS = ["npz", "latents", "features", "checkpoint", "state", "config", "records", "marks", "published"]
 KINDS += ["png", "jpeg", "tiff"]
-ALLOWED_MB = 400
+ALLOWED_MB = 300
 """A process may grow by this in all cases of a kind; --memory-limit-gb is 50 MB there."""
 
 

@@ -97,4 +97,7 @@ def fill_model(model: nn.Module, weights: Weights, *, exact: bool = False) -> No
 
 def is_finite(tensor: Tensor) -> bool:
     """Whether all numbers are; in one pass that allocates nothing."""
-    return tensor.dtype not in FLOATS or not tensor.numel() or bool(torch.stack(tensor.aminmax()).isfinite().all())
+    if tensor.dtype not in FLOATS or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    return bool(low.isfinite() & high.isfinite())

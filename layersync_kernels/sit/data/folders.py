@@ -65,8 +65,8 @@ def load_folder(config: DataConfig) -> SampleSet:
 def _check_image(image: Image.Image, config: DataConfig) -> None:
     if config.memory_limit_gb == 0:  # everything is streamed; Pillow's own limit of 179 million pixels holds
         return
-    # As decoded, and as the floats that resizing takes.
-    size = image.width * image.height * len(image.getbands()) * (1 + 4)
+    # As decoded; in the channels wanted, and those as the floats that resizing takes.
+    size = image.width * image.height * (len(image.getbands()) + (config.channels or 3) * (1 + 4))
     try:
         check_fits(f"an image of {image.width}x{image.height}", size, config, instead="")
     except DataError as error:

@@ -141,9 +141,9 @@ def first_not_finite(samples: Tensor, scale: float = 1.0) -> int | None:
     """The number of the first of the samples (N, ...) that holds NaN or infinity as fp32, or None; made in pieces."""
     start = 0
     for part in samples.split(chunk_length(samples.shape)):
-        values = part.float() * scale
-        if not torch.stack(values.aminmax()).isfinite().all():
-            return start + int(values.isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+        low, high = part.aminmax()  # NaN if there is one; one pass, which allocates nothing
+        if not ((low.float() * scale).isfinite() & (high.float() * scale).isfinite()):
+            return start + int((part.float() * scale).isfinite().flatten(1).all(1).logical_not().nonzero()[0])
         start += len(part)
     return None
 
