@@ -31,6 +31,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
+        flush(temporary)  # a full disk may say so only now, and `path` is still what it was
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -19,13 +19,12 @@ from layersync_kernels.sit.checkpoints.local import (
     DamagedCheckpoint,
     check_checkpoint,
     list_checkpoints,
-    load_optimizer,
     newest_checkpoint,
-    optimizer_tensors,
     read_state,
     read_tensors,
     save_checkpoint,
 )
+from layersync_kernels.sit.checkpoints.optimizer import load_optimizer, optimizer_tensors
 from layersync_kernels.sit.checkpoints.weights import Weights, fill_model, find_weights, load_weights
 from layersync_kernels.sit.files import atomic_path
 from layersync_kernels.sit.models.sit import SiT
@@ -62,7 +61,7 @@ def test_only_the_newest_are_kept_in_order_of_steps(tmp_path):
 def test_full_disk_keeps_the_last_good_checkpoint_and_no_debris(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         path.write_bytes(b"half of it")
         raise OSError(errno.ENOSPC, "No space left on device")
 
@@ -91,7 +90,7 @@ def test_truly_full_disk(tmp_path):
 def test_crash_while_writing_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
-    def killed(tensors, path):
+    def killed(tensors, path, metadata):
         path.write_bytes(b"half of it")
         raise KeyboardInterrupt  # not an error that is cleaned up after, like SIGKILL
 
@@ -139,14 +138,14 @@ def test_optimizer_state_round_trip_by_parameter_name():
     with torch.no_grad():
         for p, q in zip(other_params, params, strict=True):
             p.copy_(q)
-    load_optimizer(other, names, tensors)
+    load_optimizer(other, names, tensors, step=1)
     for p, q in zip(other_params, params, strict=True):
         p.grad = q.grad
     optimizer.step()
     other.step()
     assert all(torch.equal(p, q) for p, q in zip(params, other_params, strict=True))
     with pytest.raises(CheckpointError, match="no parameter of this model"):
-        load_optimizer(other, names, {"stranger.exp_avg": torch.zeros(1)})
+        load_optimizer(other, names, {"stranger.exp_avg": torch.zeros(1)}, step=1)
 
 
 # Damage

@@ -27,6 +27,8 @@ from layersync_kernels.sit.studies.pair.plots import save_probe
 from layersync_kernels.sit.studies.pair.report import propose_pair, teacher_range
 from layersync_kernels.sit.studies.pair.run import States, analyse, measure, probe
 
+from .tiny import run_state
+
 PAIRS = Path(__file__).parents[2] / "docs" / "integrations" / "pairs.md"
 
 
@@ -48,9 +50,8 @@ def make_run(tmp_path, *, depth=4, classes=3, class_dropout=0.1, alive=True):
     run = tmp_path / "run"
     run.mkdir()
     save_config(config, run / CONFIG)
-    data = {"shape": [1, 4, 4], "num_classes": classes, "latent": False}
     zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-    save_checkpoint(run, 5, {"model": zeros, "ema": model.state_dict()}, {"step": 5, "data": data})
+    save_checkpoint(run, 5, {"model": zeros, "ema": model.state_dict()}, run_state(5, classes))
     return run
 
 
@@ -406,7 +407,7 @@ def test_weights_that_diverged_are_reported(tmp_path):
     run = make_run(tmp_path)
     model = SiT(4, 2, 1, hidden_size=16, depth=4, num_heads=2, num_classes=3)
     broken = {name: torch.full_like(value, float("nan")) for name, value in model.state_dict().items()}
-    save_checkpoint(run, 6, {"ema": broken}, {"data": {"shape": [1, 4, 4], "num_classes": 3, "latent": False}})
+    save_checkpoint(run, 6, {"ema": broken}, run_state(6))
     with pytest.raises(CheckpointError, match="not finite"):
         probe(command(run))
 

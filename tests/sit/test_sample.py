@@ -22,6 +22,8 @@ from layersync_kernels.sit.sampling.grid import save_grid
 from layersync_kernels.sit.sampling.load import load_trained
 from layersync_kernels.sit.training.curves import save_curves
 
+from .tiny import run_state
+
 FAST = SamplingConfig(solver="euler", sampling_steps=3)
 
 
@@ -48,8 +50,7 @@ def run(tmp_path, model):
         TrainConfig(model=ModelConfig("SiT-P/2", hidden_size=16, depth=2, num_heads=4), sampling=FAST), run / CONFIG
     )
     zeros = {name: torch.zeros_like(value) for name, value in model.state_dict().items()}
-    data = {"shape": [1, 4, 4], "num_classes": 3, "latent": False}
-    save_checkpoint(run, 5, {"model": zeros, "ema": model.state_dict()}, {"step": 5, "data": data})
+    save_checkpoint(run, 5, {"model": zeros, "ema": model.state_dict()}, run_state(5))
     return run
 
 
@@ -183,7 +184,7 @@ def test_weights_that_diverged_are_reported(run):
         run,
         6,
         {"ema": {n: torch.full_like(v, float("nan")) for n, v in load_trained(run).model.state_dict().items()}},
-        {"data": {"shape": [1, 4, 4], "num_classes": 3, "latent": False}},
+        run_state(6),
     )
     with pytest.raises(CheckpointError, match="not finite"):
         sample(SampleCommand(run, sampling=FAST))

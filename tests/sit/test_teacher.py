@@ -334,6 +334,45 @@ def test_features_that_do_not_fit_are_refused(tmp_path):
         Features(path, tiny_data())
 
 
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_features_that_are_not_finite_are_refused_where_they_are_read(tmp_path, bad):
+    path = tmp_path / "f.safetensors"
+    for name in ("features", "mirrored"):
+        write_features(path)
+        tensors = load_file(path)
+        tensors[name][5, 1, 2] = bad
+        save_file(tensors, path)
+        features = Features(path, tiny_data(), flip=True)
+        index, mirrored = torch.tensor([3, 5, 0]), torch.tensor([False, name == "mirrored", True])
+        with torch.autocast("cpu", torch.bfloat16):  # where training looks them up
+            assert features.tokens(index[[0, 2]], mirrored[[0, 2]]).isfinite().all()
+        with pytest.raises(TeacherError, match=r"f\.safetensors: the features of sample 5 are not finite"):
+            features.tokens(index, mirrored)
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"features": torch.zeros(14, 4, 5, dtype=torch.int8)}, "holds no features"),
+        ({"features": torch.zeros(14, 4)}, "holds no features"),
+        ({"mirrored": torch.zeros(14, 4, 5)}, "holds no features"),
+        ({"features": torch.zeros(14, 0, 5)}, r"features of \[\(\(14, 0, 5\)"),
+        (
+            {"features": torch.zeros(14, 4, 5), "mirrored": torch.zeros(14, 4, 6)},
+            r"features of .*\(14, 4, 6\).*one shape",
+        ),
+        (
+            {"features": torch.zeros(14, 4, 5).half(), "mirrored": torch.zeros(14, 4, 5)},
+            r"features of .*float16.*float32.*one type",
+        ),
+    ],
+)
+def test_file_that_holds_no_features_is_refused(tmp_path, tensors, message):
+    save_file(tensors, tmp_path / "f.safetensors")
+    with pytest.raises(TeacherError, match=message):
+        Features(tmp_path / "f.safetensors", tiny_data())
+
+
 def test_features_beyond_fp16_are_not_written(tmp_path):
     huge = nn.Sequential(nn.Conv2d(3, 5, 2, stride=2), nn.Threshold(1e9, 1e6))
     with pytest.raises(TeacherError, match="NaN or infinity in fp16"):

@@ -310,11 +310,11 @@ def test_full_disk_lets_training_go_on_and_keeps_the_last_checkpoint(tmp_path, m
     attempts = []
     save_file = checkpoint.save_file
 
-    def sometimes_full(tensors, path):
+    def sometimes_full(tensors, path, metadata):
         attempts.append(path)
         if "00000008" in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", sometimes_full)
     assert run_training(tiny_config(), tmp_path / "run").step == 12
@@ -326,10 +326,10 @@ def test_full_disk_lets_training_go_on_and_keeps_the_last_checkpoint(tmp_path, m
 def test_full_disk_at_the_end_is_an_error_that_names_the_last_checkpoint(tmp_path, monkeypatch):
     save_file = checkpoint.save_file
 
-    def full(tensors, path):
+    def full(tensors, path, metadata):
         if "00000004" not in str(path):
             raise OSError(errno.ENOSPC, "No space left on device")
-        save_file(tensors, path)
+        save_file(tensors, path, metadata)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
     with pytest.raises(CheckpointError, match=r"No space left.*last good checkpoint is .*step_00000004"):

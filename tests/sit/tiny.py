@@ -41,3 +41,9 @@ def tiny_data():
         samples=torch.randint(0, 256, (16, 1, 4, 4), generator=generator, dtype=torch.uint8),
         labels=torch.arange(16) % 3,
     )
+
+
+def run_state(step, num_classes=3):
+    """What the trainer's state.json holds at that step, of 4x4 samples."""
+    data = {"shape": [1, 4, 4], "num_classes": num_classes, "class_names": ["a", "b", "c"], "latent": False}
+    return {"run": "tiny", "samples_seen": 5 * step, "seconds": 0.5 * step, "scaler": {}, "data": data}

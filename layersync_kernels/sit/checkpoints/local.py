@@ -6,10 +6,12 @@
                                   rng.safetensors        generator states
                                   projector.safetensors  REPA's projector, where a run has one
                                   state.json             step, samples seen, training seconds, shape of the data;
+                                                         "run": the same in all checkpoints of a run;
                                                          "checksums": SHA-256 of each file above, by name;
                                                          "digest": SHA-256 of all else in this file
 
 Nothing here is pickled, and nothing is read unchecked: a bit that flipped on the disk is an error that names the file.
+Each .safetensors says in its metadata which file of which step of which run it is, and belongs nowhere else.
 SHA-256 hashes 1.1 GB/s on one core of a busy machine (OpenSSL, with the SHA instructions), which is about what a disk
 reads: no reason for a dependency with a faster hash.
 """
@@ -25,16 +27,16 @@ import logging
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..config.io import parse_json
 from ..config.run import CONFIG
 from ..files import TEMPORARY, flush
 
@@ -42,12 +44,20 @@ logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 STATE = "state.json"
-_CHECKSUMS, _DIGEST = "checksums", "digest"
+_CHECKSUMS, _DIGEST, _RUN, _STEP = "checksums", "digest", "run", "step"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
 
 class DamagedCheckpoint(CheckpointError):
     """A file of a checkpoint is missing, or is not what was written."""
+
+
+class _Written(NamedTuple):
+    """What the state says about the files beside it; all None in a checkpoint from before there was such a thing."""
+
+    checksums: Mapping[str, str] | None
+    step: int | None
+    run: str | None
 
 
 def list_checkpoints(run_dir: Path) -> list[Path]:
@@ -72,7 +82,7 @@ def save_checkpoint(
         run_dir: folder of the run.
         step: optimiser steps done.
         tensors: file stem to named tensors, for instance {"model": model.state_dict()}.
-        state: JSON values by names other than "checksums" and "digest".
+        state: JSON values by names other than "step", "checksums" and "digest"; "run" marks the files, too.
         keep: how many checkpoints stay.
 
     Raises:
@@ -95,11 +105,12 @@ def save_checkpoint(
         checksums = {}
         for stem, named in tensors.items():
             path = temporary / f"{stem}.safetensors"
-            save_file({name: tensor.detach().contiguous() for name, tensor in named.items()}, path)
+            contiguous = {name: tensor.detach().contiguous() for name, tensor in named.items()}
+            save_file(contiguous, path, _label(path, step, state.get(_RUN)))
             flush(path)
             checksums[path.name] = _checksum(path)
         path = temporary / STATE
-        content = {**state, _CHECKSUMS: checksums}
+        content = {**state, _STEP: step, _CHECKSUMS: checksums}
         path.write_text(json.dumps({**content, _DIGEST: _digest(content)}, indent=2) + "\n", encoding="utf-8")
         flush(path)
         flush(temporary)
@@ -161,9 +172,10 @@ def check_checkpoint(checkpoint: Path) -> None:
     Raises:
         DamagedCheckpoint: a file is missing or damaged; names it.
     """
-    _, checksums = _read_state(checkpoint)
-    for path in sorted(checkpoint.glob("*.safetensors")) if checksums is None else map(checkpoint.joinpath, checksums):
-        _check_tensors(path, checksums)
+    _, written = _read_state(checkpoint)
+    files = sorted(file.name for file in checkpoint.glob("*.safetensors"))
+    for name in files if written.checksums is None else sorted(written.checksums):
+        _check_tensors(checkpoint / name, written)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
@@ -173,8 +185,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         DamagedCheckpoint: missing, truncated, not safetensors, or not what was written; names the file.
     """
     with _advising(path.parent):
-        checksums = _read_state(path.parent)[1] if (path.parent / STATE).is_file() else None
-        _check_tensors(path, checksums)
+        _check_tensors(path, _read_state(path.parent)[1] if (path.parent / STATE).is_file() else None)
     return load_file(path)
 
 
@@ -190,40 +201,61 @@ def read_state(checkpoint: Path) -> dict[str, Any]:
         return _read_state(checkpoint)[0]
 
 
-def _read_state(checkpoint: Path) -> tuple[dict[str, Any], dict[str, str] | None]:
-    """The state, and the checksums by file name: None in a checkpoint from before there were any."""
+def _read_state(checkpoint: Path) -> tuple[dict[str, Any], _Written]:
+    """The state, and what it says about the files beside it."""
     path = checkpoint / STATE
     try:
-        state = json.loads(path.read_text(encoding="utf-8"))
+        state = parse_json(path.read_bytes())
         if not isinstance(state, dict):
             raise ValueError(f"expected an object, found {type(state).__name__}")
-        digest = state.pop(_DIGEST, None)
-        if digest is None and _CHECKSUMS not in state:
+        digest, checksums, run = state.pop(_DIGEST, None), state.get(_CHECKSUMS), state.get(_RUN)
+        if digest is None and checksums is None:
             _log_once(logging.INFO, f"{checkpoint} is from before checkpoints had checksums, and is read unchecked")
-            return state, None
-        if digest != _digest(state):  # which a missing digest cannot equal
+        elif digest != _digest(state):  # which a missing digest cannot equal
             raise ValueError("it does not fit its own digest")
-        checksums: dict[str, str] = state.pop(_CHECKSUMS)
-    except (OSError, ValueError, KeyError) as error:
+        state.pop(_CHECKSUMS, None)
+        step = state.get(_STEP)
+        if (name := _STEP_NAME.fullmatch(checkpoint.name)) and step not in (None, int(name[1])):
+            raise ValueError(f"it is that of step {step}, and the folder's name says {int(name[1])}")
+        if checksums is None:
+            return state, _Written(None, step, run)
+        if not isinstance(checksums, dict) or not all(_is_file_name(name) for name in checksums):
+            raise ValueError(f"its {_CHECKSUMS} are not by names of files")
+        found = {file.name for file in checkpoint.iterdir()} - {STATE}
+    except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"cannot read {path}: {error}") from error
-    found = {file.name for file in checkpoint.iterdir()} - {STATE}
     if missing := sorted(checksums.keys() - found):
         raise DamagedCheckpoint(f"{checkpoint} has lost {', '.join(missing)}")
     if extra := sorted(found - checksums.keys()):
         _log_once(logging.WARNING, f"{checkpoint} has files that were not saved with it: {', '.join(extra)}")
-    return state, checksums
+    return state, _Written(checksums, step, run)
 
 
-def _check_tensors(path: Path, checksums: Mapping[str, str] | None) -> None:
-    """Raises DamagedCheckpoint where a file is not what the checksums say, or without them no complete safetensors."""
+def _is_file_name(name: str) -> bool:
+    return name.endswith(".safetensors") and Path(name).name == name
+
+
+def _label(path: Path, step: int | None, run: str | None) -> dict[str, str]:
+    """What the metadata of a file say that it is."""
+    return {"file": path.stem, "step": str(step), "run": str(run)}
+
+
+def _check_tensors(path: Path, written: _Written | None) -> None:
+    """Raises DamagedCheckpoint where a file is not what the state beside it says, or no complete safetensors."""
     try:
-        if checksums is not None:
-            if path.name not in checksums:
+        if written is not None and written.checksums is not None:
+            if path.name not in written.checksums:
                 raise ValueError("it was not saved with this checkpoint")
-            if _checksum(path) != checksums[path.name]:
+            if _checksum(path) != written.checksums[path.name]:
                 raise ValueError(f"it is damaged: its SHA-256 is not the one in {STATE}")
-        with safe_open(path, "pt"):  # the header, and that the file is as long as it says
-            pass
+        with safe_open(path, "pt") as file:  # the header, and that the file is as long as it says
+            label = file.metadata() or {}
+        if written is None:
+            return
+        for name, expected in _label(path, written.step, written.run).items():
+            # A file from before there were labels has none, in a checkpoint from before.
+            if label.get(name, None if written.run is None else "unknown") not in (None, expected):
+                raise ValueError(f"it belongs elsewhere: its {name} is {label.get(name, 'unknown')}, not {expected}")
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedCheckpoint(f"cannot read {path}: {error}") from error
 
@@ -260,28 +292,6 @@ def _advising(checkpoint: Path) -> Iterator[None]:
         raise DamagedCheckpoint(
             f"{error}; to go on from {older[-1]}: layersync train --resume, or name that folder to other commands"
         ) from error
-
-
-def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
-    """The state of an optimiser as named tensors. `names`: those of its parameters, in order."""
-    state = optimizer.state_dict()["state"]
-    return {f"{names[i]}.{key}": value for i, entry in state.items() for key, value in entry.items()}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, names: Sequence[str], tensors: Mapping[str, Tensor]) -> None:
-    """Puts back what `optimizer_tensors` took out; hyperparameters stay those of `optimizer`.
-
-    Raises:
-        CheckpointError: a tensor belongs to no parameter.
-    """
-    number = {name: i for i, name in enumerate(names)}
-    state: dict[int, dict[str, Tensor]] = {}
-    for full_name, tensor in tensors.items():
-        name, _, key = full_name.rpartition(".")
-        if name not in number:
-            raise CheckpointError(f"the optimiser state has {full_name!r}, which is no parameter of this model")
-        state.setdefault(number[name], {})[key] = tensor
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def run_of(path: Path) -> Path | None:

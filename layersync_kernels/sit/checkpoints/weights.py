@@ -6,11 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from .local import list_checkpoints, read_tensors
 from .published import read_published
+
+FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
+"""What weights may come in."""
 
 
 @dataclass
@@ -62,11 +66,17 @@ def load_weights(path: Path, *, ema: bool = True) -> Weights:
     return Weights(tensors, found, args)
 
 
-def fill_model(model: nn.Module, weights: Weights) -> None:
+def fill_model(model: nn.Module, weights: Weights, *, exact: bool = False) -> None:
     """Loads `weights` into `model`.
 
+    Args:
+        model: of any floating type.
+        weights: all of them, and no others.
+        exact: whether the types have to be those of `model`; else one floating type may stand for another.
+
     Raises:
-        CheckpointError: names or shapes differ; names the file and the first differences.
+        CheckpointError: names, shapes or types differ, or a number is not finite; names the file and the first
+            differences.
     """
     expected = model.state_dict()
     differences = [f"missing {name}" for name in expected if name not in weights.tensors]
@@ -75,7 +85,19 @@ def fill_model(model: nn.Module, weights: Weights) -> None:
             differences.append(f"unexpected {name}")
         elif tensor.shape != expected[name].shape:
             differences.append(f"{name} is {tuple(tensor.shape)}, the model has {tuple(expected[name].shape)}")
+        elif tensor.dtype != expected[name].dtype and (exact or not {tensor.dtype, expected[name].dtype} <= FLOATS):
+            differences.append(f"{name} is {tensor.dtype}, the model has {expected[name].dtype}")
+        elif not is_finite(tensor):
+            differences.append(f"{name} is not finite")
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise CheckpointError(f"{weights.path} does not fit this model: {'; '.join(differences[:4])}{more}")
     model.load_state_dict(weights.tensors)
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether all numbers are; in one pass that allocates nothing."""
+    if tensor.dtype not in FLOATS or not tensor.numel():
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    return bool(low.isfinite() & high.isfinite())

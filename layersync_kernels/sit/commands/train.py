@@ -8,12 +8,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import ConfigError
-from ..checkpoints.local import newest_checkpoint
 from ..config.io import load_config
 from ..config.run import CONFIG, TrainConfig
 from ..console import console, start_logging
+from ..data.base import write_broken
 from ..training.folder import check_run, start_run
 from ..training.loop import Outcome, Trainer
+from ..training.runlog import checkpoint_to_resume
 from ..training.terms.layersync import LayerSyncTerm
 from ..training.terms.repa import RepaTerm
 from .arguments import INTERRUPTED, parse, peek_out
@@ -53,14 +54,14 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     check_run(out, resume=resume, overwrite=overwrite)
     # The trainer before the folder: settings that do not work must neither make a folder nor empty one.
     trainer = Trainer(config, run_dir=out)
-    if resume and (checkpoint := newest_checkpoint(out)):
+    if resume and (checkpoint := checkpoint_to_resume(out)):
         trainer.load(checkpoint)
         console.print(f"resuming {out} at step {trainer.steps_done}")
         if trainer.fraction >= 1:
             raise ConfigError(f"{out} is finished at step {trainer.steps_done}; give more --steps or --max-seconds")
     start_run(out, config, overwrite=overwrite)
     if trainer.data.broken:
-        (out / "broken_files.txt").write_text("".join(f"{n}\t{r}\n" for n, r in trainer.data.broken.items()))
+        write_broken(out, trainer.data.broken)
     layersync, repa = trainer.term(LayerSyncTerm), trainer.term(RepaTerm)
     pairs = "off" if layersync is None else layersync.module.extra_repr()
     teacher = "" if repa is None else f"; {config.align.align} {repa.module.extra_repr()}"

@@ -1,4 +1,4 @@
-"""Settings in files."""
+"""JSON in files, checked against a dataclass as it is read: settings here, counters and records where they belong."""
 
 from __future__ import annotations
 
@@ -37,22 +37,78 @@ def load_settings(path: Path, kind: type[T]) -> T:
         ConfigError: no such file, not JSON, an unknown setting or a value of the wrong type; names the file.
     """
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        values = parse_json(path.read_bytes())
+    except (OSError, ValueError) as error:
         raise ConfigError(f"cannot read the config {path}: {error}") from error
-    return _build(kind, values, f"{path}: ")
+    try:
+        return build(kind, values)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
 
 
-def _build(kind: type[T], values: Any, where: str) -> T:
-    """A dataclass from plain JSON values, checked against its annotations."""
+def parse_json(text: bytes, *, nan: bool = False) -> Any:
+    """JSON values from UTF-8.
+
+    Args:
+        text: of a file.
+        nan: whether NaN may stand for a number, which it does not in JSON.
+
+    Raises:
+        ValueError: it is none; also for nesting and numbers beyond what Python reads.
+    """
+
+    def constant(name: str) -> float:
+        if name == "NaN" and not nan:
+            raise ValueError("NaN is no number")
+        return float(name)
+
+    try:
+        return json.loads(text.decode("utf-8"), parse_constant=constant)
+    except RecursionError as error:
+        raise ValueError("it is nested too deep") from error
+
+
+def build(kind: type[T], values: Any, where: str = "", *, others: Any = None) -> T:
+    """A dataclass from plain JSON values, checked against its annotations; its ``__post_init__`` checks ranges.
+
+    Args:
+        kind: the dataclass. Fields: int (of 64 bits), float, str, bool, Path, Any, Literal, X | None, dataclasses;
+            dictionaries by string and tuples of those.
+        values: as `parse_json` gives them.
+        where: they stand, for messages.
+        others: annotation of values under other names, which are checked and left out; None refuses them.
+
+    Raises:
+        ValueError: an unknown or missing name, a value of another type; names it.
+    """
     if not isinstance(values, dict):
-        raise ConfigError(f"{where}expected an object of settings, found {values!r}")
+        raise ValueError(f"{where or 'it '}expected an object of settings, found {_shown(values)}")
     hints = typing.get_type_hints(kind)
     values = _grouped(hints, values)
     unknown = sorted(set(values) - set(hints))
-    if unknown:
-        raise ConfigError(f"{where}unknown settings {unknown}; known: {sorted(hints)}")
-    return kind(**{name: _convert(hints[name], value, f"{where}{name}") for name, value in values.items()})
+    if unknown and others is None:
+        raise ValueError(f"{where}unknown settings {_shown(unknown)}; known: {sorted(hints)}")
+    for name in unknown:
+        convert(others, values[name], f"{where}{name}")
+    fields = dataclasses.fields(kind)  # type: ignore[arg-type]
+    missing = [f.name for f in fields if f.name not in values and not _has_default(f)]
+    if missing:
+        raise ValueError(f"{where}missing {missing}")
+    converted = {name: convert(hints[name], values[name], f"{where}{name}") for name in hints if name in values}
+    try:
+        return kind(**converted)
+    except ValueError as error:
+        raise ValueError(f"{where}{error}") from error
+
+
+def _has_default(field: dataclasses.Field[Any]) -> bool:
+    return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+
+
+def _shown(value: Any) -> str:
+    """A value for a message, which a file must not be able to fill the terminal with."""
+    text = repr(value)
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _grouped(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -68,28 +124,34 @@ def _grouped(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     return values
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def convert(hint: Any, value: Any, where: str) -> Any:
+    """A JSON value as what an annotation says, see `build`; raises ValueError where it is something else."""
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, f"{where}.")  # type: ignore[arg-type]
+        return build(hint, value, f"{where}.")  # type: ignore[arg-type]
+    if hint is Any:
+        return value
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, where)
+        return convert(next(a for a in arguments if a is not type(None)), value, where)
     if origin is Literal:
-        if value in arguments and not isinstance(value, bool):
+        if any(type(value) is type(a) and value == a for a in arguments):
             return value
     elif origin is tuple:
         if isinstance(value, list):
             each = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
             if len(each) == len(value):
-                return tuple(_convert(h, v, where) for h, v in zip(each, value, strict=True))
+                return tuple(convert(h, v, where) for h, v in zip(each, value, strict=True))
+    elif origin is dict:
+        if isinstance(value, dict):
+            return {name: convert(arguments[1], v, f"{where}.{name}") for name, v in value.items()}
     elif hint is Path:
-        if isinstance(value, str):
+        if isinstance(value, str) and "\0" not in value:
             return Path(value)
     elif hint is float:
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
+        if isinstance(value, float) or (type(value) is int and -(2**63) <= value < 2**63):
             return float(value)
-    elif type(value) is hint:
+    elif type(value) is hint and (hint is not int or -(2**63) <= value < 2**63):
         return value
-    raise ConfigError(f"{where} is {value!r}; expected {getattr(hint, '__name__', hint)}")
+    raise ValueError(f"{where} is {_shown(value)}; expected {getattr(hint, '__name__', hint)}")

@@ -8,7 +8,7 @@ from typing import Literal
 
 import tyro
 
-from . import at_least
+from . import at_least, require
 from .data import DataConfig
 from .loss import AlignConfig, LayerSyncConfig
 from .model import ModelConfig
@@ -82,6 +82,7 @@ class TrainConfig:
             ConfigError: naming the flag, its value and what it may be.
         """
         at_least(0, seed=self.seed)
+        require(self.seed < 2**63, f"--seed {self.seed}: expected a number below 2**63")
         at_least(1, threads=self.threads)
         for group in (self.data, self.model, self.align, self.optim, self.sampling, self.log):
             group.validate()

@@ -27,6 +27,8 @@ logger = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "arr_1")
+MAX_HEADER = 2**16
+"""Bytes in which an array's header has to end."""
 MNIST_MEMBER = Path("data", "data", "mnist_5k.csv.gz")
 _READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
@@ -70,7 +72,13 @@ def _first(wanted: Sequence[str], keys: Collection[str]) -> str | None:
 
 def _declared(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, int, int]:
     """What the header of an array says, the bytes that it takes by that, and the bytes that the archive says it has."""
-    with archive.open(member) as file:
+    if member.compress_type not in (
+        zipfile.ZIP_STORED,
+        zipfile.ZIP_DEFLATED,
+    ):  # the others need memory that a file sets
+        raise DataError(f"{member.filename} is compressed in a way that NumPy does not write")
+    with archive.open(member) as packed:
+        file = io.BytesIO(packed.read(MAX_HEADER))
         version = npy.read_magic(file)
         if version not in _READ_HEADER:  # 3.0 is for names of fields beyond Latin-1
             raise DataError(f"{member.filename} has .npy version {version}; expected one of {list(_READ_HEADER)}")

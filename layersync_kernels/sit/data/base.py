@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import atomic_path
 from ..spec import SampleSpec
+
+logger = logging.getLogger(__name__)
+
+BROKEN = "broken_files.txt"
+"""Name of the list of broken files in a run's folder."""
 
 
 class EpochShuffle:
@@ -33,7 +41,13 @@ class EpochShuffle:
         return self._cached[1]
 
     def indices(self, start: int, count: int) -> Tensor:
-        """Sample numbers at positions start .. start+count-1: int64 (count,)."""
+        """Sample numbers at positions start .. start+count-1: int64 (count,).
+
+        Raises:
+            ValueError: `start` below 0.
+        """
+        if start < 0:
+            raise ValueError(f"the stream of samples has no position {start}; expected one from 0 on")
         pieces = []
         while count > 0:
             epoch, offset = divmod(start, self.num_samples)
@@ -78,3 +92,16 @@ class SampleSet(ABC):
         while True:
             yield shuffle.indices(start, batch_size)
             start += batch_size
+
+
+def write_broken(folder: Path, broken: Mapping[str, str]) -> None:
+    """Lists in ``broken_files.txt`` what could not be read: a line each, the name as its bytes are on the disk.
+
+    A disk that is full gets a warning instead: the list is for the user, and training does not need it.
+    """
+    text = "".join(f"{name}\t{' '.join(reason.split())}\n" for name, reason in broken.items())
+    try:
+        with atomic_path(folder / BROKEN) as temporary:
+            temporary.write_bytes(text.encode("utf-8", "surrogateescape"))
+    except OSError as error:
+        logger.warning("cannot write %s: %s", folder / BROKEN, error)

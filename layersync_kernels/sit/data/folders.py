@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -20,7 +21,7 @@ from ..spec import SampleSpec
 from .base import SampleSet
 from .memory import check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
-from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message
+from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message, describe
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +51,8 @@ def load_folder(config: DataConfig) -> SampleSet:
 
     def load(i: int) -> tuple[Image.Image, int]:
         name, label = files[i]
+        if not os.path.isfile(name):  # opening a pipe would wait for ever
+            raise OSError("it is no file")
         with Image.open(name) as image:
             _check_image(image, config)
             image.load()
@@ -62,8 +65,8 @@ def load_folder(config: DataConfig) -> SampleSet:
 def _check_image(image: Image.Image, config: DataConfig) -> None:
     if config.memory_limit_gb == 0:  # everything is streamed; Pillow's own limit of 179 million pixels holds
         return
-    # As decoded, and as the floats that resizing takes.
-    size = image.width * image.height * len(image.getbands()) * (1 + 4)
+    # As decoded; in the channels wanted, and those as the floats that resizing takes.
+    size = image.width * image.height * (len(image.getbands()) + (config.channels or 3) * (1 + 4))
     try:
         check_fits(f"an image of {image.width}x{image.height}", size, config, instead="")
     except DataError as error:
@@ -153,7 +156,7 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
         except DataError:
             raise
         except DECODE_ERRORS as error:
-            return str(error) or type(error).__name__
+            return describe(error)
 
     with ThreadPoolExecutor(max_workers=max(config.workers, 1)) as pool:  # Pillow decodes without the GIL
         decoded = list(pool.map(decode, range(len(source))))
@@ -177,5 +180,5 @@ def _first_readable(source: ImageSource) -> Image.Image:
         except DataError:
             raise
         except DECODE_ERRORS as error:
-            broken[source.name(i)] = str(error)
+            broken[source.name(i)] = describe(error)
     raise DataError(all_broken_message(broken))

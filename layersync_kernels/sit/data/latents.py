@@ -5,12 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ...errors import DataError
 from ..config.data import DataConfig
 from .memory import MemorySet, check_fits, memory_set, naming
+
+TYPES = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 
 
 def load_safetensors(config: DataConfig) -> MemorySet:
@@ -46,9 +49,9 @@ def from_latents(latents: Tensor, labels: np.ndarray | Tensor | None, config: Da
     Raises:
         DataError: another shape or type, or a size that they cannot be resized to.
     """
-    if latents.ndim != 4 or len(latents) == 0 or latents.shape[2] != latents.shape[3]:
+    if latents.ndim != 4 or 0 in latents.shape or latents.shape[2] != latents.shape[3]:
         raise DataError(f"latents have shape {tuple(latents.shape)}; expected (N, C, H, W) with H = W and N > 0")
-    if not latents.is_floating_point():
+    if latents.dtype not in TYPES:
         raise DataError(f"latents are {latents.dtype}; expected float16, bfloat16 or float32")
     if config.image_size not in (None, latents.shape[-1]):
         raise DataError(

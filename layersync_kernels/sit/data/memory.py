@@ -16,10 +16,12 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from ..spec import SampleSpec
 from .base import SampleSet
-from .pixels import pixels_to_unit
+from .pixels import chunk_length, pixels_to_unit
 
+INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 STREAMED = ", or give images in a folder, which are read as training goes"
-NUMBERED = ", or number the classes from 0 without gaps"
+MAX_EMPTY_CLASSES = 100_000
+"""Labels may go up to this where there are fewer samples."""
 
 
 def limit_bytes(config: DataConfig) -> float:
@@ -97,8 +99,14 @@ def memory_set(
     """A set of checked samples and labels, uint8 pixels or floating latents (N, C, H, W)."""
     checked = check_labels(labels, len(samples))
     num_classes = len(class_names) if class_names else int(checked.max()) + 1
-    # A name takes some 64 bytes.
-    check_fits(f"labels go up to {num_classes - 1}, one name a class", 64 * num_classes, config, instead=NUMBERED)
+    if num_classes > max(len(samples), MAX_EMPTY_CLASSES):  # the model has weights for each
+        raise DataError(f"labels go up to {num_classes - 1}, of {len(samples)} samples; number the classes from 0 on")
+    scale = config.latent_scale if latent else 1.0
+    if latent and (bad := first_not_finite(samples, scale)) is not None:
+        raise DataError(
+            f"the latents of sample {bad} are not finite{'' if scale == 1 else f' times --latent-scale {scale:g}'}; "
+            "compute them anew, or leave that sample out"
+        )
     return MemorySet(
         spec=SampleSpec.of(samples.shape[1:]),
         num_classes=num_classes,
@@ -107,7 +115,7 @@ def memory_set(
         broken=broken or {},
         samples=samples,
         labels=checked,
-        scale=config.latent_scale if latent else 1.0,
+        scale=scale,
     )
 
 
@@ -121,12 +129,23 @@ def check_labels(labels: np.ndarray | Tensor | None, count: int) -> Tensor:
         raise DataError(f"labels are {labels.dtype}; expected integers") from error
     if tensor.shape != (count,):
         raise DataError(f"labels have shape {tuple(tensor.shape)}; expected ({count},), one per sample")
-    if tensor.is_floating_point() or tensor.is_complex() or tensor.dtype == torch.bool:
+    if tensor.dtype not in INTEGERS:
         raise DataError(f"labels are {tensor.dtype}; expected integers")
     tensor = tensor.long()
     if int(tensor.min()) < 0:
         raise DataError(f"labels go down to {int(tensor.min())}; expected 0, 1, 2 ...")
     return tensor
+
+
+def first_not_finite(samples: Tensor, scale: float = 1.0) -> int | None:
+    """The number of the first of the samples (N, ...) that holds NaN or infinity as fp32, or None; made in pieces."""
+    start = 0
+    for part in samples.split(chunk_length(samples.shape)):
+        low, high = part.aminmax()  # NaN if there is one; one pass, which allocates nothing
+        if not ((low.float() * scale).isfinite() & (high.float() * scale).isfinite()):
+            return start + int((part.float() * scale).isfinite().flatten(1).all(1).logical_not().nonzero()[0])
+        start += len(part)
+    return None
 
 
 @contextlib.contextmanager

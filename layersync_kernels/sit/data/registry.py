@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -32,13 +33,13 @@ class DataKind(NamedTuple):
 
 
 def _file(suffix: str) -> Callable[[str], bool]:
-    return lambda name: Path(name).suffix == suffix and Path(name).is_file()
+    return lambda name: Path(name).suffix == suffix and os.path.isfile(name)  # Path.is_file raises on names too long
 
 
 KINDS: list[DataKind] = [
     DataKind("mnist", lambda name: name == "mnist", load_mnist),
     DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
-    DataKind("an existing folder with one sub-folder per class", lambda name: Path(name).is_dir(), load_folder),
+    DataKind("an existing folder with one sub-folder per class", os.path.isdir, load_folder),
     DataKind("an existing .npz file", _file(".npz"), load_npz),
     DataKind("an existing .safetensors file", _file(".safetensors"), load_safetensors),
 ]

@@ -21,9 +21,9 @@ from .pixels import image_to_tensor, pixels_to_unit
 logger = logging.getLogger(__name__)
 
 
-# What Pillow raises on damaged files: OSError (unreadable, unidentified, truncated), SyntaxError (PNG chunks), the rest
-# from format plugins that meet impossible headers.
-DECODE_ERRORS = (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError)
+# On damaged files Pillow raises OSError (unreadable, unidentified, truncated), SyntaxError (PNG chunks), and whatever
+# its plugins run into that meet impossible headers: TypeError, KeyError, ZeroDivisionError, struct.error, ...
+DECODE_ERRORS = Exception
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ImageSource:
 
     Attributes:
         count: how many there are.
-        load: gives image i and its label, or raises one of `DECODE_ERRORS`; a DataError ends the run.
+        load: gives image i and its label; a DataError ends the run, any other `DECODE_ERRORS` is a broken file.
         name: of image i, for messages.
         class_names: one a label.
     """
@@ -44,6 +44,11 @@ class ImageSource:
 
     def __len__(self) -> int:
         return self.count
+
+
+def describe(error: Exception) -> str:
+    """What an error says about a file, in a line."""
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def all_broken_message(broken: dict[str, str]) -> str:
@@ -68,7 +73,7 @@ class DecodedImages(TorchDataset[tuple[Tensor, int, dict[str, str]]]):
             except DataError:
                 raise
             except DECODE_ERRORS as error:
-                broken[self.source.name(i)] = str(error)
+                broken[self.source.name(i)] = describe(error)
         raise DataError(all_broken_message(broken))
 
 

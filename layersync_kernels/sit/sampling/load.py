@@ -5,11 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from ...errors import CheckpointError
-from ..checkpoints.local import read_state, run_of
+from ..checkpoints.local import run_of
+from ..checkpoints.state import read_run_state
 from ..checkpoints.weights import Weights, fill_model, find_weights, load_weights
 from ..config.io import load_config
+from ..config.model import ModelConfig
 from ..config.run import CONFIG
 from ..models.registry import build_model, known_heads
 from ..models.sit import SiT
@@ -53,38 +56,78 @@ def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) 
         model = _model_from_shapes(weights, num_heads)
         spec, latent = model.spec, model.in_channels == 4
     else:
-        state = read_state(found)
-        try:
-            spec, latent = SampleSpec.of(state["data"]["shape"]), bool(state["data"]["latent"])
-            num_classes = int(state["data"]["num_classes"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise CheckpointError(f"{found / 'state.json'} does not describe the data: {error!r}") from error
-        model = build_model(load_config(run / CONFIG).model, spec, num_classes)
+        data = read_run_state(found).data
+        spec, latent, num_classes = data.spec, data.latent, data.num_classes
+        config = load_config(run / CONFIG).model
+        _check_sizes(weights, config, spec, num_classes)
+        model = build_model(config, spec, num_classes)
     fill_model(model, weights)
     return Trained(model.eval().requires_grad_(False), spec, model.num_classes, latent)
 
 
-def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
+class _Sizes(NamedTuple):
+    """Of a SiT, as the shapes of its tensors say."""
+
+    hidden_size: int
+    channels: int
+    patch_size: int
+    extent: tuple[int, int]
+    depth: int
+    rows: int
+    """Of the table of labels: a row more than classes, the null label, unless the model has none."""
+    outputs: int
+
+
+def _sizes(weights: Weights) -> _Sizes:
     tensors = weights.tensors
     try:
         hidden_size, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-        tokens = tensors["pos_embed"].shape[1]
+        side = math.isqrt(tensors["pos_embed"].shape[1]) * patch_size
+        extent = side, side
         depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
         rows = tensors["y_embedder.embedding_table.weight"].shape[0]
         outputs = tensors["final_layer.linear.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{weights.path} is no SiT checkpoint: {error!r}") from error
+    there, least = sum(tensor.numel() for tensor in tensors.values()), 18 * depth * hidden_size**2
+    if there < least:  # before a model of that size is built
+        raise CheckpointError(
+            f"{weights.path} is no SiT checkpoint: {depth} blocks of width {hidden_size} have at least {least} "
+            f"weights, it has {there}"
+        )
+    return _Sizes(hidden_size, channels, patch_size, extent, depth, rows, outputs)
+
+
+def _check_sizes(weights: Weights, config: ModelConfig, spec: SampleSpec, num_classes: int) -> None:
+    """Compares what two JSON files say with the weights, before a model of that size is built."""
+    sizes = _sizes(weights)
+    wanted: dict[str, tuple[Any, ...]] = {
+        "extent": (spec.extent,),
+        "channels": (spec.channels,),
+        "rows": (num_classes, num_classes + 1),
+        **{n: (size,) for n in ("hidden_size", "depth", "patch_size") if (size := getattr(config, n)) is not None},
+    }
+    for name, accepted in wanted.items():
+        if getattr(sizes, name) not in accepted:
+            raise CheckpointError(
+                f"{weights.path} does not fit this model: its {name.replace('_', ' ')} is {getattr(sizes, name)}, "
+                f"config.json and state.json say {accepted[0]}"
+            )
+
+
+def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
+    hidden_size, channels, patch_size, (side, _), depth, rows, outputs = _sizes(weights)
     heads = num_heads or known_heads(hidden_size, depth)
     if heads is None:
         raise CheckpointError(
             f"{weights.path}: a SiT of width {hidden_size} and depth {depth} has no published number of heads; "
             "give --num-heads"
         )
-    # The table has a row more than classes, the null label, unless the arguments kept in the file say otherwise.
+    # There is a null label, unless the arguments kept in the file say otherwise.
     null_label = weights.args.get("num_classes") != rows
     try:
         return SiT(
-            input_size=math.isqrt(tokens) * patch_size,
+            input_size=side,
             patch_size=patch_size,
             in_channels=channels,
             hidden_size=hidden_size,

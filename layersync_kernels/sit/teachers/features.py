@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -13,14 +15,34 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import DataError, TeacherError
+from ..checkpoints.weights import FLOATS, is_finite
+from ..config.io import build
 from ..console import console
 from ..data.augment import mirror
 from ..data.base import SampleSet
+from ..data.memory import first_not_finite
 from ..data.pixels import unit_to_pixels
 from ..files import atomic_path
 from .base import Teacher, not_finite
 
 PRINTED_SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class FeatureFacts:
+    """What the metadata of a file of features say.
+
+    Attributes:
+        teacher: its name.
+        teacher_size: side of its images in pixels.
+        source: what the data was called.
+        data: `fingerprint` of the data.
+    """
+
+    teacher: str | None = None
+    teacher_size: str | None = None
+    source: str = "another data set"
+    data: str | None = None
 
 
 class Features:
@@ -47,14 +69,18 @@ class Features:
     def __init__(self, path: Path, data: SampleSet, *, teacher: str | None = None, flip: bool = False) -> None:
         try:
             with safe_open(path, framework="pt") as file:
-                known = dict(file.metadata() or {})
-                keys = set(file.keys())
-                self._sets = [file.get_tensor(key) for key in ("features", "mirrored") if key in keys]
-        except (OSError, SafetensorError) as error:
+                known = build(FeatureFacts, file.metadata() or {}, others=str)
+                self._sets = [file.get_tensor(key) for key in ("features", "mirrored") if key in file.keys()]  # noqa: SIM118
+                named = "features" in file.keys()  # noqa: SIM118
+        except (OSError, ValueError, SafetensorError) as error:
             raise TeacherError(f"cannot read the features {path}: {error}") from error
-        if not self._sets or any(tokens.ndim != 3 for tokens in self._sets):
-            raise TeacherError(f"{path} holds no features: expected 'features' (N, tokens, channels)")
-        self.name = known.get("teacher", path.name)
+        if not named or any(tokens.ndim != 3 or tokens.dtype not in FLOATS for tokens in self._sets):
+            raise TeacherError(f"{path} holds no features: expected 'features' (N, tokens, channels) in fp16")
+        kinds = [(tuple(tokens.shape), tokens.dtype) for tokens in self._sets]
+        if 0 in kinds[0][0] or kinds[0] != kinds[-1]:
+            raise TeacherError(f"{path} holds features of {kinds}; expected one shape without zeros, and one type")
+        self._path = path
+        self.name = known.teacher or path.name
         self.width = self._sets[0].shape[2]
         count = len(self._sets[0])
         again = "compute them with: layersync features"
@@ -63,21 +89,27 @@ class Features:
         if teacher not in (None, self.name):
             raise TeacherError(f"{path} has features of the teacher {self.name}, --teacher is {teacher}; {again}")
         # Latents have no pixels to compare: their number has to do.
-        if not data.latent and "data" in known and known["data"] != fingerprint(data):
+        if not data.latent and known.data is not None and known.data != fingerprint(data):
             raise TeacherError(
-                f"{path} has features of other data (it was made from {known.get('source', 'another data set')}, and "
-                f"samples differ); {again}"
+                f"{path} has features of other data (it was made from {known.source}, and samples differ); {again}"
             )
         if flip and len(self._sets) < 2:
             raise TeacherError(f"{path} has no features of mirrored images, which --flip needs; {again} --flip")
 
     def tokens(self, index: Tensor, mirrored: Tensor | None = None) -> Tensor:
-        """Those of the samples `index` (B,), mirrored where `mirrored` (B, ...) says so: fp16 (B, N, W), on the CPU."""
+        """Those of the samples `index` (B,), mirrored where `mirrored` (B, ...) says so: fp16 (B, N, W), on the CPU.
+
+        Raises:
+            TeacherError: they are not finite; names the first sample.
+        """
         index = index.cpu()
         tokens = self._sets[0][index]
         if mirrored is not None:
             rows = mirrored.flatten().cpu().nonzero().flatten()
             tokens[rows] = self._sets[1][index[rows]]
+        if not is_finite(tokens):  # read only now, as they are asked for
+            bad = int(index[first_not_finite(tokens)])
+            raise TeacherError(f"{self._path}: the features of sample {bad} are not finite; compute them anew")
         return tokens
 
 
@@ -133,7 +165,7 @@ def compute_features(
             if name not in tensors:
                 tensors[name] = tokens.new_empty(len(data), tokens.shape[1], width)
             tensors[name][index] = tokens
-    about = {"teacher": teacher.name, "teacher_size": str(teacher.size), "source": source, "data": fingerprint(data)}
+    about = dataclasses.asdict(FeatureFacts(teacher.name, str(teacher.size), source, fingerprint(data)))
     try:
         with atomic_path(path) as temporary:
             save_file(tensors, temporary, metadata=about)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import logging
 import math
+import os
 import time
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +18,9 @@ import torch
 from rich.progress import BarColumn, Progress, SpinnerColumn, TaskProgressColumn, TextColumn
 from torch import Tensor
 
+from ...errors import CheckpointError
+from ..checkpoints.local import FOLDER, newest_checkpoint
+from ..config.io import build, parse_json
 from ..console import console
 from ..files import atomic_path
 from .curves import save_curves
@@ -49,15 +55,67 @@ class Meter:
         return means
 
 
+@dataclass(frozen=True)
+class Record:
+    """A line of ``metrics.jsonl``. Under other names it holds finite numbers: losses and metrics of terms."""
+
+    step: int
+    loss: float
+    cosine: dict[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.step < 0:
+            raise ValueError(f"step is {self.step}; expected 0 or more")
+
+
+def _read_record(line: bytes) -> dict[str, Any]:
+    """A record as it was written; raises ValueError where the line is none."""
+    values = parse_json(line)
+    build(Record, values, others=float)
+    numbers = (value for value in (*values.values(), *values.get("cosine", {}).values()) if isinstance(value, float))
+    if not all(map(math.isfinite, numbers)):
+        raise ValueError("a number is infinite")
+    return values
+
+
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """The records of a run; a last line cut short by a crash is left out."""
-    records = []
+    """The records of a run, see `Record`; lines that are none, as a crash or a full disk leaves them, are left out.
+
+    Raises:
+        CheckpointError: the file cannot be read.
+    """
     path = run_dir / RECORDS
-    if path.is_file():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):
-                records.append(json.loads(line))
+    if not path.is_file():
+        return []
+    records, reasons = [], []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                try:
+                    records.append(_read_record(line))
+                except ValueError as error:
+                    reasons.append(f"line {number}: {error}")
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error}") from error
+    if reasons:
+        logger.warning("%s: %d lines are no records and are left out (%s)", path, len(reasons), reasons[0])
     return records
+
+
+def checkpoint_to_resume(run_dir: Path) -> Path | None:
+    """The newest checkpoint that is whole, see `newest_checkpoint`; None for a run that has recorded no step either.
+
+    Raises:
+        DamagedCheckpoint: all are damaged.
+        CheckpointError: there is none, of a run that has come further than that.
+    """
+    checkpoint = newest_checkpoint(run_dir)
+    if checkpoint is None and (step := max((record["step"] for record in read_records(run_dir)), default=0)):
+        raise CheckpointError(
+            f"{run_dir} has records up to step {step}, but no checkpoint to go on from: bring {run_dir / FOLDER} back "
+            "from a copy, or begin anew with --overwrite"
+        )
+    return checkpoint
 
 
 @contextlib.contextmanager
@@ -77,6 +135,9 @@ class RunLog:
         step: where the run goes on; records beyond it (of an attempt that came further than its last checkpoint) go.
         steps: where it ends.
         tensorboard: also write TensorBoard events, when the package is there.
+
+    Raises:
+        CheckpointError: the records cannot be read or written; they are as they were.
     """
 
     def __init__(self, run_dir: Path | None, *, step: int, steps: int, tensorboard: bool) -> None:
@@ -95,9 +156,7 @@ class RunLog:
         )
         self._task = self._progress.add_task("train", total=1.0, step=step, steps=steps, facts="")
         if run_dir:
-            kept = [r for r in read_records(run_dir) if r["step"] <= step]
-            with atomic_path(run_dir / RECORDS) as path:
-                path.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            _trim_records(run_dir, step)
 
     @staticmethod
     def _open_tensorboard(run_dir: Path, step: int) -> Any:
@@ -135,8 +194,8 @@ class RunLog:
             logger.info("step %d/%d  %s", record["step"], self._steps, "  ".join(facts))
         if self.run_dir is None:
             return
-        with surviving_full_disk(RECORDS), (self.run_dir / RECORDS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        with surviving_full_disk(RECORDS):
+            _append(self.run_dir / RECORDS, json.dumps(record) + "\n")
         if self._writer is not None:
             with surviving_full_disk("TensorBoard events"):
                 for name, value in record.items():
@@ -152,6 +211,36 @@ class RunLog:
             with surviving_full_disk(CURVES):
                 return save_curves(records, self.run_dir / CURVES)
         return None
+
+
+def _trim_records(run_dir: Path, step: int) -> None:
+    """Leaves the records up to `step` alone, and touches nothing where that is so.
+
+    Raises:
+        CheckpointError: the file cannot be written; it is as it was.
+    """
+    path = run_dir / RECORDS
+    kept = "".join(json.dumps(record) + "\n" for record in read_records(run_dir) if record["step"] <= step).encode()
+    try:
+        if path.is_file() and path.read_bytes() == kept:
+            return
+        with atomic_path(path) as temporary:
+            temporary.write_bytes(kept)
+    except OSError as error:
+        raise CheckpointError(f"cannot write {path}: {error}; nothing is lost: make room, and resume") from error
+
+
+def _append(path: Path, line: str) -> None:
+    """Adds a line, or nothing: half a line would spoil the next one, too."""
+    with path.open("ab", buffering=0) as file:
+        end = file.tell()
+        content = line.encode()
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            file.truncate(end)
+            raise
 
 
 def _clock(seconds: float) -> str:

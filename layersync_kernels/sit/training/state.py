@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import uuid
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ..checkpoints.local import load_optimizer, optimizer_tensors, read_state, read_tensors, save_checkpoint
+from ..checkpoints.local import read_tensors, save_checkpoint
+from ..checkpoints.optimizer import load_optimizer, optimizer_tensors
+from ..checkpoints.state import read_run_state
 from ..checkpoints.weights import Weights, fill_model
 from ..config.optim import OptimConfig
 from ..models.sit import SiT
@@ -49,6 +52,7 @@ class TrainState:
         steps_done: optimiser steps so far.
         samples_seen: position in the shuffled stream of samples.
         seconds: time spent in training, up to where it last stopped.
+        run: what the checkpoints of the run are marked with.
     """
 
     def __init__(
@@ -77,6 +81,7 @@ class TrainState:
         self.steps_done = 0
         self.samples_seen = 0
         self.seconds = 0.0
+        self.run = uuid.uuid4().hex
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of `trained`."""
@@ -111,20 +116,17 @@ class TrainState:
         Raises:
             CheckpointError: it cannot be written; the older ones are intact.
         """
-        rng = {"cpu": torch.get_rng_state(), "noise": self.generator.get_state()}
-        if self.device.type == "cuda":
-            rng["cuda"] = torch.cuda.get_rng_state(self.device)
         tensors = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
             "optimizer": optimizer_tensors(self.optimizer, self.names),
-            "rng": rng,
+            "rng": self._random_states(),
         }
         for term in self.terms:
             if term.module is not None and term.file is not None:
                 tensors[term.file] = term.module.state_dict()
         state = {
-            "step": self.steps_done,
+            "run": self.run,
             "samples_seen": self.samples_seen,
             "seconds": self.seconds,
             "scaler": self.scaler.state_dict(),
@@ -138,26 +140,61 @@ class TrainState:
         Raises:
             CheckpointError: it is damaged or belongs to another model; names the file.
         """
-        state = read_state(checkpoint)
-        files = {
-            stem: read_tensors(checkpoint / f"{stem}.safetensors") for stem in ("model", "ema", "optimizer", "rng")
-        }
-        fill_model(self.model, Weights(files["model"], checkpoint / "model.safetensors"))
-        fill_model(self.ema, Weights(files["ema"], checkpoint / "ema.safetensors"))
+        state = read_run_state(checkpoint)
+        model, ema, optimizer, rng = (_read(checkpoint, stem) for stem in ("model", "ema", "optimizer", "rng"))
+        fill_model(self.model, model, exact=True)
+        fill_model(self.ema, ema, exact=True)
         for term in self.terms:
             if term.module is not None and term.file is not None:
-                path = checkpoint / f"{term.file}.safetensors"
-                if not path.is_file():
+                if not (checkpoint / f"{term.file}.safetensors").is_file():
                     raise CheckpointError(term.missing(checkpoint))
-                fill_model(term.module, Weights(read_tensors(path), path))
+                fill_model(term.module, _read(checkpoint, term.file), exact=True)
+        of_model = {name for name, _ in self.model.named_parameters()}
         try:
-            load_optimizer(self.optimizer, self.names, files["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
-            torch.set_rng_state(files["rng"]["cpu"])
-            self.generator.set_state(files["rng"]["noise"])
-            if self.device.type == "cuda" and "cuda" in files["rng"]:
-                torch.cuda.set_rng_state(files["rng"]["cuda"], self.device)
-            self.steps_done, self.samples_seen = int(state["step"]), int(state["samples_seen"])
-            self.seconds = float(state["seconds"])
-        except (KeyError, ValueError, TypeError, RuntimeError) as error:
-            raise CheckpointError(f"{checkpoint} does not fit this run: {type(error).__name__}: {error}") from error
+            load_optimizer(
+                self.optimizer,
+                self.names,
+                optimizer.tensors,
+                step=state.step,
+                optional=set(self.names) - of_model,
+                overflows=bool(state.scaler),
+            )
+        except CheckpointError as error:
+            raise CheckpointError(f"{optimizer.path}: {error}") from error
+        try:
+            self._restore_random(rng.tensors)
+        except (ValueError, TypeError, RuntimeError) as error:
+            raise CheckpointError(f"{rng.path} does not fit this run: {error}") from error
+        if state.scaler:  # a run that had none was in another precision: scaling begins anew
+            self.scaler.load_state_dict(state.scaler)
+        self.steps_done, self.samples_seen, self.seconds = state.step, state.samples_seen, state.seconds
+        self.run = state.run or self.run
+
+    def _random_states(self) -> dict[str, Tensor]:
+        """The states of all generators, as `rng.safetensors` holds them."""
+        states = {"cpu": torch.get_rng_state(), "noise": self.generator.get_state()}
+        if self.device.type == "cuda":
+            states["cuda"] = torch.cuda.get_rng_state(self.device)
+        return states
+
+    def _restore_random(self, states: Mapping[str, Tensor]) -> None:
+        """Puts back `_random_states`; that of CUDA is missing in a run that began on the CPU."""
+        for name, now in self._random_states().items():
+            if name == "cuda" and name not in states:
+                continue
+            if name not in states:
+                raise ValueError(f"it has no {name!r}")
+            if (states[name].shape, states[name].dtype) != (now.shape, now.dtype):
+                found = f"{states[name].dtype} {tuple(states[name].shape)}"
+                raise ValueError(
+                    f"{name!r} is {found}; on this {self.device.type} it is {now.dtype} {tuple(now.shape)}"
+                )
+        torch.set_rng_state(states["cpu"])
+        self.generator.set_state(states["noise"])
+        if self.device.type == "cuda" and "cuda" in states:
+            torch.cuda.set_rng_state(states["cuda"], self.device)
+
+
+def _read(checkpoint: Path, stem: str) -> Weights:
+    path = checkpoint / f"{stem}.safetensors"
+    return Weights(read_tensors(path), path)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import math
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from ....errors import CheckpointError, ConfigError
-from ...checkpoints.local import newest_checkpoint, read_state
-from ...config.io import load_settings, save_config
+from ...checkpoints.local import newest_checkpoint
+from ...checkpoints.state import read_run_state
+from ...config.io import build, load_settings, parse_json, save_config
 from ...config.run import TrainConfig
 from ...files import atomic_path, write_json
 from .config import SETTINGS, CompareConfig
@@ -22,13 +23,33 @@ MARKS = "marks.json"
 """Name of the measurements in the folder of a run."""
 
 
+@dataclass(frozen=True)
+class Mark:
+    """What `Run.marks` have to hold; numbers under other names come from the trainer, and may be NaN."""
+
+    step: int
+    seconds: float
+    validation_loss: float
+    frechet: float | None
+    frechet_floor: float | None = None
+    teacher: str | None = None
+    teacher_share: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.step < 0 or not 0 <= self.seconds < math.inf:
+            raise ValueError(f"step is {self.step} and seconds {self.seconds}; expected 0 or more")
+        for value in (self.validation_loss, self.frechet, self.frechet_floor):
+            if value is not None and not math.isfinite(value):
+                raise ValueError(f"a quality is {value}; expected a number")
+
+
 @dataclass
 class Run:
     """One method with one seed.
 
     Attributes:
-        marks: what was measured, in order: "step", "seconds" of training, "validation_loss", "frechet" (or None), and
-            what the trainer reports about the steps since the mark before.
+        marks: what was measured, in order, each a `Mark` as JSON values, with what the trainer reports about the steps
+            since the mark before.
     """
 
     method: str
@@ -46,17 +67,33 @@ class Run:
         checkpoint, path = newest_checkpoint(self.folder), self.folder / MARKS
         self.marks = []
         if checkpoint is not None and path.is_file():
-            step = read_state(checkpoint)["step"]
+            step = read_run_state(checkpoint).step
             try:
-                self.marks = [mark for mark in json.loads(path.read_text(encoding="utf-8")) if mark["step"] <= step]
-            except (OSError, ValueError, TypeError, KeyError) as error:
-                raise CheckpointError(f"cannot read {path}: {error!r}; remove {self.folder}") from error
+                self.marks = [mark for mark in read_marks(path) if mark["step"] <= step]
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"cannot read {path}: {error}; remove {self.folder}") from error
 
     def add(self, mark: dict[str, Any]) -> None:
         """Appends a mark, on the disk too."""
         self.marks.append(mark)
         with writing():
             write_json(self.folder / MARKS, self.marks)
+
+
+def read_marks(path: Path) -> list[dict[str, Any]]:
+    """Marks as they were written.
+
+    Raises:
+        ValueError: one is no `Mark`, or they are not in order.
+        OSError: the file cannot be read.
+    """
+    marks = parse_json(path.read_bytes(), nan=True)
+    if not isinstance(marks, list):
+        raise ValueError(f"expected a list of marks, found {type(marks).__name__}")
+    steps = [build(Mark, mark, f"mark {number}: ", others=float).step for number, mark in enumerate(marks)]
+    if steps != sorted(steps):
+        raise ValueError("its marks are not in the order of their steps")
+    return marks
 
 
 def check_folder(config: CompareConfig, out: Path, *, resume: bool, overwrite: bool) -> None:

@@ -1,0 +1,101 @@
+"""What a checkpoint's state.json has to hold."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...errors import CheckpointError
+from ..config.io import build
+from ..spec import SampleSpec
+from .local import STATE, read_state
+
+
+@dataclass(frozen=True)
+class DataFacts:
+    """The data that a model was trained on.
+
+    Attributes:
+        shape: of a sample, (C, ...).
+        num_classes: labels lie in [0, num_classes).
+        class_names: one a class.
+        latent: whether samples are latents of an autoencoder.
+    """
+
+    shape: tuple[int, ...]
+    num_classes: int
+    class_names: tuple[str, ...]
+    latent: bool
+
+    def __post_init__(self) -> None:
+        if len(self.shape) < 2:
+            raise ValueError(f"shape is {self.shape}; expected channels and sizes")
+        SampleSpec.of(self.shape)
+        if not self.num_classes >= 1:
+            raise ValueError(f"num_classes is {self.num_classes}; expected at least 1")
+
+    @property
+    def spec(self) -> SampleSpec:
+        """The shape of a sample."""
+        return SampleSpec.of(self.shape)
+
+
+@dataclass(frozen=True)
+class ScalerState:
+    """That of `torch.amp.GradScaler`."""
+
+    scale: float
+    growth_factor: float
+    backoff_factor: float
+    growth_interval: int
+    _growth_tracker: int
+
+    def __post_init__(self) -> None:
+        factors = (self.scale, self.growth_factor, self.backoff_factor, float(self.growth_interval))
+        if not all(0 < value < math.inf for value in factors) or self._growth_tracker < 0:
+            raise ValueError("its factors are no positive numbers")
+
+
+@dataclass(frozen=True)
+class RunState:
+    """Counters of a run, and what they belong to.
+
+    Attributes:
+        step: optimiser steps done.
+        samples_seen: position in the shuffled stream of samples.
+        seconds: of training.
+        data: what the model was trained on.
+        scaler: `ScalerState` of fp16 gradients, or empty.
+        run: what all files of the run's checkpoints are marked with; None before there was such a mark.
+    """
+
+    step: int
+    samples_seen: int
+    seconds: float
+    data: DataFacts
+    scaler: dict[str, Any] = field(default_factory=dict)
+    run: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.step <= self.samples_seen:
+            raise ValueError(f"step is {self.step} and samples_seen {self.samples_seen}; expected 0 <= step <= samples")
+        if not 0 <= self.seconds < math.inf:
+            raise ValueError(f"seconds is {self.seconds}; expected a time")
+        if self.scaler:
+            build(ScalerState, self.scaler, "scaler.")
+
+
+def read_run_state(checkpoint: Path) -> RunState:
+    """The state of a checkpoint folder of the trainer.
+
+    Raises:
+        DamagedCheckpoint: as `read_state`.
+        CheckpointError: it holds something else; names the file and the value.
+    """
+    values = read_state(checkpoint)
+    try:
+        return build(RunState, values)
+    except ValueError as error:
+        raise CheckpointError(f"{checkpoint / STATE} is not what a run saves: {error}") from error
