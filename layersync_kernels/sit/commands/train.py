@@ -9,14 +9,13 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ..checkpoints.local import newest_checkpoint
-from ..config.io import load_config
 from ..config.run import CONFIG, TrainConfig
 from ..console import console, start_logging
 from ..training.folder import check_run, start_run
 from ..training.loop import Outcome, Trainer
 from ..training.terms.layersync import LayerSyncTerm
 from ..training.terms.repa import RepaTerm
-from .arguments import INTERRUPTED, parse, peek_out
+from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ def train_main(argv: Sequence[str]) -> int:
     default = TrainCommand()
     out, resume = peek_out(argv, default.out)
     if resume and (out / CONFIG).is_file():
-        default = dataclasses.replace(default, config=load_config(out / CONFIG))
+        default = dataclasses.replace(default, config=read_settings(out / CONFIG, TrainConfig))
     command = parse(TrainCommand, argv, default=default, command="train")
     outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
     return INTERRUPTED if outcome.ended == "interrupted" else 0
@@ -74,7 +73,8 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
         what = "its precomputed features" if config.align.features else "running it"
         console.print(f"the teacher {repa.teacher.name} took {share:.1%} of a step ({what})")
     if outcome.ended == "interrupted":
-        console.print(f"stopped and saved at step {outcome.step}; go on with: layersync train --out {out} --resume")
+        again = command_line("train", ["--out", str(out), "--resume"], code_flags(config))
+        console.print(f"stopped and saved at step {outcome.step}; go on with: {again}", soft_wrap=True)
     else:
         console.print(f"done: step {outcome.step} after {outcome.seconds:.0f} s; draw with: layersync sample {out}")
     return outcome

@@ -263,7 +263,4 @@ def compare(command: CompareCommand) -> Path | None:
     memory = comparison.memory()
     with stop_signals() as stop_asked:
         finished = comparison.train(stop_asked)
-    if not finished:
-        console.print(f"stopped and saved; go on with: layersync compare --out {command.out} --resume")
-        return None
-    return comparison.report(memory)
+    return comparison.report(memory) if finished else None
