@@ -1,13 +1,10 @@
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import types
 
 import pytest
@@ -26,6 +23,7 @@ from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import Meter, read_records
 from layersync_kernels.sit.training.terms.layersync import LayerSyncTerm
 
+from .slow import slow_run
 from .tiny import tiny_config, tiny_data
 
 
@@ -359,38 +357,6 @@ def test_nan_weights_are_never_saved(tmp_path):
     with pytest.raises(TrainingDiverged, match="weights were not finite"):
         trainer.save()
     assert list_checkpoints(tmp_path) == []
-
-
-SLOW_RUN = """
-import sys, time, torch
-from layersync_kernels import cli
-from layersync_kernels.sit.training.loop import Trainer
-step = Trainer.step
-def slow(self, *batch):
-    step(self, *batch)
-    print("step", self.steps_done, flush=True)
-    end = time.monotonic() + float(sys.argv[1])
-    while time.monotonic() < end:  # a signal just before a long sleep would be handled only after it
-        time.sleep(0.01)
-Trainer.step = slow
-sys.exit(cli.main(sys.argv[2:]))
-"""
-
-
-@contextlib.contextmanager
-def slow_run(run, pause):
-    """A training process that has done its first step, and sleeps after each."""
-    size = ["--image-size=4", "--model=SiT-P/2", "--hidden-size=8", "--num-heads=2", "--depth=2", "--batch-size=2"]
-    command = [sys.executable, "-c", SLOW_RUN, str(pause), "train", "--out", str(run), *size, "--no-tensorboard"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while (line := process.stdout.readline()) and not line.startswith("step"):
-            pass
-        assert line, process.stderr.read()
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

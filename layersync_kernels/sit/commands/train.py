@@ -9,9 +9,10 @@ from pathlib import Path
 
 from ...errors import ConfigError
 from ..checkpoints.local import newest_checkpoint
+from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, TrainConfig
 from ..console import console, start_logging
-from ..training.folder import check_run, start_run
+from ..training.folder import check_run, lock_folder, start_run
 from ..training.loop import Outcome, Trainer
 from ..training.terms.layersync import LayerSyncTerm
 from ..training.terms.repa import RepaTerm
@@ -28,7 +29,7 @@ class TrainCommand:
     resume: bool = False
     """Go on from the newest checkpoint in --out that is not damaged, with its config; flags given now override it."""
     overwrite: bool = False
-    """Delete the run in --out first."""
+    """Put the new run in the place of that in --out, which is deleted."""
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -49,8 +50,15 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     Raises:
         UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
     """
-    check_run(out, resume=resume, overwrite=overwrite)
-    # The trainer before the folder: settings that do not work must neither make a folder nor empty one.
+    config = with_absolute_paths(config)
+    with lock_folder(out):
+        check_run(out, config, resume=resume, overwrite=overwrite)
+        return _train(config, out, resume=resume, overwrite=overwrite)
+
+
+def _train(config: TrainConfig, out: Path, *, resume: bool, overwrite: bool) -> Outcome:
+    """In a folder that is locked and may be used so."""
+    # The trainer before the run: settings that do not work must neither begin one nor delete one.
     trainer = Trainer(config, run_dir=out)
     if resume and (checkpoint := newest_checkpoint(out)):
         trainer.load(checkpoint)
