@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C or SIGTERM stopped."""
+"""Exit code of a command that Ctrl-C, SIGTERM or SIGHUP stopped."""
 # Flags without the names of their groups: --lr, not --config.optim.lr.
 _FLAT = (tyro.conf.OmitArgPrefixes,)
 _RUN_SETTINGS = ("data", "transport", "sampling")
