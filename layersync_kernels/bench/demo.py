@@ -32,7 +32,7 @@ class DemoCommand:
     resume: bool = False
     """Go on from the newest checkpoint in --out."""
     overwrite: bool = True
-    """Delete the run of an earlier demo in --out first."""
+    """Put this run in the place of an earlier demo in --out, which is deleted."""
 
 
 def demo_config() -> TrainConfig:

@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-import contextlib
 import errno
 import itertools
 import os
+import pty
 import shutil
 import signal
-import subprocess
-import sys
 import types
 
 import pytest
@@ -22,10 +20,12 @@ from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.loss import AlignConfig, ScheduleConfig
 from layersync_kernels.sit.config.run import CONFIG
 from layersync_kernels.sit.training import loop as train
+from layersync_kernels.sit.training.folder import LOCK
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import Meter, read_records
 from layersync_kernels.sit.training.terms.layersync import LayerSyncTerm
 
+from .slow import slow_run
 from .tiny import tiny_config, tiny_data
 
 
@@ -361,39 +361,7 @@ def test_nan_weights_are_never_saved(tmp_path):
     assert list_checkpoints(tmp_path) == []
 
 
-SLOW_RUN = """
-import sys, time, torch
-from layersync_kernels import cli
-from layersync_kernels.sit.training.loop import Trainer
-step = Trainer.step
-def slow(self, *batch):
-    step(self, *batch)
-    print("step", self.steps_done, flush=True)
-    end = time.monotonic() + float(sys.argv[1])
-    while time.monotonic() < end:  # a signal just before a long sleep would be handled only after it
-        time.sleep(0.01)
-Trainer.step = slow
-sys.exit(cli.main(sys.argv[2:]))
-"""
-
-
-@contextlib.contextmanager
-def slow_run(run, pause):
-    """A training process that has done its first step, and sleeps after each."""
-    size = ["--image-size=4", "--model=SiT-P/2", "--hidden-size=8", "--num-heads=2", "--depth=2", "--batch-size=2"]
-    command = [sys.executable, "-c", SLOW_RUN, str(pause), "train", "--out", str(run), *size, "--no-tensorboard"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    try:
-        while (line := process.stdout.readline()) and not line.startswith("step"):
-            pass
-        assert line, process.stderr.read()
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_interrupt_finishes_the_step_saves_and_says_how_to_resume(tmp_path, number):
     with slow_run(tmp_path / "run", 0.2) as process:
         os.kill(process.pid, number)
@@ -404,6 +372,34 @@ def test_interrupt_finishes_the_step_saves_and_says_how_to_resume(tmp_path, numb
     assert f"saved at step {int(saved.name[5:])}" in text
     assert "--resume" in text
     assert "Traceback" not in text
+
+
+OWN_TERMINAL = "import fcntl, os, termios; os.setsid(); fcntl.ioctl(2, termios.TIOCSCTTY, 0)"
+
+
+def test_terminal_that_closes_is_a_request_to_save(tmp_path):
+    """The system sends SIGHUP to what ran there, its shell another one, and nothing can be printed any more."""
+    ours, theirs = pty.openpty()
+    with slow_run(tmp_path / "run", 0.2, before=OWN_TERMINAL, stderr=theirs) as process:
+        os.close(theirs)
+        os.close(ours)
+        os.kill(process.pid, signal.SIGHUP)
+        process.communicate(timeout=60)
+    assert len(list_checkpoints(tmp_path / "run")) == 1
+    assert not (tmp_path / "run" / LOCK).exists()
+
+
+def test_run_under_nohup_outlives_its_terminal(tmp_path):
+    with slow_run(
+        tmp_path / "run", 0.05, before="import signal; signal.signal(signal.SIGHUP, signal.SIG_IGN)"
+    ) as process:
+        os.kill(process.pid, signal.SIGHUP)
+        for _ in range(3):
+            assert process.stdout.readline().startswith("step")
+        os.kill(process.pid, signal.SIGTERM)
+        _, errors = process.communicate(timeout=60)
+    assert "SIGTERM: finishing" in errors
+    assert "SIGHUP" not in errors
 
 
 def test_second_interrupt_aborts(tmp_path):

@@ -4,30 +4,97 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import tyro
 
+from ...errors import ConfigError
 from ..checkpoints.local import run_of
-from ..config.io import load_config
-from ..config.run import CONFIG, OfRun
+from ..config import flag
+from ..config.io import load_settings
+from ..config.loss import AlignConfig
+from ..config.run import CONFIG, OfRun, TrainConfig
+from ..data.folders import unpickles
+from ..teachers.networks import runs_code
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C or SIGTERM stopped."""
+"""Exit code of a command that Ctrl-C, SIGTERM or SIGHUP stopped."""
 # Flags without the names of their groups: --lr, not --config.optim.lr.
 _FLAT = (tyro.conf.OmitArgPrefixes,)
 _RUN_SETTINGS = ("data", "transport", "sampling")
 """What a command about a trained model takes over from its run."""
 
+_CODE = {"teacher": runs_code, "quality_network": runs_code, "data": unpickles}
+"""Settings by which a name can stand for code, and what tells whether one does. A new one of that kind belongs here."""
+
 C = TypeVar("C")
+D = TypeVar("D", bound="DataclassInstance")
 R = TypeVar("R", bound=OfRun)
 
 
+class FromFile(str):
+    """The name of code in a file of settings. tyro hands on a default as it is: what a flag gave is of another type."""
+
+    __slots__ = ()
+
+
+def read_settings(path: Path, kind: type[D]) -> D:
+    """Settings in a file, as defaults for `parse`, which lets them run no code; raises as `load_settings`."""
+    return _marked(load_settings(path, kind))
+
+
+def _marked(settings: Any) -> Any:
+    changes: dict[str, Any] = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            changes[f.name] = _marked(value)
+        elif _is_code(f.name, value):
+            changes[f.name] = FromFile(value)
+    return dataclasses.replace(settings, **changes)
+
+
+def _is_code(name: str, value: Any) -> bool:
+    return value is not None and name in _CODE and _CODE[name](value)
+
+
+def code_flags(settings: Any) -> dict[str, str]:
+    """The flags by which these settings run code, with their values."""
+    found: dict[str, str] = {}
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        if dataclasses.is_dataclass(value):
+            runs = not (isinstance(value, AlignConfig) and value.features is not None)  # else the teacher does not run
+            found |= code_flags(value) if runs else {}
+        elif _is_code(f.name, value):
+            found[flag(f.name)] = value
+    return found
+
+
 def parse(kind: type[C], argv: Sequence[str], *, default: C, command: str) -> C:
-    """Reads flags over `default`; --help and wrong flags end the process, as is usual."""
-    return tyro.cli(kind, args=list(argv), default=default, prog=f"layersync {command}", config=_FLAT)
+    """Reads flags over `default`; --help and wrong flags end the process, as is usual.
+
+    Raises:
+        ConfigError: a file names code that would run (see `read_settings`), and no flag of this call does.
+    """
+    settings = tyro.cli(kind, args=list(argv), default=default, prog=f"layersync {command}", config=_FLAT)
+    if code := {name: value for name, value in code_flags(settings).items() if isinstance(value, FromFile)}:
+        raise ConfigError(
+            f"a file of settings names code, {', '.join(code.values())}, and a file must not start any. If you trust "
+            f"that code, name it yourself: {command_line(command, argv, code)}"
+        )
+    return settings
+
+
+def command_line(command: str, argv: Sequence[str], flags: Mapping[str, str]) -> str:
+    """What to type into a shell."""
+    return shlex.join(["layersync", command, *argv, *(part for name, value in flags.items() for part in (name, value))])
 
 
 def peek_out(argv: Sequence[str], default: Path) -> tuple[Path, bool]:
@@ -44,7 +111,7 @@ def parse_of_run(kind: type[R], argv: Sequence[str], *, command: str) -> R:
     default = kind(source=tyro.MISSING)
     run = run_of(parse(kind, argv, default=default, command=command).source)
     if run is not None:
-        config = load_config(run / CONFIG)
+        config = read_settings(run / CONFIG, TrainConfig)
         own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if f.name in _RUN_SETTINGS}
         default = dataclasses.replace(default, **own)
     return parse(kind, argv, default=default, command=command)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from ..config.io import load_settings
-from ..console import start_logging
+from ..console import console, start_logging
 from ..studies.compare.config import SETTINGS, CompareCommand, CompareConfig
 from ..studies.compare.run import compare
-from .arguments import INTERRUPTED, parse, peek_out
+from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings
 
 
 def compare_main(argv: Sequence[str]) -> int:
@@ -18,9 +17,12 @@ def compare_main(argv: Sequence[str]) -> int:
     default = CompareCommand()
     out, resume = peek_out(argv, default.out)
     if resume and (out / SETTINGS).is_file():
-        default = dataclasses.replace(default, comparison=load_settings(out / SETTINGS, CompareConfig))
-    report = compare(parse(CompareCommand, argv, default=default, command="compare"))
+        default = dataclasses.replace(default, comparison=read_settings(out / SETTINGS, CompareConfig))
+    command = parse(CompareCommand, argv, default=default, command="compare")
+    report = compare(command)
     if report is None:
+        again = command_line("compare", ["--out", str(command.out), "--resume"], code_flags(command.comparison))
+        console.print(f"stopped and saved; go on with: {again}", soft_wrap=True)
         return INTERRUPTED
     print(report)
     return 0

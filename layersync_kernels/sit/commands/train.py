@@ -8,16 +8,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import ConfigError
-from ..config.io import load_config
+from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, TrainConfig
 from ..console import console, start_logging
 from ..data.base import write_broken
-from ..training.folder import check_run, start_run
+from ..training.folder import check_run, lock_folder, start_run
 from ..training.loop import Outcome, Trainer
 from ..training.runlog import checkpoint_to_resume
 from ..training.terms.layersync import LayerSyncTerm
 from ..training.terms.repa import RepaTerm
-from .arguments import INTERRUPTED, parse, peek_out
+from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class TrainCommand:
     resume: bool = False
     """Go on from the newest checkpoint in --out that is not damaged, with its config; flags given now override it."""
     overwrite: bool = False
-    """Delete the run in --out first."""
+    """Put the new run in the place of that in --out, which is deleted."""
 
 
 def train_main(argv: Sequence[str]) -> int:
@@ -39,7 +39,7 @@ def train_main(argv: Sequence[str]) -> int:
     default = TrainCommand()
     out, resume = peek_out(argv, default.out)
     if resume and (out / CONFIG).is_file():
-        default = dataclasses.replace(default, config=load_config(out / CONFIG))
+        default = dataclasses.replace(default, config=read_settings(out / CONFIG, TrainConfig))
     command = parse(TrainCommand, argv, default=default, command="train")
     outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
     return INTERRUPTED if outcome.ended == "interrupted" else 0
@@ -51,8 +51,15 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     Raises:
         UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
     """
-    check_run(out, resume=resume, overwrite=overwrite)
-    # The trainer before the folder: settings that do not work must neither make a folder nor empty one.
+    config = with_absolute_paths(config)
+    with lock_folder(out):
+        check_run(out, config, resume=resume, overwrite=overwrite)
+        return _train(config, out, resume=resume, overwrite=overwrite)
+
+
+def _train(config: TrainConfig, out: Path, *, resume: bool, overwrite: bool) -> Outcome:
+    """In a folder that is locked and may be used so."""
+    # The trainer before the run: settings that do not work must neither begin one nor delete one.
     trainer = Trainer(config, run_dir=out)
     if resume and (checkpoint := checkpoint_to_resume(out)):
         trainer.load(checkpoint)
@@ -75,7 +82,8 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
         what = "its precomputed features" if config.align.features else "running it"
         console.print(f"the teacher {repa.teacher.name} took {share:.1%} of a step ({what})")
     if outcome.ended == "interrupted":
-        console.print(f"stopped and saved at step {outcome.step}; go on with: layersync train --out {out} --resume")
+        again = command_line("train", ["--out", str(out), "--resume"], code_flags(config))
+        console.print(f"stopped and saved at step {outcome.step}; go on with: {again}", soft_wrap=True)
     else:
         console.print(f"done: step {outcome.step} after {outcome.seconds:.0f} s; draw with: layersync sample {out}")
     return outcome

@@ -30,6 +30,14 @@ TORCHVISION = "torchvision:"
 """What a name of one of its sets starts with."""
 
 
+def unpickles(name: str) -> bool:
+    """Whether a set of that name unpickles files that nothing has checked: of LSUN a cache of keys beside the data.
+
+    The others of torchvision read no pickles, or compare them with a checksum first, or let tensors through only.
+    """
+    return name.startswith(f"{TORCHVISION}LSUN")
+
+
 def load_folder(config: DataConfig) -> SampleSet:
     """A folder with one sub-folder per class and images in it.
 

@@ -18,6 +18,11 @@ DINOV2 = tuple(f"dinov2-{size}14{registers}" for size in ("vits", "vitb", "vitl"
 KNOWN = f"efficientnet-lite0, {', '.join(DINOV2)}, timm/NAME, hub/REPO:NAME or hub/FOLDER:NAME"
 
 
+def runs_code(name: str) -> bool:
+    """Whether a teacher of that name is code of a folder or repository that the name chooses."""
+    return name.startswith("hub/")
+
+
 def load_teacher(
     name: str,
     *,
@@ -132,9 +137,11 @@ def _load_hub(
     pretrained: bool,
 ) -> Teacher:
     source = "local" if Path(repository).is_dir() else "github"
-    # trust_repo: who names a repository on the command line means it; a question would hang a job without terminal.
+    # Who names a repository on the command line means it, and the commands see to it that nothing else names one; a
+    # question would hang a job without terminal. The repositories that are fixed here torch.hub has to trust itself.
+    trust: bool | str = True if runs_code(name) else "check"
     network = torch.hub.load(
-        repository, entry, source=source, trust_repo=True, pretrained=pretrained and weights is None
+        repository, entry, source=source, trust_repo=trust, pretrained=pretrained and weights is None
     )
     if weights is not None:
         fill_model(network, load_weights(weights))

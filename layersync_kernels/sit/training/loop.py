@@ -248,7 +248,7 @@ class Trainer:
             self._stop_clock()
 
     def fit(self) -> Outcome:
-        """Trains until the steps or the seconds are used up, or until Ctrl-C or SIGTERM.
+        """Trains until the steps or the seconds are used up, or until Ctrl-C, SIGTERM or SIGHUP.
 
         Raises:
             TrainingDiverged: a loss or weight is not finite; checkpoints from before stay.

@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM as requests."""
+"""Ctrl-C, SIGTERM and a terminal that closes, as requests."""
 
 from __future__ import annotations
 
@@ -14,17 +14,23 @@ logger = logging.getLogger(__name__)
 
 @contextlib.contextmanager
 def stop_signals() -> Iterator[Callable[[], bool]]:
-    """Turns the first Ctrl-C or SIGTERM into a request, to be asked for by calling what this yields.
+    """Turns the first Ctrl-C, SIGTERM or SIGHUP into a request, to be asked for by calling what this yields.
 
-    A second Ctrl-C aborts. Outside the main thread, where Python delivers no signals, nothing changes.
+    A second Ctrl-C or SIGTERM aborts. A second SIGHUP does not: when a terminal closes, its shell and the system
+    send one each. Where SIGHUP was ignored before, as under nohup, it stays so. Outside the main thread, where Python
+    delivers no signals, nothing changes.
     """
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
     asked = threading.Event()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    if before[signal.SIGHUP] == signal.SIG_IGN:
+        del before[signal.SIGHUP]
 
     def ask(number: int, _frame: FrameType | None) -> None:
+        if asked.is_set():
+            return
         asked.set()
         # Not the handlers from before: shells start background jobs with SIGINT ignored, and then nothing would abort.
         signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -85,7 +85,7 @@ class CompareCommand:
     resume: bool = False
     """Take the settings of the comparison in --out, so that no flag has to be repeated."""
     overwrite: bool = False
-    """Delete the comparison in --out first."""
+    """Put the new comparison in the place of that in --out, which is deleted."""
 
 
 def method_config(config: TrainConfig, method: str) -> TrainConfig:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,8 +14,10 @@ from ....errors import CheckpointError, ConfigError
 from ...checkpoints.local import newest_checkpoint
 from ...checkpoints.state import read_run_state
 from ...config.io import build, load_settings, parse_json, save_config
+from ...config.paths import with_absolute_paths
 from ...config.run import TrainConfig
 from ...files import atomic_path, write_json
+from ...training.folder import check_sources, is_empty, replace_folder
 from .config import SETTINGS, CompareConfig
 
 MARKS = "marks.json"
@@ -101,15 +102,17 @@ def check_folder(config: CompareConfig, out: Path, *, resume: bool, overwrite: b
 
     Raises:
         ConfigError: it holds a comparison with other settings (more seeds may be asked for) and not `overwrite`, it
-            holds something else, or there is nothing to `resume`.
+            holds something else, there is nothing to `resume`, or what `config` reads lies in a folder that is to be
+            deleted.
     """
     if resume and overwrite:
         raise ConfigError("--resume and --overwrite exclude each other")
     path = out / SETTINGS
     if path.is_file():
         if overwrite:
+            check_sources(config, out)
             return
-        before = load_settings(path, CompareConfig)
+        before = with_absolute_paths(load_settings(path, CompareConfig))
         same = dataclasses.replace(config, seeds=before.seeds) if config.seeds > before.seeds else config
         if different := list(_differences(dataclasses.asdict(before), dataclasses.asdict(same))):
             raise ConfigError(
@@ -118,21 +121,22 @@ def check_folder(config: CompareConfig, out: Path, *, resume: bool, overwrite: b
             )
     elif resume:
         raise ConfigError(f"{out} is not a comparison to resume: it has no {SETTINGS}")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not is_empty(out):
         raise ConfigError(f"{out} exists and is not a comparison (it has no {SETTINGS}); choose another --out")
 
 
 def start_folder(config: CompareConfig, out: Path, *, overwrite: bool) -> None:
-    """Makes the folder that `check_folder` has passed, emptied if `overwrite`, and writes the settings into it.
+    """Makes the folder that `check_folder` has passed, anew if `overwrite`, and writes the settings into it.
 
     Raises:
         CheckpointError: it cannot be written.
     """
     with writing():
-        if overwrite and out.exists():
-            shutil.rmtree(out)
-        with atomic_path(out / SETTINGS) as temporary:
-            save_config(config, temporary)
+        if overwrite and not is_empty(out):
+            replace_folder(out, lambda folder: save_config(config, folder / SETTINGS))
+        else:
+            with atomic_path(out / SETTINGS) as temporary:
+                save_config(config, temporary)
 
 
 @contextlib.contextmanager

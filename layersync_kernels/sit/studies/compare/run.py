@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
@@ -13,6 +14,7 @@ import torch
 
 from ....errors import ConfigError, TrainingDiverged
 from ...checkpoints.local import list_checkpoints
+from ...config.paths import with_absolute_paths
 from ...console import console
 from ...device import resolve_device, resolve_precision
 from ...diffusion.transport import build_transport
@@ -20,7 +22,7 @@ from ...evaluation.frechet import FeatureNetwork, load_network
 from ...evaluation.judge import Judge
 from ...files import atomic_path, write_json
 from ...teachers.clock import TeacherClock
-from ...training.folder import start_run
+from ...training.folder import lock_folder, start_run
 from ...training.loop import Trainer
 from ...training.signals import stop_signals
 from ...training.terms.repa import RepaTerm
@@ -241,9 +243,12 @@ class Comparison:
 def prepare(config: CompareConfig, out: Path, *, resume: bool = False, overwrite: bool = False) -> Comparison:
     """A comparison whose settings have been tried, in its folder. Until that is so, nothing is written or deleted.
 
+    The folder is the caller's to lock.
+
     Raises:
         UserError: settings, data or teachers that cannot be used; see `check_folder` for the folder.
     """
+    config = with_absolute_paths(config)
     config.validate()
     check_folder(config, out, resume=resume, overwrite=overwrite)
     comparison = Comparison(config, out)
@@ -259,11 +264,12 @@ def compare(command: CompareCommand) -> Path | None:
     Raises:
         UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
     """
-    comparison = prepare(command.comparison, command.out, resume=command.resume, overwrite=command.overwrite)
-    memory = comparison.memory()
-    with stop_signals() as stop_asked:
-        finished = comparison.train(stop_asked)
-    if not finished:
-        console.print(f"stopped and saved; go on with: layersync compare --out {command.out} --resume")
-        return None
-    return comparison.report(memory)
+    with contextlib.ExitStack() as locks:
+        locks.enter_context(lock_folder(command.out))
+        comparison = prepare(command.comparison, command.out, resume=command.resume, overwrite=command.overwrite)
+        for run in comparison.runs:  # `layersync train` can go on with them, too
+            locks.enter_context(lock_folder(run.folder))
+        memory = comparison.memory()
+        with stop_signals() as stop_asked:
+            finished = comparison.train(stop_asked)
+        return comparison.report(memory) if finished else None
