@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, TrainingDiverged
 from ...runtime.memory import keep_freed_memory
-from ..checkpoints.local import list_checkpoints
+from ..checkpoints.local import STATE, list_checkpoints, read_state
 from ..checkpoints.weights import fill_model, load_weights
 from ..config.run import SAMPLES, TrainConfig
 from ..data.base import SampleSet
@@ -215,22 +215,27 @@ class Trainer:
             self._stop_clock()
             self._started = time.monotonic()  # training goes on
         facts = {
+            "meter": self.meter.state_dict(),
             "data": {
                 "shape": self.data.spec.shape,
                 "num_classes": self.num_classes,
                 "class_names": self.data.class_names,
                 "latent": self.data.latent,
-            }
+            },
         }
         return self.state.save(self.run_dir, facts, keep=self.config.log.keep)
 
     def load(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers and data order.
+        """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers, data order and means.
 
         Raises:
             CheckpointError: it is damaged or belongs to another model; names the file.
         """
         self.state.load(checkpoint)
+        try:  # which checkpoints of before do not have
+            self.meter.load_state_dict(read_state(checkpoint).get("meter", {}), self.device)
+        except (AttributeError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{checkpoint / STATE} holds no sums under 'meter': {error!r}") from error
 
     def advance(self, steps: int, stop_asked: Callable[[], bool] = lambda: False) -> None:
         """Trains on to step `steps`, or until `stop_asked`, without log and checkpoints, for a caller that measures.

@@ -48,6 +48,15 @@ class Meter:
         self._sums, self._counts = {}, {}
         return means
 
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Sum and count by name, for a checkpoint: the mean after a resume is over all steps, too. Synchronises."""
+        return {name: (float(value), self._counts[name]) for name, value in self._sums.items()}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
+        """Goes on from there; raises TypeError or ValueError where it is none."""
+        self._sums = {name: torch.tensor(float(total), device=device) for name, (total, _) in state.items()}
+        self._counts = {name: int(count) for name, (_, count) in state.items()}
+
 
 def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """The records of a run; a last line cut short by a crash is left out."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from ..checkpoints.weights import Weights, fill_model
 from ..config.optim import OptimConfig
 from ..models.sit import SiT
 from .terms.base import LossTerm
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -152,7 +155,10 @@ class TrainState:
                 fill_model(term.module, Weights(read_tensors(path), path))
         try:
             load_optimizer(self.optimizer, self.names, files["optimizer"])
-            self.scaler.load_state_dict(state["scaler"])
+            if state["scaler"] or not self.scaler.is_enabled():
+                self.scaler.load_state_dict(state["scaler"])
+            else:
+                logger.warning("%s is of a run without --precision fp16: its scale of the loss begins anew", checkpoint)
             torch.set_rng_state(files["rng"]["cpu"])
             self.generator.set_state(files["rng"]["noise"])
             if self.device.type == "cuda" and "cuda" in files["rng"]:
