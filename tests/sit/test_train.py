@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import pty
 import shutil
@@ -452,3 +453,14 @@ def test_meter_averages_between_reads():
         meter.add("loss", torch.tensor(value))
     assert meter.read() == {"loss": 3.0}
     assert meter.read() == {}
+
+
+def test_meter_goes_on_from_its_state_and_keeps_no_infinity():
+    meter, resumed = Meter(), Meter()
+    for value in (0.1, 2.0):
+        meter.add("loss", torch.tensor(value))
+        meter.add("grad_norm", torch.tensor(float("inf")))
+    resumed.load_state_dict(json.loads(json.dumps(meter.state_dict(), allow_nan=False)), torch.device("cpu"))
+    for each in (meter, resumed):
+        each.add("loss", torch.tensor(6.0))
+    assert resumed.read() == {"loss": meter.read()["loss"]}

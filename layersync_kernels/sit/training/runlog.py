@@ -49,8 +49,13 @@ class Meter:
         return means
 
     def state_dict(self) -> dict[str, tuple[float, int]]:
-        """Sum and count by name, for a checkpoint: the mean after a resume is over all steps, too. Synchronises."""
-        return {name: (float(value), self._counts[name]) for name, value in self._sums.items()}
+        """Sum and count by name, for a checkpoint: the mean after a resume is over all steps, too. Synchronises.
+
+        Sums that are not finite are left out, as those of the gradient's norm where fp16 overflowed: JSON has no number
+        for them.
+        """
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {name: (total, self._counts[name]) for name, total in sums.items() if math.isfinite(total)}
 
     def load_state_dict(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
         """Goes on from there; raises TypeError or ValueError where it is none."""
