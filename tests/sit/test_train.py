@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import errno
 import itertools
+import json
 import os
 import pty
 import shutil
@@ -20,7 +21,7 @@ from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.loss import AlignConfig, ScheduleConfig
 from layersync_kernels.sit.config.run import CONFIG
 from layersync_kernels.sit.training import loop as train
-from layersync_kernels.sit.training.folder import LOCK
+from layersync_kernels.sit.training.folder import LOCK, start_run
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import Meter, read_records
 from layersync_kernels.sit.training.terms.layersync import LayerSyncTerm
@@ -57,6 +58,34 @@ def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, stop_at):
     for stem in ("model", "ema", "optimizer", "rng"):
         assert_equal_files(weights(tmp_path / "whole", 12, stem), weights(tmp_path / "parts", 12, stem))
     assert [r["step"] for r in read_records(tmp_path / "parts")] == [2, 4, 6, 8, 10, 12]
+
+
+@pytest.mark.parametrize("stop_at", [4, 7])
+def test_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path, stop_at):
+    """The first one after the resume too, which averages steps from before it."""
+    log = {"log_every": 5, "sample_every": 0}
+    run_training(tiny_config(log=log), tmp_path / "whole")
+    trainer = Trainer(tiny_config(log=log), run_dir=tmp_path / "parts")
+    start_run(tmp_path / "parts", trainer.config, overwrite=False)
+    step = trainer.step
+    trainer.step = lambda *batch: (step(*batch), trainer.steps_done == stop_at and os.kill(os.getpid(), signal.SIGTERM))
+    assert trainer.fit().ended == "interrupted"
+    run_training(tiny_config(log=log), tmp_path / "parts", resume=True)
+    timed = ("seconds", "images_per_second")
+    whole, parts = (
+        [{k: r[k] for k in r if k not in timed} for r in read_records(tmp_path / n)] for n in ("whole", "parts")
+    )
+    assert [record["step"] for record in whole] == [5, 10, 12]
+    assert parts == whole
+
+
+def test_resume_in_another_precision_goes_on(tmp_path, caplog):
+    """With a scale of the loss that begins anew where there was none before."""
+    for steps, precision in ((2, "fp32"), (4, "fp16"), (6, "fp16"), (8, "fp32")):
+        caplog.clear()
+        config = tiny_config(optim={"steps": steps}, log={"sample_every": 0}, precision=precision)
+        assert run_training(config, tmp_path / "run", resume=steps > 2).step == steps
+        assert ("scale of the loss begins anew" in caplog.text) == (steps == 4)
 
 
 def test_two_runs_of_one_seed_are_equal_and_of_two_are_not(tmp_path):
@@ -424,3 +453,14 @@ def test_meter_averages_between_reads():
         meter.add("loss", torch.tensor(value))
     assert meter.read() == {"loss": 3.0}
     assert meter.read() == {}
+
+
+def test_meter_goes_on_from_its_state_and_keeps_no_infinity():
+    meter, resumed = Meter(), Meter()
+    for value in (0.1, 2.0):
+        meter.add("loss", torch.tensor(value))
+        meter.add("grad_norm", torch.tensor(float("inf")))
+    resumed.load_state_dict(json.loads(json.dumps(meter.state_dict(), allow_nan=False)), torch.device("cpu"))
+    for each in (meter, resumed):
+        each.add("loss", torch.tensor(6.0))
+    assert resumed.read() == {"loss": meter.read()["loss"]}

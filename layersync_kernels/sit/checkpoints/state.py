@@ -69,6 +69,7 @@ class RunState:
         data: what the model was trained on.
         scaler: `ScalerState` of fp16 gradients, or empty.
         run: what all files of the run's checkpoints are marked with; None before there was such a mark.
+        meter: sum and count of each mean that the next record goes on with; empty before there were any.
     """
 
     step: int
@@ -77,12 +78,15 @@ class RunState:
     data: DataFacts
     scaler: dict[str, Any] = field(default_factory=dict)
     run: str | None = None
+    meter: dict[str, tuple[float, int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if not 0 <= self.step <= self.samples_seen:
             raise ValueError(f"step is {self.step} and samples_seen {self.samples_seen}; expected 0 <= step <= samples")
         if not 0 <= self.seconds < math.inf:
             raise ValueError(f"seconds is {self.seconds}; expected a time")
+        if not all(math.isfinite(total) and count >= 1 for total, count in self.meter.values()):
+            raise ValueError("meter has no sums and counts")
         if self.scaler:
             build(ScalerState, self.scaler, "scaler.")
 

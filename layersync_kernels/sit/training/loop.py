@@ -215,22 +215,23 @@ class Trainer:
             self._stop_clock()
             self._started = time.monotonic()  # training goes on
         facts = {
+            "meter": self.meter.state_dict(),
             "data": {
                 "shape": self.data.spec.shape,
                 "num_classes": self.num_classes,
                 "class_names": self.data.class_names,
                 "latent": self.data.latent,
-            }
+            },
         }
         return self.state.save(self.run_dir, facts, keep=self.config.log.keep)
 
     def load(self, checkpoint: Path) -> None:
-        """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers and data order.
+        """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers, data order and means.
 
         Raises:
             CheckpointError: it is damaged or belongs to another model; names the file.
         """
-        self.state.load(checkpoint)
+        self.meter.load_state_dict(self.state.load(checkpoint).meter, self.device)
 
     def advance(self, steps: int, stop_asked: Callable[[], bool] = lambda: False) -> None:
         """Trains on to step `steps`, or until `stop_asked`, without log and checkpoints, for a caller that measures.

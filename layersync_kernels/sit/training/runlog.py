@@ -54,6 +54,20 @@ class Meter:
         self._sums, self._counts = {}, {}
         return means
 
+    def state_dict(self) -> dict[str, tuple[float, int]]:
+        """Sum and count by name, for a checkpoint: the mean after a resume is over all steps, too. Synchronises.
+
+        Sums that are not finite are left out, as those of the gradient's norm where fp16 overflowed: JSON has no number
+        for them.
+        """
+        sums = {name: float(value) for name, value in self._sums.items()}
+        return {name: (total, self._counts[name]) for name, total in sums.items() if math.isfinite(total)}
+
+    def load_state_dict(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
+        """Goes on from there."""
+        self._sums = {name: torch.tensor(total, device=device) for name, (total, _) in state.items()}
+        self._counts = {name: count for name, (_, count) in state.items()}
+
 
 @dataclass(frozen=True)
 class Record:

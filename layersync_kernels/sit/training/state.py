@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,11 +15,13 @@ from torch import Tensor, nn
 from ...errors import CheckpointError
 from ..checkpoints.local import read_tensors, save_checkpoint
 from ..checkpoints.optimizer import load_optimizer, optimizer_tensors
-from ..checkpoints.state import read_run_state
+from ..checkpoints.state import RunState, read_run_state
 from ..checkpoints.weights import Weights, fill_model
 from ..config.optim import OptimConfig
 from ..models.sit import SiT
 from .terms.base import LossTerm
+
+logger = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -134,8 +137,11 @@ class TrainState:
         }
         return save_checkpoint(run_dir, self.steps_done, tensors, state, keep=keep)
 
-    def load(self, checkpoint: Path) -> None:
+    def load(self, checkpoint: Path) -> RunState:
         """Takes the place of what a checkpoint folder holds: weights, average, optimiser, random numbers, counters.
+
+        Returns:
+            what else the checkpoint's file of counters holds.
 
         Raises:
             CheckpointError: it is damaged or belongs to another model; names the file.
@@ -165,10 +171,13 @@ class TrainState:
             self._restore_random(rng.tensors)
         except (ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(f"{rng.path} does not fit this run: {error}") from error
-        if state.scaler:  # a run that had none was in another precision: scaling begins anew
+        if state.scaler:
             self.scaler.load_state_dict(state.scaler)
+        elif self.scaler.is_enabled():
+            logger.warning("%s is of a run without --precision fp16: its scale of the loss begins anew", checkpoint)
         self.steps_done, self.samples_seen, self.seconds = state.step, state.samples_seen, state.seconds
         self.run = state.run or self.run
+        return state
 
     def _random_states(self) -> dict[str, Tensor]:
         """The states of all generators, as `rng.safetensors` holds them."""
