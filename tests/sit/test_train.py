@@ -7,6 +7,8 @@ import os
 import pty
 import shutil
 import signal
+import subprocess
+import sys
 import types
 
 import pytest
@@ -401,6 +403,30 @@ def test_interrupt_finishes_the_step_saves_and_says_how_to_resume(tmp_path, numb
     assert f"saved at step {int(saved.name[5:])}" in text
     assert "--resume" in text
     assert "Traceback" not in text
+
+
+TWO_SIGNALS = """
+import signal, sys
+from layersync_kernels.sit.training.signals import stop_signals
+for line in range(1, 40):
+    def trace(frame, event, _):
+        global line
+        line -= event == "line"
+        if event == "line" and line == 0:
+            signal.raise_signal(signal.SIGHUP)
+        return trace
+    with stop_signals() as stop_asked:
+        sys.settrace(trace)
+        signal.raise_signal(signal.SIGTERM)
+        sys.settrace(None)
+        assert stop_asked()
+"""
+
+
+def test_signal_in_the_middle_of_another_does_not_hang():
+    """The second one comes at each line that the handler of the first runs, in turn."""
+    done = subprocess.run([sys.executable, "-c", TWO_SIGNALS], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
 
 
 OWN_TERMINAL = "import fcntl, os, termios; os.setsid(); fcntl.ioctl(2, termios.TIOCSCTTY, 0)"

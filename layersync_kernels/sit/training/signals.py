@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import logging
+import os
 import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
-
-logger = logging.getLogger(__name__)
 
 
 @contextlib.contextmanager
@@ -23,24 +21,28 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
     if threading.current_thread() is not threading.main_thread():
         yield lambda: False
         return
-    asked = threading.Event()
+    asked = False
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
     if before[signal.SIGHUP] == signal.SIG_IGN:
         del before[signal.SIGHUP]
 
     def ask(number: int, _frame: FrameType | None) -> None:
-        if asked.is_set():
+        # No lock is taken in here, neither an Event's nor those of logging and the progress bar: the next signal can
+        # come in the middle of this, and what is interrupted can hold a lock for which it would wait.
+        nonlocal asked
+        if asked:
             return
-        asked.set()
+        asked = True
         # Not the handlers from before: shells start background jobs with SIGINT ignored, and then nothing would abort.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        logger.warning("%s: finishing this step and saving; once more aborts", signal.Signals(number).name)
+        with contextlib.suppress(OSError):
+            os.write(2, f"\n{signal.Signals(number).name}: finishing this step and saving; once more aborts\n".encode())
 
     for number in before:
         signal.signal(number, ask)
     try:
-        yield asked.is_set
+        yield lambda: asked
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
