@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from layersync_kernels.errors import DataError
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.console import start_logging
-from layersync_kernels.sit.data import memory, pixels
+from layersync_kernels.sit.data import folders, memory, pixels
 from layersync_kernels.sit.data.base import BROKEN, write_broken
 from layersync_kernels.sit.data.registry import load_data
 
@@ -243,14 +243,15 @@ def test_pipe_among_the_images_is_not_waited_for(image_folder):
 
 @pytest.fixture
 def messages(monkeypatch):
-    """What the package logs. Not by caplog: pytest's report of such names cannot travel between its workers."""
+    """What is logged of a folder. Not by caplog: pytest's report of such names cannot travel between its workers."""
     start_logging()
-    logger, handler, seen = logging.getLogger("layersync_kernels"), logging.Handler(), []
+    apart, handler, seen = logging.Logger("apart"), logging.Handler(), []
     monkeypatch.setattr(handler, "emit", lambda record: seen.append(record.getMessage()))
-    monkeypatch.setattr(logger, "propagate", False)
-    logger.addHandler(handler)
-    yield seen
-    logger.removeHandler(handler)
+    for each in (*logging.getLogger("layersync_kernels").handlers, handler):
+        if type(each).__module__.partition(".")[0] != "_pytest":
+            apart.addHandler(each)
+    monkeypatch.setattr(folders, "logger", apart)
+    return seen
 
 
 def test_names_that_are_no_utf8_reach_log_list_and_terminal(image_folder, tmp_path_factory, messages, monkeypatch):
