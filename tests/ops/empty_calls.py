@@ -71,7 +71,7 @@ CALLS = {
     "self_attention": lambda b: F.self_attention(no_samples(3, 3 * D), 2, backend=b),
     "linear_gelu": lambda b: F.linear_gelu(no_samples(*TOKENS), weight(), None, backend=b),
     "gelu_mlp": lambda b: F.gelu_mlp(no_samples(*TOKENS), weight(), None, weight(5)[:, :4], None, backend=b),
-    "spatial_norm": lambda b: F.spatial_norm(no_samples(*TOKENS), backend=b),
+    "spatial_norm": lambda b: F.spatial_norm(no_samples(*TOKENS).detach(), backend=b),
 }
 
 
@@ -104,7 +104,8 @@ RAW_CALLS = {
 def differentiate(call):
     outputs = call()
     for output in outputs if isinstance(outputs, tuple) else (outputs,):
-        output.sum().backward(retain_graph=True)
+        if output.requires_grad:
+            output.sum().backward(retain_graph=True)
 
 
 def in_a_process(name, call):

@@ -8,7 +8,7 @@ import pytest
 
 from layersync_kernels import functional
 
-from .backends import ALL, device_of
+from ..support.backends import ALL, device_of
 from .empty_calls import CALLS
 
 

@@ -209,7 +209,7 @@ def tiff_that_divides_by_zero():
 def test_tiff_that_raises_anything_is_one_broken_file(image_folder, memory_limit):
     path = image_folder / "a" / "9.tiff"
     path.write_bytes(tiff_that_divides_by_zero())
-    with pytest.raises(Exception, match=r"") as error, Image.open(path) as image:  # noqa: PT011
+    with pytest.raises(Exception) as error, Image.open(path) as image:  # noqa: PT011
         image.load()
     assert not isinstance(error.value, (OSError, SyntaxError, ValueError, EOFError))
     data = load(image_folder, image_size=4, memory_limit_gb=memory_limit, workers=0)
