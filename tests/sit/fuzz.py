@@ -284,16 +284,26 @@ def resume(run, trainer):
     trainer.check_finite()
 
 
-def fuzz_checkpoint(folder):
-    """The tensors of a checkpoint."""
+def make_restorable_run(folder):
+    """A run, its trainer, and what brings its checkpoints back as they were and gives the newest."""
     run, trainer = make_run(folder)
     kept = folder / "kept"
     shutil.copytree(run / "checkpoints", kept)
 
-    def case(rng):
+    def restored():
         shutil.rmtree(run / "checkpoints")
         shutil.copytree(kept, run / "checkpoints")
-        checkpoint = run / "checkpoints/step_00000004"
+        return run / "checkpoints/step_00000004"
+
+    return run, trainer, restored
+
+
+def fuzz_checkpoint(folder):
+    """The tensors of a checkpoint."""
+    run, trainer, restored = make_restorable_run(folder)
+
+    def case(rng):
+        checkpoint = restored()
         path = checkpoint / f"{rng.choice(['model', 'ema', 'optimizer', 'optimizer', 'rng'])}.safetensors"
         with safe_open(path, "pt") as file:
             label = file.metadata()
@@ -310,14 +320,10 @@ def fuzz_checkpoint(folder):
 
 def fuzz_state(folder):
     """The state of a checkpoint."""
-    run, trainer = make_run(folder)
-    kept = folder / "kept"
-    shutil.copytree(run / "checkpoints", kept)
+    run, trainer, restored = make_restorable_run(folder)
 
     def case(rng):
-        shutil.rmtree(run / "checkpoints")
-        shutil.copytree(kept, run / "checkpoints")
-        checkpoint = run / "checkpoints/step_00000004"
+        checkpoint = restored()
         path = checkpoint / local.STATE
         path.write_bytes(damage_text(rng, path.read_bytes()))
         with contextlib.suppress(ValueError, RecursionError):  # it is no JSON any more
