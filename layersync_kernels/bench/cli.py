@@ -16,13 +16,10 @@ from rich.console import Console
 
 from ..errors import UserError
 from .cases import MODES, OPS, PROVIDERS, Case, cases
-from .engine import DeviceLost, Row, measure
+from .engine import DEVICE_LOST, DeviceLost, Row, measure
 from .journal import Journal
 from .machine import machine_facts
 from .report import append_json, print_problems, print_table
-
-DEVICE_LOST = 75
-"""Exit code of a run that a new process can go on with."""
 
 
 @dataclass

@@ -155,6 +155,10 @@ def check(case: Case, function: Function, truth: Truth | None = None) -> str | N
     return None
 
 
+DEVICE_LOST = 75
+"""Exit code of a process that ends because of `DeviceLost`: another one can go on."""
+
+
 class DeviceLost(RuntimeError):
     """Nothing runs on the device any more in this process, as after an illegal address on a GPU."""
 
