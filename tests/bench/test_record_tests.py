@@ -2,14 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from layersync_kernels.bench.card.record_tests import outcomes
 
+PLUGIN = "layersync_kernels.bench.card.record_tests"
 TESTS = """
 import os, pathlib, signal
 import pytest
@@ -31,46 +30,47 @@ def test_last(): pass
 
 
 def run(folder, *options):
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-p",
-        "no:cacheprovider",
-        "-p",
-        "layersync_kernels.bench.card.record_tests",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    return subprocess.run(
-        [*command, "test_it.py", "--record", "tests.jsonl", *options],
-        cwd=folder, env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
+    """The exit code and the output of pytest in a process of its own; a fork, which has imported torch already."""
+    output = folder / "output"
+    options = ["-q", "-p", "no:cacheprovider", "-p", PLUGIN, "test_it.py", "--record", "tests.jsonl", *options]
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            sys.stdout = sys.stderr = output.open("w")
+            os.dup2(sys.stdout.fileno(), 1)
+            os.chdir(folder)
+            code = int(pytest.main(options))
+            sys.stdout.flush()
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    return os.waitstatus_to_exitcode(status), output.read_text()
 
 
 def test_each_test_is_written_down_and_runs_once(tmp_path):
     (tmp_path / "test_it.py").write_text(TESTS)
     path = tmp_path / "tests.jsonl"
-    interrupted = run(tmp_path)
-    assert interrupted.returncode == pytest.ExitCode.INTERRUPTED
-    assert "1 passed, 1 failed" in interrupted.stdout or "1 failed, 1 passed" in interrupted.stdout  # the summary
+    code, said = run(tmp_path)
+    assert code == pytest.ExitCode.INTERRUPTED
+    assert "1 failed, 1 passed, 1 skipped" in said  # the summary
     found = {test.partition("::")[2]: outcome for test, outcome in outcomes(path).items()}
     assert found == {
         "test_passes": "passed", "test_fails": "failed", "test_skips": "skipped", "test_has_no_setup": "failed",
     }  # fmt: skip
-    assert run(tmp_path).returncode == 9  # goes on at the test that was interrupted, and dies of the next
-    last = run(tmp_path)
-    assert last.returncode == pytest.ExitCode.TESTS_FAILED  # of earlier runs
-    assert "1 passed, 6 deselected" in last.stdout
-    assert "with earlier runs: 3 passed, 2 failed, 1 died, 1 skipped" in last.stdout
+    assert run(tmp_path)[0] == 9  # goes on at the test that was interrupted, and dies of the next
+    code, said = run(tmp_path)
+    assert code == pytest.ExitCode.TESTS_FAILED  # of earlier runs
+    assert "1 passed, 6 deselected" in said
+    assert "with earlier runs: 3 passed, 2 failed, 1 died, 1 skipped" in said
     (tmp_path / "mended").touch()
     (tmp_path / "test_it.py").write_text(TESTS.replace("(broken)", "()").replace("os._exit(9)", "pass"))
-    again = run(tmp_path, "--record-retry")
-    assert "3 passed, 4 deselected" in again.stdout
-    assert again.returncode == pytest.ExitCode.OK
-    nothing_left = run(tmp_path)
-    assert "7 deselected" in nothing_left.stdout
-    assert nothing_left.returncode == pytest.ExitCode.OK
+    code, said = run(tmp_path, "--record-retry")
+    assert "3 passed, 4 deselected" in said
+    assert code == pytest.ExitCode.OK
+    code, said = run(tmp_path)
+    assert "7 deselected" in said
+    assert code == pytest.ExitCode.OK
 
 
 LOST = """
@@ -83,13 +83,22 @@ def test_other(): pass
 
 def test_a_test_that_takes_the_device_with_it_ends_the_process_and_not_the_stage(tmp_path):
     (tmp_path / "test_it.py").write_text(LOST)
-    first = run(tmp_path)
-    assert first.returncode == 75
-    assert "has left the device unusable" in first.stdout
+    code, said = run(tmp_path)
+    assert code == 75
+    assert "has left the device unusable" in said
     rows = [json.loads(line) for line in (tmp_path / "tests.jsonl").read_text().splitlines()]
     assert [(row["test"], row["outcome"]) for row in rows] == [
         ("test_it.py::test_poisons", "started"), ("test_it.py::test_poisons", "failed"),
     ]  # fmt: skip
-    second = run(tmp_path)
-    assert "1 passed, 1 deselected" in second.stdout
-    assert second.returncode == pytest.ExitCode.TESTS_FAILED
+    code, said = run(tmp_path)
+    assert "1 passed, 1 deselected" in said
+    assert code == pytest.ExitCode.TESTS_FAILED
+
+
+def test_a_worker_that_dies_takes_one_test_with_it(tmp_path):
+    pytest.importorskip("xdist")
+    (tmp_path / "test_it.py").write_text(LOST + "import os\ndef test_dies(): os._exit(9)\ndef test_last(): pass\n")
+    code, _ = run(tmp_path, "-n", "1")
+    found = {test.partition("::")[2]: outcome for test, outcome in outcomes(tmp_path / "tests.jsonl").items()}
+    assert found == {"test_poisons": "failed", "test_other": "passed", "test_dies": "failed", "test_last": "passed"}
+    assert code == pytest.ExitCode.TESTS_FAILED

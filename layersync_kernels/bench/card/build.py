@@ -24,18 +24,23 @@ def stamp(root: Path) -> Path:
     return root / "build" / "gpu" / f"built-{source_digest()}"
 
 
+def copy_sources(work: Path) -> None:
+    """What the build reads, with its times, or everything would be compiled again."""
+    work.mkdir(parents=True, exist_ok=True)
+    for name in ("setup.py", "build_backend.py"):
+        shutil.copy2(ROOT / name, work / name)
+    if (work / "csrc").exists():
+        shutil.rmtree(work / "csrc")
+    shutil.copytree(ROOT / "csrc", work / "csrc")
+
+
 def main(argv: Sequence[str]) -> int:
     """`[--dry-run]`: build, but leave the package as it is."""
     import torch
 
     dry_run = "--dry-run" in argv
     work = ROOT / "build" / "gpu" / "tree"
-    work.mkdir(parents=True, exist_ok=True)
-    for name in ("setup.py", "build_backend.py"):
-        shutil.copy2(ROOT / name, work / name)
-    if (work / "csrc").exists():
-        shutil.rmtree(work / "csrc")
-    shutil.copytree(ROOT / "csrc", work / "csrc")  # with its times, or everything would be compiled again
+    copy_sources(work)
     archs = "9.0" if dry_run else "{}.{}".format(*torch.cuda.get_device_capability())
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", "lib"],

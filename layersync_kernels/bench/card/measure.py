@@ -27,7 +27,7 @@ from ..cases import OPS, Case, provider
 from ..engine import Truth, check, truth_of
 from ..machine import machine_facts
 from .budget import FIGURES
-from .build import ROOT
+from .build import ROOT, copy_sources
 from .stages import case_key, suite_cases
 
 _COMMAND = "python -m layersync_kernels.bench.card --measure-compile"
@@ -88,7 +88,7 @@ def case_counts(compiling: bool) -> dict[str, Any]:
             check(small, functools.partial(OPS[case.op].fused, backend="triton"), empty)
         counts[case_key(case)] = recorded.counts()
     medians = {name: round(statistics.median(values), 2) for name, values in sorted(recorded.seconds.items())}
-    return {"cases": counts, "triton": medians}
+    return {"cases": counts, "seconds": {"triton": medians}}
 
 
 def _graph_seconds() -> float:
@@ -111,9 +111,7 @@ def _build_seconds(work: Path) -> dict[str, dict[str, float]]:
         script.write_text(_COMPILER.format(python=sys.executable, tool=tool, log=str(log)))
         script.chmod(0o755)
     tree = work / "tree"
-    tree.mkdir()
-    for name in ("setup.py", "build_backend.py", "csrc"):
-        (tree / name).symlink_to(ROOT / name)
+    copy_sources(tree)
     done = subprocess.run(
         [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", str(work / "lib")],
         cwd=tree,
@@ -159,44 +157,56 @@ def collected(*selection: str) -> int:
     return sum("::" in line for line in output.splitlines())
 
 
-def measure() -> dict[str, Any]:
-    """Everything; takes some twenty minutes of a core."""
-    facts = machine_facts("cpu")
-    with tempfile.TemporaryDirectory() as folder:
-        work = Path(folder)
-        caches = {"TRITON_CACHE_DIR": str(work / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
-        os.environ.update(caches)
-        compiled = json.loads(_command("-m", f"{__package__}.measure", "compile").splitlines()[-1])
-        start = _timed(lambda: _command("-c", "import torch, layersync_kernels"))
-        collect = _timed(lambda: collected("-m", "gpu", "tests"))
-        only = ["-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "tests/ops/test_gelu.py", "-k", "cpp"]
-        tests = _timed(lambda: _command(*only)) - _timed(lambda: _command(*only, "--collect-only"))
-        number = collected("tests/ops/test_gelu.py", "-k", "cpp")
-        return {
-            "command": _COMMAND,
-            "machine": facts,
-            "seconds": {
-                "import": round(start, 1),
-                "collect": round(collect - start, 1),
-                "test": round(tests / max(number, 1), 3),
-                "graph": _graph_seconds(),
-                "triton": compiled["triton"],
-                "build": _build_seconds(work),
-            },
-            "cases": compiled["cases"],
-            "tests": _test_counts(work),
+def _processes(work: Path) -> dict[str, Any]:
+    start = _timed(lambda: _command("-c", "import torch, layersync_kernels"))
+    collect = _timed(lambda: collected("-m", "gpu", "tests"))
+    only = ["-m", "pytest", "-o", "addopts=", "-q", "-p", "no:cacheprovider", "tests/ops/test_gelu.py", "-k", "cpp"]
+    tests = _timed(lambda: _command(*only)) - _timed(lambda: _command(*only, "--collect-only"))
+    number = collected("tests/ops/test_gelu.py", "-k", "cpp")
+    return {
+        "seconds": {
+            "import": round(start, 1),
+            "collect": round(collect - start, 1),
+            "test": round(tests / max(number, 1), 3),
         }
+    }
 
 
-def write() -> None:
-    """Measure, and write benchmarks/card.json."""
-    FIGURES.write_text(json.dumps(measure(), indent=1) + "\n", encoding="utf-8")
-    print(FIGURES)
+def _kernels(work: Path) -> dict[str, Any]:
+    return dict(json.loads(_command("-m", f"{__package__}.measure", "compile").splitlines()[-1]))
+
+
+PARTS: dict[str, Callable[[Path], dict[str, Any]]] = {
+    "seconds": _processes,
+    "graph": lambda work: {"seconds": {"graph": _graph_seconds()}},
+    "kernels": _kernels,
+    "tests": lambda work: {"tests": _test_counts(work)},
+    "build": lambda work: {"seconds": {"build": _build_seconds(work)}},
+}
+"""Name to what measures it: a part of the file."""
+
+
+def write(parts: Sequence[str] = tuple(PARTS)) -> None:
+    """Measure some parts or all, some twenty minutes of a core, and write each into benchmarks/card.json."""
+    for name in parts:
+        with tempfile.TemporaryDirectory() as folder:
+            work = Path(folder)
+            caches = {"TRITON_CACHE_DIR": str(work / "triton"), "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor")}
+            os.environ.update(caches)
+            figures = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+            measured = PARTS[name](work)
+            seconds = {**figures.get("seconds", {}), **measured.pop("seconds", {})}
+            head = {"command": _COMMAND, "machine": machine_facts("cpu")}
+            FIGURES.write_text(json.dumps({**figures, **head, **measured, "seconds": seconds}, indent=1) + "\n")
+            print(f"{name}: written to {FIGURES}", flush=True)
 
 
 def main(argv: Sequence[str]) -> int:
-    """`cases` or `compile`."""
-    print(json.dumps(case_counts(compiling=argv[0] == "compile")))
+    """Names of `PARTS`; `cases` or `compile`."""
+    if argv[0] in PARTS:
+        write(argv)
+    else:
+        print(json.dumps(case_counts(compiling=argv[0] == "compile")))
     return 0
 
 
