@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -173,6 +174,24 @@ def test_jobs_are_bounded_by_memory_and_cores(setup_script, clean_environment):
     assert setup_script.bounded_jobs() == 1
     clean_environment.setattr(setup_script, "MEMORY_PER_JOB_GIB", 1e-6)
     assert setup_script.bounded_jobs() == os.cpu_count()
+
+
+def test_two_pythons_that_share_a_tree_load_their_own_library(tmp_path, monkeypatch):
+    from layersync_kernels.ops import native
+
+    if not native.cpp().loaded:
+        pytest.skip(native.cpp().reason)
+    loaded = []
+    monkeypatch.setattr(native, "_FOLDER", str(tmp_path))
+    monkeypatch.setattr(native.torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(native.torch.version, "cuda", "13.0")
+    for other in ("cpython-30", "cpython-399", "cpython-311-other"):
+        (tmp_path / f"_cuda.{other}-x86_64-linux-gnu.so").touch()
+    assert not native.cuda.__wrapped__().loaded
+    own = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    own.touch()
+    assert native.cuda.__wrapped__().loaded
+    assert loaded == [str(own)]
 
 
 @pytest.mark.parametrize(
