@@ -21,6 +21,8 @@ from .journal import Journal
 from .machine import machine_facts
 from .report import append_json, print_problems, print_table
 
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 @dataclass
 class BenchConfig:
@@ -43,6 +45,8 @@ class BenchConfig:
     """Ways to compute them."""
     modes: tuple[Literal["forward", "backward", "both"], ...] = MODES  # type: ignore[assignment]
     """Passes to time."""
+    dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
+    """Of the ops' inputs, as far as the suite of the device has them."""
     size: tuple[int, int] | None = None
     """Rows and width, in place of the sizes of the suite."""
     rounds: int = 15
@@ -156,7 +160,8 @@ def _journal(config: BenchConfig, device: str) -> Journal | None:
 def _ops(config: BenchConfig, device: str, console: Console) -> bool:
     if unknown := set(config.ops) - set(OPS):
         raise UserError(f"--ops {' '.join(sorted(unknown))}: expected some of {', '.join(OPS)}")
-    suite = cases(device, ops=config.ops, quick=config.quick)
+    dtypes = {_DTYPES[name] for name in config.dtypes}
+    suite = [case for case in cases(device, ops=config.ops, quick=config.quick) if case.dtype in dtypes]
     if config.size is not None:
         count, width = config.size
         suite = list(dict.fromkeys(dataclasses.replace(case, rows=count, width=width) for case in suite))

@@ -36,7 +36,10 @@ from .report import new_table
 PROVIDERS = ("fused", "off", "applied", "eager", "compile", "published")
 # A step of SiT-S/2 at batch 8 takes a second or two on two cores; SiT-XL/2 at 64 is what a GPU of 80 GB trains with.
 _SETTINGS = {"cpu": ("SiT-S/2", 8), "cuda": ("SiT-XL/2", 64)}
-_STEPS = {"cpu": 1, "cuda": 4}  # of a turn
+STEPS = {"cpu": 1, "cuda": 4}
+"""Device to optimiser steps of a turn."""
+ROUNDS = {"cpu": 10, "cuda": 5}
+"""Device to rounds."""
 _QUICK = ("SiT-P/8", 2)
 _AGAINST = ("fused", "off", "eager", "compile", "published")
 
@@ -294,7 +297,7 @@ def measure(
     seen = [dict(row) for row in earlier if row.get("op") == "trainer turn" and row.get("case") == common["case"]]
     out = {row["provider"] for row in seen if row["problem"] is not None}
     configs = {name: its for name, its in contenders(config).items() if name not in out}
-    left = (2 if quick else 10) - len(_complete_rounds(seen))
+    left = (2 if quick else ROUNDS[device]) - len(_complete_rounds(seen))
     if left > 0 and configs:
         samples = MemorySet(
             samples=torch.randn(4 * batch, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(device),
@@ -304,7 +307,7 @@ def measure(
             class_names=[str(label) for label in range(1000)],
             latent=True,
         )
-        steps = _STEPS[device]
+        steps = STEPS[device]
         first = 1 + max((row["round"] for row in seen), default=-1)
         for turn in turns(configs, trainers=TRAINERS, steps=steps, rounds=left, warmup=2, data=samples, first=first):
             problem = None if turn.error is None else describe_failure(turn.error)

@@ -66,12 +66,14 @@ def card_identity() -> dict[str, str]:
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
-def print_budget(stages: Sequence[Stage], console: Console) -> float:
-    """A table of what each stage is expected to take; returns the sum."""
+def print_budget(made: Sequence[Plan], stages: Sequence[Stage], console: Console) -> float:
+    """A table of what each stage is expected to take; returns the sum, of all but the extra ones."""
     table = new_table("computed seconds on a card, predicted from what is compiled", "stage", "estimate", "limit")
-    for stage in stages:
-        table.add_row(stage.name, f"{stage.estimate:.0f}", f"{stage.limit:.0f}")
-    total = sum(stage.estimate for stage in stages)
+    total = 0.0
+    for plan, stage in zip(made, stages, strict=True):
+        total += 0 if plan.extra else stage.estimate
+        name = f"{stage.name}, in what is left of the time" if plan.extra else stage.name
+        table.add_row(name, f"{stage.estimate:.0f}", f"{stage.limit:.0f}")
     table.add_row("all", f"{total:.0f}", f"{BUDGET:.0f}")
     console.print(table)
     return total
@@ -86,7 +88,7 @@ def _dry_run(made: Sequence[Plan], stages: Sequence[Stage], out: Path, fresh: bo
         variables = "".join(f"{name}={value} " for name, value in stage.environment.items())
         said = f"missing here: {stage.missing}; " if stage.missing else ""
         console.print(f"  {stage.name}: {said}{variables}{' '.join(stage.command)}", highlight=False, soft_wrap=True)
-    total = print_budget(stages, console)
+    total = print_budget(made, stages, console)
     here = []
     for plan, stage in zip(made, stages, strict=True):
         if plan.dry is not None:
@@ -132,12 +134,13 @@ def run(config: CardConfig, console: Console) -> int:
         made = plans(out, figures)
         stages = [plan.stage(figures, _CARD_CORES) for plan in made]
         if config.budget:
-            return FAILED if print_budget(stages, console) > BUDGET else 0
+            return FAILED if print_budget(made, stages, console) > BUDGET else 0
         return _dry_run(made, stages, out, config.fresh, console)
     card = card_identity()
     out = _folder(config, card["gpu"])
-    stages = [plan.stage(figures, os.cpu_count() or 1) for plan in plans(out, figures, retry=config.retry)]
-    print_budget(stages, console)
+    made = plans(out, figures, retry=config.retry)
+    stages = [plan.stage(figures, os.cpu_count() or 1) for plan in made]
+    print_budget(made, stages, console)
     return Runner(out, config.seconds).run(stages, card, fresh=config.fresh, retry=config.retry)
 
 

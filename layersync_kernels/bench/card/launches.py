@@ -20,13 +20,15 @@ class Launches:
     """What was recorded.
 
     Attributes:
-        found: "op.kernel" to its specialisations.
+        found: "op.kernel" to its specialisations; may be cleared between two counts.
+        compiled: those of all times, with the kernel's name.
         seconds: CPU seconds that compiling each of them took, where `compiling` is on.
     """
 
     def __init__(self, compiling: bool = False) -> None:
         self.compiling = compiling
         self.found: dict[str, set[tuple[object, ...]]] = {}
+        self.compiled: set[tuple[object, ...]] = set()
         self.seconds: dict[str, list[float]] = {}
 
     def counts(self) -> dict[str, int]:
@@ -67,7 +69,8 @@ class _Recorder:
             if tuple(key) in keys:
                 return
             keys.add(tuple(key))
-            if self._launches.compiling:
+            if self._launches.compiling and (self._name, *key) not in self._launches.compiled:
+                self._launches.compiled.add((self._name, *key))
                 began = sum(os.times()[:4])  # of ptxas too
                 self._kernel.warmup(*args, grid=grid, **keywords)
                 self._launches.seconds.setdefault(self._name, []).append(sum(os.times()[:4]) - began)

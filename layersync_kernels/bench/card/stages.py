@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from ..cases import Case, cases
+from ..throughput import ROUNDS, STEPS
 from .budget import ASSUMED, Work, estimate, timing_seconds
 from .build import ROOT, stamp
 from .facts import find_tool
 from .runner import Stage
 from .state import ENVIRONMENT, RESULTS, TESTS, TUNING
 
-_WORKERS = 8  # of pytest: each has a context on the card, and Triton compiles on its own core
+_WORKERS = 12  # of pytest: each has a context on the card, and compiles on a core of its own
+_PROVIDERS = ("eager", "compile", "triton", "cuda")
 _MODULE = "layersync_kernels.bench.card"
-_HEADLINE = ("gated_residual_norm", "cosine_alignment")
+_HEADLINE, _LARGE = ("gated_residual_norm", "cosine_alignment"), (65536, 1152)
+_OTHERS = ("modulated_layer_norm", "spatial_norm", "projected_alignment", "gram_alignment")
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,7 @@ class Plan:
         dry: arguments that a machine without a card runs in its place; None for what it cannot.
         prefix: what runs the interpreter.
         environment, resumable, missing, product: of the `Stage`.
+        extra: beyond the budget: it gets what is left of the time, and further calls.
     """
 
     name: str
@@ -44,6 +49,7 @@ class Plan:
     resumable: bool = False
     missing: str | None = None
     product: Path | None = None
+    extra: bool = False
 
     def stage(self, figures: Mapping[str, Any], cores: int) -> Stage:
         """As it runs with a card, on a machine of so many cores."""
@@ -58,13 +64,13 @@ class Plan:
         )
 
 
-def _suite_work(suite: Sequence[Case], triton: Mapping[str, Mapping[str, int]]) -> Work:
+def _timing(suite: Sequence[Case], per_case: Mapping[str, Mapping[str, int]], *, compiled: bool = True) -> Work:
     kernels: dict[str, int] = {}
     for case in suite:
-        for name, count in triton.get(case_key(case), {}).items():
+        for name, count in per_case.get(case_key(case), {}).items() if compiled else ():
             kernels[name] = kernels.get(name, 0) + count
-    graphs = sum(2 if case.op == "cosine_alignment" else 1 for case in suite)  # "compile", and "inductor" of the loss
-    return Work(triton=kernels, graphs=graphs, seconds=sum(map(timing_seconds, suite)))
+    seconds = sum(timing_seconds(case, providers=5 if compiled else 3) for case in suite)
+    return Work(triton=kernels, graphs=len(suite) if compiled else 0, seconds=seconds)
 
 
 def case_key(case: Case) -> str:
@@ -88,25 +94,28 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
         recorded += ["-n", str(workers), "--dist", "worksteal"]
     bench = ["layersync_kernels.cli", "bench"]
     timed = ["--device", "cuda", "--json", results, "--resume"]
+    timed += ["--providers", *_PROVIDERS]
     counts, per_case = figures["tests"], figures["cases"]
 
     def tested(name: str) -> Work:
         its = counts[name]
         return Work(triton=its["triton"], tests=its["tests"], graphs=its["graphs"], collects=True, workers=workers)
 
-    def op_work(suite: Sequence[Case]) -> Work:
-        return _suite_work(suite, per_case)
-
-    headline = [case for case in cases("cuda", ops=_HEADLINE) if (case.rows, case.width) == (65536, 1152)]
-    gelu = cases("cuda", ops=("gelu_mlp",))
-    rest = [case for case in cases("cuda") if case not in headline and case not in gelu]
+    halves = {case for case in cases("cuda") if case.dtype == torch.bfloat16}
+    headline = [case for case in cases("cuda", ops=_HEADLINE) if (case.rows, case.width) == _LARGE]
+    headline = [case for case in headline if case.dtype != torch.float16]
+    others = [case for case in cases("cuda", ops=_OTHERS) if case in halves]
+    gelu = [case for case in cases("cuda", ops=("gelu_mlp",)) if case in halves]
+    rest = [case for case in cases("cuda") if case not in headline and case not in others]
     exercise = [f"{_MODULE}.exercise", "cuda", "cuda"]
     sanitizer = find_tool("compute-sanitizer")
-    sanitized = Work(seconds=ASSUMED["sanitizer_s"])
-    steps, contenders = 2 * 5 + 4 * 5 * 10, 4  # warm-up, and 4 steps of five contenders in ten rounds; their trainers
-    trained = steps * ASSUMED["training_step_s"] + contenders * ASSUMED["build_model_s"]
+    sanitized = Work(processes=0, seconds=ASSUMED["sanitizer_s"])
+    contenders, trainers = 5, 4  # of `bench trainer` on a card; two of them share a trainer
+    steps = contenders * (2 + STEPS["cuda"] * ROUNDS["cuda"])
+    trained = steps * ASSUMED["training_step_s"] + trainers * ASSUMED["build_model_s"]
     tuning = ["layersync_kernels.cli", "tune", "--quick", "--device", "cuda", "--out", str(out / TUNING)]
     no_tuning = None if importlib.util.find_spec("layersync_kernels.bench.tune") else "no command `layersync tune` here"
+    large = ["--size", *map(str, _LARGE), "--dtypes", "bf16", "fp32"]
     return [
         Plan(
             "environment",
@@ -124,19 +133,19 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
         ),
         Plan(
             "headline benchmark",
-            [*bench, "ops", "--ops", *_HEADLINE, "--size", "65536", "1152", *timed],
-            op_work(headline),
+            [*bench, "ops", "--ops", *_HEADLINE, *large, *timed],
+            _timing(headline, per_case),
             dry=[*bench, "ops", "--ops", *_HEADLINE, "--quick", "--device", "cpu", "--json", results, "--resume"],
             resumable=True,
         ),
         Plan(
             "trainer benchmark",
-            [*bench, "trainer", *timed],
-            Work(triton={}, graphs=4, seconds=trained),
+            [*bench, "trainer", "--device", "cuda", "--json", results, "--resume"],
+            Work(graphs=4, seconds=trained),
             dry=[*bench, "trainer", "--quick", "--device", "cpu", "--json", results, "--resume"],
             resumable=True,
         ),
-        Plan("tuning", tuning, op_work(rest), missing=no_tuning),
+        Plan("tuning", tuning, Work(processes=0, seconds=ASSUMED["tuning_s"]), missing=no_tuning),
         Plan(
             "op tests",
             [*recorded, "tests/ops", "-k", "triton or cuda"],
@@ -159,14 +168,20 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
         *(
             Plan(
                 f"gelu_mlp, cuBLASLt epilogues {value}",
-                [*bench, "ops", "--ops", "gelu_mlp", *timed],
-                op_work(gelu),
+                [*bench, "ops", "--ops", "gelu_mlp", "--dtypes", "bf16", *timed[: -len(_PROVIDERS)], "eager", "cuda"],
+                _timing(gelu, per_case, compiled=False),
                 environment={"LAYERSYNC_CUBLASLT": value},
                 resumable=True,
             )
             for value in ("0", "1")
         ),
-        Plan("benchmark suite", [*bench, "ops", *timed], op_work(rest), resumable=True),
+        Plan(
+            "benchmark of the other ops",
+            [*bench, "ops", "--ops", *_OTHERS, "--dtypes", "bf16", *timed],
+            _timing(others, per_case),
+            resumable=True,
+        ),
+        Plan("whole benchmark", [*bench, "ops", *timed], _timing(rest, per_case), resumable=True, extra=True),
     ]
 
 
@@ -174,8 +189,3 @@ def suite_cases() -> list[Case]:
     """One of each op, width and dtype that the stages time."""
     kept = {case_key(case): case for case in cases("cuda")}
     return list(kept.values())
-
-
-def cores() -> int:
-    """Of this machine."""
-    return os.cpu_count() or 1
