@@ -41,7 +41,6 @@ def nothing(*args, **kwargs):
 class Pretence:
     def __init__(self):
         self.failed = []
-        self.graphs = 0
         self.ran = 0
 
     @pytest.hookimpl(wrapper=True)
@@ -60,7 +59,6 @@ class Pretence:
 
     def compile(self, graph, inputs, *args, **kwargs):
         """Inductor's part, which would take the CPU minutes and is of another device."""
-        self.graphs += 1
         return graph
 
     def pytest_runtest_logreport(self, report):
@@ -70,7 +68,7 @@ class Pretence:
                 self.failed.append(report.nodeid)
 
     def pytest_sessionfinish(self):
-        found = {"tests": self.ran, "failed": self.failed, "graphs": self.graphs, "triton": RECORDED.counts()}
+        found = {"tests": self.ran, "failed": self.failed, "triton": RECORDED.counts()}
         Path(os.environ["PRETENDED_CARD_OUT"]).write_text(json.dumps(found))
 
 

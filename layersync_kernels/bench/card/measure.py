@@ -27,7 +27,7 @@ from ..cases import OPS, Case, provider
 from ..engine import Truth, check, truth_of
 from ..machine import machine_facts
 from .budget import FIGURES
-from .build import ROOT, copy_sources
+from .build import ROOT, copy_sources, quick_compiler
 from .stages import case_key, suite_cases
 
 _COMMAND = "python -m layersync_kernels.bench.card --measure-compile"
@@ -106,9 +106,12 @@ def _build_seconds(work: Path) -> dict[str, dict[str, float]]:
     from torch.utils.cpp_extension import CUDA_HOME
 
     log = work / "compiled.jsonl"
-    for name, tool in (("c++", "c++"), ("nvcc", f"{os.environ.get('CUDA_HOME') or CUDA_HOME}/bin/nvcc")):
+    for name, tool in (
+        ("c++", str(quick_compiler(work / "quick-c++"))),
+        ("nvcc", f"{os.environ.get('CUDA_HOME') or CUDA_HOME}/bin/nvcc"),
+    ):
         script = work / name
-        script.write_text(_COMPILER.format(python=sys.executable, tool=tool, log=str(log)))
+        script.write_text(_COMPILER.format(python=sys.executable, tool=str(tool), log=str(log)))
         script.chmod(0o755)
     tree = work / "tree"
     copy_sources(tree)
@@ -140,14 +143,15 @@ def _test_counts(work: Path) -> dict[str, Any]:
         out = work / f"{path.stem}.json"
         pytest = ["-O", "-m", "pytest", "--assert=plain", "-p", "tests.bench.pretended_card", "-p", "no:cacheprovider"]
         _command(*pytest, "-q", str(path), "-k", _ON_A_CARD, PRETENDED_CARD_OUT=str(out))
-        found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"triton": {}, "graphs": 0}
+        found: dict[str, Any] = json.loads(out.read_text()) if out.exists() else {"triton": {}}
         entry = counts["gpu" if path.stem.endswith("_gpu") else "ops"]
         for name, count in found["triton"].items():
             entry["triton"][name] = entry["triton"].get(name, 0) + count
-        entry["graphs"] += found["graphs"]
-    counts["gpu"]["graphs"] += counts["ops"]["graphs"]  # the same tests, of the CUDA kernels
     counts["gpu"]["tests"] = collected("-m", "gpu", "tests")
     counts["ops"]["tests"] = collected("tests/ops", "-k", "triton or cuda")
+    for stage, selection in (("gpu", ("-m", "gpu", "tests")), ("ops", ("tests/ops",))):  # a graph each, or less
+        kept = "compil" if stage == "gpu" else "compil and triton and not cuda"
+        counts[stage]["graphs"] = collected(*selection, "-k", kept)
     return counts
 
 

@@ -135,7 +135,10 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
             "headline benchmark",
             [*bench, "ops", "--ops", *_HEADLINE, *large, *timed],
             _timing(headline, per_case),
-            dry=[*bench, "ops", "--ops", *_HEADLINE, "--quick", "--device", "cpu", "--json", results, "--resume"],
+            dry=[
+                *[*bench, "ops", "--ops", *_HEADLINE, "--quick", "--dtypes", "bf16", "--device", "cpu"],
+                *["--providers", "eager", "compile", "cpp", "--json", results, "--resume"],
+            ],
             resumable=True,
         ),
         Plan(
@@ -180,6 +183,7 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
             [*bench, "ops", "--ops", *_OTHERS, "--dtypes", "bf16", *timed],
             _timing(others, per_case),
             resumable=True,
+            extra=True,
         ),
         Plan("whole benchmark", [*bench, "ops", *timed], _timing(rest, per_case), resumable=True, extra=True),
     ]
