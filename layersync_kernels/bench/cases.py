@@ -231,18 +231,21 @@ class Case:
         return {"forward": moved[0], "backward": moved[1], "both": sum(moved)}[mode] * self.tensor_bytes
 
     def inputs(self, seed: int) -> list[Tensor]:
-        """Tokens of unit variance, related as hidden states of one model are, weights as they are initialised."""
-        generator = torch.Generator().manual_seed(seed)
+        """Tokens of unit variance, related as hidden states of one model are, weights as they are initialised.
+
+        Drawn on the case's device: the same seed gives other numbers on another kind of device.
+        """
+        generator = torch.Generator(self.device).manual_seed(seed)
         op = OPS[self.op]
         drawn: list[Tensor] = []
         for shape in op.inputs(self.rows, self.width):
-            tensor = torch.randn(shape, generator=generator)
+            tensor = torch.randn(shape, generator=generator, device=self.device)
             if drawn and drawn[0].shape == shape:
                 tensor += 0.5 * drawn[0]
             elif drawn:
                 tensor *= shape[-1] ** -0.5
             drawn.append(tensor)
-        drawn = [x.to(self.device, self.dtype) for x in drawn]
+        drawn = [x.to(self.dtype) for x in drawn]
         for x in drawn[: len(drawn) - op.constants]:
             x.requires_grad_()
         return drawn
@@ -262,8 +265,19 @@ def exact(case: Case) -> Function:
     return op.exact or op.eager
 
 
+_compiled: set[Case] = set()  # whose graphs the compiler holds: one case at most
+
+
+def _own_graphs(case: Case) -> None:
+    """Let the compiler forget other cases, whose graphs would make it give up on specialising to this one's shape."""
+    if case not in _compiled:
+        torch._dynamo.reset()
+        _compiled.clear()
+        _compiled.add(case)
+
+
 def provider(name: str, case: Case) -> Function:
-    """The op as a provider computes it.
+    """The op as a provider computes it. What is compiled for a case is compiled once, until another case's turn.
 
     Raises:
         RuntimeError: the provider cannot run on the case's device; says why.
@@ -272,7 +286,7 @@ def provider(name: str, case: Case) -> Function:
     if name == "eager":
         return eager(case)
     if name == "compile":
-        torch._dynamo.reset()  # a graph per case, specialised to its shape: the best that the compiler does
+        _own_graphs(case)  # specialised to its shape: the best that the compiler does
         return torch.compile(eager(case), dynamic=False)
     if name == "unfused":
         unfused = OPS[case.op].unfused
@@ -298,7 +312,7 @@ def _compiled_with_pass(case: Case) -> Function:
     def own_code(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:  # else it would be given the graph of "compile"
         return formula(*inputs)
 
-    torch._dynamo.reset()
+    _own_graphs(case)
     compiled = torch.compile(own_code, dynamic=False)
 
     def run(*inputs: Tensor) -> Tensor | tuple[Tensor, ...]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,9 +15,13 @@ import tyro
 from rich.console import Console
 
 from ..errors import UserError
-from .cases import MODES, OPS, PROVIDERS, cases
-from .engine import machine_facts, measure
+from .cases import MODES, OPS, PROVIDERS, Case, cases
+from .engine import DEVICE_LOST, DeviceLost, Row, measure
+from .journal import Journal
+from .machine import machine_facts
 from .report import append_json, print_problems, print_table
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -40,6 +45,8 @@ class BenchConfig:
     """Ways to compute them."""
     modes: tuple[Literal["forward", "backward", "both"], ...] = MODES  # type: ignore[assignment]
     """Passes to time."""
+    dtypes: tuple[Literal["fp32", "bf16", "fp16"], ...] = ("fp32", "bf16", "fp16")
+    """Of the ops' inputs, as far as the suite of the device has them."""
     size: tuple[int, int] | None = None
     """Rows and width, in place of the sizes of the suite."""
     rounds: int = 15
@@ -55,29 +62,33 @@ class BenchConfig:
     quick: bool = False
     """One small case each: does the suite run at all?"""
     json: Path | None = None
-    """Append the rows to this file, a line of JSON each."""
+    """Append the rows to this file, a line of JSON each, as they come."""
+    resume: bool = False
+    """Leave out what --json holds already from this device, these versions and this source (ops and trainer)."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the suite.
 
     Returns:
-        0; 1 when a provider computed something wrong, whose times are then not shown.
+        0; 1 when a provider computed something wrong, whose times are then not shown; 75 when one has left the GPU
+        unusable: --resume goes on with the others, in a new process.
     """
     config = tyro.cli(BenchConfig, prog="layersync bench", args=argv)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     console = Console()
     console.print(", ".join(f"{name} {value}" for name, value in machine_facts(device).items()))
     wrong = False
-    if config.what in ("all", "ops"):
-        wrong = _ops(config, device, console)
-    if config.what in ("all", "trainer"):
-        from . import throughput as trainer
-
-        rows = trainer.measure(device, quick=config.quick)
-        trainer.print_table(rows, console)
-        if config.json is not None:
-            append_json(rows, config.json)
+    if config.resume and config.json is None:
+        raise UserError("--resume: name the file that holds the rows by --json")
+    try:
+        if config.what in ("all", "ops"):
+            wrong = _ops(config, device, console)
+        if config.what in ("all", "trainer"):
+            _trainer(config, device, console)
+    except DeviceLost as error:
+        console.print(f"{error}; --resume goes on with the others, in a new process", highlight=False)
+        return DEVICE_LOST
     if config.what in ("all", "traffic"):
         _traffic(config, console)
     if config.what == "memory":
@@ -121,30 +132,79 @@ def _traffic(config: BenchConfig, console: Console) -> None:
             append_json(rows, config.json)
 
 
+def is_wrong(problem: object) -> bool:
+    """Whether a row's problem is what `engine.check` says."""
+    return isinstance(problem, str) and problem.startswith("wrong ")
+
+
+def _trainer(config: BenchConfig, device: str, console: Console) -> None:
+    from . import throughput as trainer
+
+    journal = _journal(config, device)
+    earlier = [] if journal is None else journal.rows
+    if any(row.get("op") == "trainer" for row in earlier):
+        console.print("trainer: measured already", highlight=False)
+        return
+    rows = []
+    for row in trainer.measure(device, quick=config.quick, earlier=earlier):
+        rows.append(row)
+        if config.json is not None:
+            append_json([row], config.json)
+    trainer.print_table(rows, console)
+
+
+def _journal(config: BenchConfig, device: str) -> Journal | None:
+    return Journal(config.json, machine_facts(device)) if config.resume and config.json is not None else None
+
+
 def _ops(config: BenchConfig, device: str, console: Console) -> bool:
     if unknown := set(config.ops) - set(OPS):
         raise UserError(f"--ops {' '.join(sorted(unknown))}: expected some of {', '.join(OPS)}")
-    suite = cases(device, ops=config.ops, quick=config.quick)
+    dtypes = {_DTYPES[name] for name in config.dtypes}
+    suite = [case for case in cases(device, ops=config.ops, quick=config.quick) if case.dtype in dtypes]
     if config.size is not None:
         count, width = config.size
         suite = list(dict.fromkeys(dataclasses.replace(case, rows=count, width=width) for case in suite))
-    wrong = False
+    journal = _journal(config, device)
+    wrong = journal is not None and any(
+        is_wrong(row.get("problem")) for row in journal.rows if row.get("op") in config.ops
+    )
     for case in suite:
-        told: set[tuple[str, str]] = set()
-        measured = measure(
-            case,
-            config.providers,
-            modes=config.modes,
-            rounds=3 if config.quick else config.rounds,
-            keep_memory=config.keep_memory,
-        )
-        for _, group in itertools.groupby(measured, key=lambda row: row.mode):
-            rows = list(group)
-            problems = {(row.provider, row.problem): row for row in rows if row.problem is not None}
-            print_problems((row for key, row in problems.items() if key not in told), console)
-            told |= problems.keys()
-            print_table(rows, console)
-            wrong |= any(row.problem is not None and row.problem.startswith("wrong") for row in rows)
-            if config.json is not None:
-                append_json((row.as_dict() for row in rows), config.json)
+        modes: list[str] = list(config.modes)
+        if journal is not None:
+            modes = journal.modes_left(case, config.providers, modes)
+            if died := journal.bury(case, config.providers, modes):
+                print_problems(died[: len(config.providers)], console)
+                continue
+        if modes:
+            with journal.measuring(case) if journal is not None else contextlib.nullcontext():
+                wrong |= _case(config, case, modes, console)
+    return wrong
+
+
+def _case(config: BenchConfig, case: Case, modes: Sequence[str], console: Console) -> bool:
+    rounds = 3 if config.quick else config.rounds
+    measured = measure(case, config.providers, modes=modes, rounds=rounds, keep_memory=config.keep_memory)
+    lost: DeviceLost | None = None
+
+    def until_lost() -> Iterator[Row]:  # the rows of a mode are printed together, also when an error follows them
+        nonlocal lost
+        try:
+            yield from measured
+        except DeviceLost as error:
+            lost = error
+
+    told: set[tuple[str, str]] = set()
+    wrong = False
+    for _, group in itertools.groupby(until_lost(), key=lambda row: row.mode):
+        rows = list(group)
+        if config.json is not None:
+            append_json((row.as_dict() for row in rows), config.json)
+        problems = {(row.provider, row.problem): row for row in rows if row.problem is not None}
+        print_problems((row for key, row in problems.items() if key not in told), console)
+        told |= problems.keys()
+        print_table(rows, console)
+        wrong |= any(is_wrong(row.problem) for row in rows)
+    if lost is not None:
+        raise lost
     return wrong

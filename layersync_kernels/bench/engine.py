@@ -11,17 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..runtime.memory import keep_freed_memory
-from .cases import MODES, PROVIDERS, Case, Function, eager, exact, provider
+from .cases import MODES, OPS, PROVIDERS, Case, Function, eager, exact, provider
+from .machine import free_bytes, machine_facts
 
 _ROTATE_BYTES = 256 << 20
 _MAX_SETS = 16
@@ -41,6 +42,7 @@ class Row:
         saved_bytes: bytes kept for the backward pass beyond the inputs.
         peak_bytes: most memory allocated beyond the inputs (GPU only).
         vs_eager, vs_compile: how many times faster; the median over rounds of the ratio inside a round.
+        checked_rows: how many of the case's rows the check against fp64 had.
         problem: why there are no times.
     """
 
@@ -59,47 +61,13 @@ class Row:
     peak_bytes: int | None = None
     vs_eager: float | None = None
     vs_compile: float | None = None
+    checked_rows: int | None = None
     problem: str | None = None
     machine: dict[str, str] = field(default_factory=dict)
 
     def as_dict(self) -> dict[str, object]:
         """For a line of JSON."""
         return asdict(self)
-
-
-def machine_facts(device: str) -> dict[str, str]:
-    """Where and with what a figure was measured."""
-    from importlib.metadata import PackageNotFoundError, version
-
-    from .. import __version__
-
-    def version_of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "none"
-
-    facts = {
-        "layersync_kernels": __version__,
-        "torch": torch.__version__,
-        "triton": version_of("triton"),
-        "python": platform.python_version(),
-        "cpu": _cpu_name(),
-        "threads": str(torch.get_num_threads()),
-        "date": time.strftime("%Y-%m-%d", time.gmtime()),
-    }
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
-        facts |= {"gpu": properties.name, "cuda": torch.version.cuda or "none"}
-    return facts
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def relative_error(actual: Sequence[Tensor], truth: Sequence[Tensor]) -> list[float]:
@@ -115,38 +83,95 @@ def _outputs(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
 
 def _gradients_of(outputs: Sequence[Tensor]) -> list[Tensor]:
     """What arrives at the outputs: one at a loss, noise at hidden states."""
-    generator = torch.Generator().manual_seed(2)
+    generator = torch.Generator(outputs[0].device).manual_seed(2)
     return [
-        torch.ones_like(x) if x.dim() == 0 else torch.randn(x.shape, generator=generator).to(x.device, x.dtype)
+        torch.ones_like(x) if x.dim() == 0 else torch.randn(x.shape, generator=generator, device=x.device).to(x.dtype)
         for x in outputs
     ]
 
 
-def check(case: Case, function: Function) -> str | None:
+def _outputs_and_gradients(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
+    outputs = _outputs(function, inputs)
+    wanted = [x for x in inputs if x.requires_grad]
+    gradients = torch.autograd.grad(outputs, wanted, _gradients_of(outputs)) if wanted else ()
+    return [*(x.detach() for x in outputs), *gradients]
+
+
+@dataclass(frozen=True)
+class Truth:
+    """What a case's providers are held against.
+
+    Attributes:
+        inputs: of the case, or of one with fewer rows where fp64 copies of all would not fit.
+        values: outputs and gradients in fp64.
+        allowed: how far off the eager formula is, of each.
+        rows: of the inputs.
+    """
+
+    inputs: list[Tensor]
+    values: list[Tensor]
+    allowed: list[float]
+    rows: int
+
+
+def _fp64_bytes(case: Case) -> int:
+    """About what the formula in fp64 takes with its gradients; matrices of cosines are squares of the tokens."""
+    values = sum(math.prod(shape) for shape in OPS[case.op].inputs(case.rows, case.width))
+    return 8 * (16 * values + (8 * case.rows**2 if case.op == "gram_alignment" else 0))
+
+
+def truth_of(case: Case) -> Truth:
+    """Compute the truth of a case, at its own size wherever half of the free memory holds that.
+
+    At another size a compiler would compile for the check what is never timed.
+    """
+    while case.rows > 256 and _fp64_bytes(case) > free_bytes(case.device) // 2:
+        case = dataclasses.replace(case, rows=case.rows // 2 // 256 * 256 or 256)
+    inputs = case.inputs(seed=1)
+    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
+    values = _outputs_and_gradients(exact(case), wide)
+    return Truth(inputs, values, relative_error(_outputs_and_gradients(eager(case), inputs), values), case.rows)
+
+
+def check(case: Case, function: Function, truth: Truth | None = None) -> str | None:
     """Compare outputs and gradients with fp64; None when all are right, else what is wrong.
 
     A provider may be twice as far off as the eager formula, plus eight ulp of the dtype, of fp32 for a loss: orders of
-    a sum differ by that. The largest case that is checked has 8,192 rows: fp64 copies of more would not fit everywhere.
+    a sum differ by that.
+
+    Args:
+        case: what to compute.
+        function: the provider's.
+        truth: of `truth_of`, where it is there already.
     """
-    small = dataclasses.replace(case, rows=min(case.rows, 8192))
-    inputs = small.inputs(seed=1)
-    wide = [x.detach().double().requires_grad_(x.requires_grad) for x in inputs]
-
-    def run(f: Function, given: Sequence[Tensor]) -> list[Tensor]:
-        outputs = _outputs(f, given)
-        wanted = [x for x in given if x.requires_grad]
-        gradients = torch.autograd.grad(outputs, wanted, _gradients_of(outputs)) if wanted else ()
-        return [*(x.detach() for x in outputs), *gradients]
-
-    truth = run(exact(case), wide)
-    allowed = relative_error(run(eager(case), inputs), truth)
-    actual = run(function, inputs)
-    count = len(actual) - sum(x.requires_grad for x in inputs)
+    truth = truth or truth_of(case)
+    actual = _outputs_and_gradients(function, truth.inputs)
+    count = len(actual) - sum(x.requires_grad for x in truth.inputs)
     names = [f"output {i + 1}" for i in range(count)] + [f"gradient {i + 1}" for i in range(len(actual) - count)]
-    for what, tensor, error, allow in zip(names, actual, relative_error(actual, truth), allowed, strict=True):
+    errors = relative_error(actual, truth.values)
+    for what, tensor, error, allow in zip(names, actual, errors, truth.allowed, strict=True):
         if not error <= 2 * allow + 8 * torch.finfo(tensor.dtype).eps:
             return f"wrong {what}: relative error {error:.2g}, eager has {allow:.2g}"
     return None
+
+
+DEVICE_LOST = 75
+"""Exit code of a process that ends because of `DeviceLost`: another one can go on."""
+
+
+class DeviceLost(RuntimeError):
+    """Nothing runs on the device any more in this process, as after an illegal address on a GPU."""
+
+
+def device_lost(device: str) -> bool:
+    """Whether an error of the past stays with the process."""
+    if device != "cuda":
+        return False
+    try:
+        torch.cuda.synchronize()
+    except Exception:
+        return True
+    return False
 
 
 def saved_bytes(function: Function, inputs: Sequence[Tensor]) -> int:
@@ -245,34 +270,65 @@ def measure(
 
     Raises:
         ValueError: an unknown provider.
+        DeviceLost: a provider has left the device unusable. All rows that were due have come before, those that could
+            not be timed with this as their problem; other cases need another process.
     """
     if unknown := set(providers) - set(PROVIDERS):
         raise ValueError(f"unknown provider {', '.join(sorted(unknown))}; expected some of {', '.join(PROVIDERS)}")
     if keep_memory and case.device == "cpu":
         keep_freed_memory()
+    modes = [mode for mode in modes if mode in case.modes]
     facts = machine_facts(case.device)
+    common: dict[str, Any] = {"op": case.op, "case": case.name, "device": case.device, "machine": facts}
+
+    def failed(mode: str, problems: Mapping[str, str]) -> Iterator[Row]:
+        for name in providers:
+            if name in problems:
+                yield Row(**common, mode=mode, provider=name, problem=problems[name])
+
+    def lost_by(name: str, problem: str, left: Iterable[str]) -> Iterator[Row]:
+        """A provider has taken the device with it: what is left of the case cannot be timed."""
+        others = dict.fromkeys(providers, f"{name} has left the device unusable before its turn")
+        for mode in left:
+            yield from failed(mode, {**others, **problems, name: problem})
+        raise DeviceLost(f"{case.op} {case.name}: {name} has left the device unusable: {problem}")
+
     functions: dict[str, Function] = {}
     problems: dict[str, str] = {}
     saved: dict[str, int] = {}
-    first = case.inputs(0)
+    try:
+        first = case.inputs(0)
+        size = sum(x.numel() * x.element_size() for x in first)
+        sets = [first, *map(case.inputs, range(1, min(_MAX_SETS, max(2, -(-_ROTATE_BYTES // size)))))]
+        with torch.no_grad():
+            gradients = _gradients_of(_outputs(eager(case), first))
+        source = torch.empty((case.rows, case.width), dtype=case.dtype, device=case.device).normal_()
+        target = torch.empty_like(source)
+        truth = truth_of(case)
+    except Exception as error:  # out of memory, or what an earlier case has left behind
+        problem = f"the case itself fails: {describe_failure(error)}"
+        if device_lost(case.device):
+            yield from lost_by(providers[0], problem, modes)
+        for mode in modes:
+            yield from failed(mode, dict.fromkeys(providers, problem))
+        return
     for name in providers:
         try:
             function = provider(name, case)
-            problem = check(case, function)
-            if problem is None:
+            wrong = check(case, function, truth)
+            if wrong is None:
                 functions[name], saved[name] = function, saved_bytes(function, first)
+            else:
+                problems[name] = wrong
         except Exception as error:  # Triton's and Inductor's are of many classes
-            problem = describe_failure(error)
-        if problem is not None:
-            problems[name] = problem
+            problems[name] = describe_failure(error)
+            if device_lost(case.device):
+                yield from lost_by(name, problems[name], modes)
+    checked_rows = truth.rows
+    del truth
 
-    size = sum(x.numel() * x.element_size() for x in first)
-    sets = [first, *map(case.inputs, range(1, min(_MAX_SETS, max(2, -(-_ROTATE_BYTES // size)))))]
-    gradients = _gradients_of(_outputs(eager(case), first))
-    source = torch.empty((case.rows, case.width), dtype=case.dtype, device=case.device).normal_()
-    target = torch.empty_like(source)
     timer = _Timer(case.device)
-    for mode in [mode for mode in modes if mode in case.modes]:
+    for number, mode in enumerate(modes):
         times: dict[str, list[float]] = {name: [] for name in ("copy", *functions)}
         peaks: dict[str, int] = {}
         began = time.perf_counter()
@@ -287,8 +343,10 @@ def measure(
                     before = torch.cuda.memory_allocated()
                 try:
                     milliseconds[name] = _timed(timer, function, mode, inputs, gradients, case.repeats)
-                except Exception as error:  # out of memory: the check was of fewer rows
+                except Exception as error:  # out of memory, or an error that the device reports late
                     problems[name] = describe_failure(error)
+                    if device_lost(case.device):
+                        yield from lost_by(name, problems[name], modes[number:])
                     del functions[name]
                     continue
                 if case.device == "cuda":
@@ -301,16 +359,15 @@ def measure(
             moved = 2 * case.tensor_bytes if name == "copy" else case.ideal_bytes(mode)
             median = statistics.median(times[name])
             yield Row(
-                case.op, case.name, mode, name, case.device, moved,
+                **common, mode=mode, provider=name, bytes_moved=moved,
                 p20_ms=_quantile(times[name], 0.2), p50_ms=median, p80_ms=_quantile(times[name], 0.8),
                 gb_per_s=None if moved is None else moved / median / 1e6,
                 copy_fraction=None if moved is None else moved / median / copy_speed,
                 saved_bytes=saved.get(name), peak_bytes=peaks.get(name),
                 vs_eager=_speedup(times, name, "eager"), vs_compile=_speedup(times, name, "compile"),
-                machine=facts,
+                checked_rows=None if name == "copy" else checked_rows,
             )  # fmt: skip
-        for name, problem in problems.items():
-            yield Row(case.op, case.name, mode, name, case.device, problem=problem, machine=facts)
+        yield from failed(mode, problems)
 
 
 def describe_failure(error: Exception) -> str:

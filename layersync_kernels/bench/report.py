@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich import box
 from rich.console import Console
@@ -56,8 +58,25 @@ def print_problems(rows: Iterable[Row], console: Console) -> None:
             console.print(f"{row.case}: {row.provider} not timed: {row.problem}", highlight=False)
 
 
-def append_json(rows: Iterable[dict[str, object]], path: Path) -> None:
+def append_json(rows: Iterable[Mapping[str, object]], path: Path) -> None:
     """Append one JSON line per row, at once: a run that is cut short keeps what it measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("a") as file:
-        file.writelines(json.dumps(row) + "\n" for row in rows)
+    with path.open("a+b") as file:
+        if file.tell() > 0:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":  # a line that was cut short spoils no other
+                file.write(b"\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def read_json(path: Path) -> list[dict[str, Any]]:
+    """The rows of `append_json`; none where there is no file. What is no row is left out, as a line cut short."""
+    rows = []
+    for line in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows

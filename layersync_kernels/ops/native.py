@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import functools
-import glob
 import importlib
+import importlib.machinery
 import os
 from typing import Any, NamedTuple
 
@@ -14,7 +14,6 @@ from ..runtime import environment
 
 _PACKAGE = __package__.rpartition(".")[0]
 _FOLDER = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-_CUDA_KERNELS = "_cuda*.so"
 
 
 class Library(NamedTuple):
@@ -47,14 +46,20 @@ def cpp() -> Library:
     return Library(True, f"built with {facts.compiler} against torch {facts.torch_built_with}", facts)
 
 
+def _cuda_kernels() -> str | None:
+    """What this Python's build has left; the tree may hold that of another, older or for other cards."""
+    names = (f"_cuda{suffix}" for suffix in importlib.machinery.EXTENSION_SUFFIXES)
+    return next((path for name in names if os.path.exists(path := os.path.join(_FOLDER, name))), None)
+
+
 @functools.cache
 def cuda() -> Library:
     """Load the CUDA kernels (once). They load on machines without a GPU too, where torch itself is a CUDA build."""
     host = cpp()
     if not host.loaded:
         return Library(False, host.reason)
-    found = glob.glob(os.path.join(_FOLDER, _CUDA_KERNELS))
-    if not found:
+    found = _cuda_kernels()
+    if found is None:
         return Library(
             False, "not built: at installation there was no CUDA toolkit, or LAYERSYNC_BUILD=cpu", host.facts
         )
@@ -62,7 +67,7 @@ def cuda() -> Library:
     if torch.version.cuda is None:
         return Library(False, f"{built}, but torch {torch.__version__} is a build without CUDA", host.facts)
     try:
-        torch.ops.load_library(found[0])
+        torch.ops.load_library(found)
     except OSError as error:
         return Library(False, f"{built}, but does not load beside torch {torch.__version__}: {error}", host.facts)
     return Library(True, built, host.facts)

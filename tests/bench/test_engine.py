@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+from torch._inductor import compile_fx
 
 from layersync_kernels import layersync_loss
-from layersync_kernels.bench import cli, engine
-from layersync_kernels.bench.cases import OPS, Case, cases, eager_loss, provider
+from layersync_kernels.bench import cli, engine, journal, machine, report
+from layersync_kernels.bench.cases import MODES, OPS, Case, cases, eager_loss, provider
+from layersync_kernels.errors import UserError
 
 SMALL = Case("cosine_alignment", 64, 32, torch.float32, "cpu")
 
@@ -137,21 +139,136 @@ def test_the_command_writes_json_lines_and_fails_on_a_wrong_result(tmp_path, mon
     assert "wrong output 1" in capsys.readouterr().out
 
 
-def test_the_trainer_rows_have_every_provider_and_ratio():
-    from layersync_kernels.bench import throughput as trainer
+class OutOfResources(Exception):
+    """Neither a RuntimeError nor torch's, as Triton's."""
 
-    rows = {row["provider"]: row for row in trainer.measure("cpu", quick=True)}
-    assert set(rows) == {
-        "fused",
-        "off",
-        "applied",
-        "eager",
-        "compile",
-        "published",
-        "light",
-        "fused fp32",
-        "eager fp32",
+
+@pytest.mark.parametrize("error", [OutOfResources("shared memory"), torch.OutOfMemoryError("20 GiB")])
+def test_a_case_that_does_not_fit_is_rows_and_the_next_one_goes_on(error, monkeypatch, tmp_path):
+    draw = Case.inputs
+
+    def inputs(self, seed):
+        if self.dtype == torch.float32:
+            raise error
+        return draw(self, seed)
+
+    monkeypatch.setattr(Case, "inputs", inputs)
+    path = tmp_path / "rows.jsonl"
+    arguments = ["ops", "--device", "cpu", "--ops", "cosine_alignment", "--size", "64", "32", "--rounds", "1"]
+    assert cli.main([*arguments, "--modes", "both", "--providers", "eager", "cpp", "--json", str(path)]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    problem = f"the case itself fails: {type(error).__name__}: {error}"
+    assert [(r["provider"], r["problem"]) for r in rows if "float32" in r["case"]] == [
+        ("eager", problem), ("cpp", problem),
+    ]  # fmt: skip
+    assert [r["provider"] for r in rows if "bfloat16" in r["case"] and r["p50_ms"] > 0] == ["copy", "eager", "cpp"]
+
+
+LOSING = ["ops", "--device", "cpu", "--ops", "cosine_alignment", "--size", "64", "32", "--rounds", "1"]
+LOSING += ["--providers", "eager", "triton", "cpp"]
+
+
+@pytest.mark.parametrize("make", [fails_when_made, fails_when_called, fails_when_timed])
+def test_a_lost_device_ends_the_case_and_a_new_process_goes_on(make, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(engine, "provider", lambda name, case: make() if name == "triton" else provider(name, case))
+    monkeypatch.setattr(engine, "device_lost", lambda device: True)
+    path = tmp_path / "rows.jsonl"
+    assert cli.main([*LOSING, "--json", str(path), "--resume"]) == engine.DEVICE_LOST
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert {row["case"] for row in rows} == {"64x32 float32"}
+    due = {(mode, name) for mode in MODES for name in ("eager", "triton", "cpp")}
+    assert {(row["mode"], row["provider"]) for row in rows} == due
+    assert {row["problem"] for row in rows if row["provider"] == "triton"} == {"CompilationError: no such instruction"}
+    assert {row["problem"] for row in rows if row["provider"] != "triton"} == {
+        "triton has left the device unusable before its turn"
     }
-    assert rows["off"]["vs_off"] == rows["eager"]["vs_eager"] == rows["eager fp32"]["vs_eager"] == 1
-    for row in rows.values():
-        assert row["low"] <= row["images_per_s"] <= row["high"]
+    monkeypatch.setattr(engine, "device_lost", lambda device: False)  # the next process
+    assert cli.main([*LOSING, "--json", str(path), "--resume"]) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()][len(rows) :]
+    assert {row["case"] for row in rows} == {"64x32 bfloat16"}
+    assert {row["provider"] for row in rows if row["problem"] is None} == {"copy", "eager", "cpp"}
+
+
+def test_resume_measures_what_is_missing_and_what_is_of_another_machine(tmp_path, monkeypatch, capsys):
+    path = tmp_path / "rows.jsonl"
+    arguments = [*LOSING[:-3], "eager", "cpp", "--json", str(path), "--resume"]
+    assert cli.main(arguments) == 0
+    whole = path.read_text().splitlines()
+    assert cli.main(arguments) == 0
+    assert path.read_text().splitlines() == whole
+    path.write_text("\n".join([*whole[:4], whole[4][:20]]))  # forward, one of backward, and one that was cut short
+    assert cli.main(arguments) == 0
+    rows = report.read_json(path)[4:]
+    assert [(r["case"], r["mode"], r["provider"]) for r in rows] == [
+        (r["case"], r["mode"], r["provider"]) for r in map(json.loads, whole[3:])
+    ]
+    monkeypatch.setattr(machine, "source_digest", lambda: "another")
+    before = len(path.read_text().splitlines())
+    assert cli.main(arguments) == 0
+    assert len(path.read_text().splitlines()) == before + len(whole)
+    with pytest.raises(UserError, match="name the file that holds the rows by --json"):
+        cli.main([*LOSING, "--resume"])
+
+
+def test_a_case_that_has_killed_its_process_is_passed_over(tmp_path, capsys):
+    path = tmp_path / "rows.jsonl"
+    journal.now_path(path).write_text(json.dumps(["cosine_alignment", "64x32 float32", "cpu"]))
+    arguments = [*LOSING[:-3], "eager", "--modes", "both", "--json", str(path), "--resume"]
+    assert cli.main(arguments) == 0
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    assert [(r["case"], r["provider"], r["problem"]) for r in rows] == [
+        ("64x32 float32", "eager", "the process that measured this case died"),
+        ("64x32 bfloat16", "copy", None),
+        ("64x32 bfloat16", "eager", None),
+    ]
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_interrupted_case_is_measured_again(tmp_path, monkeypatch):
+    def interrupted(name, case):
+        assert json.loads(journal.now_path(path).read_text())[1] == case.name
+        raise KeyboardInterrupt
+
+    path = tmp_path / "rows.jsonl"
+    monkeypatch.setattr(engine, "provider", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        cli.main([*LOSING, "--json", str(path), "--resume"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_case_is_compiled_once(monkeypatch):
+    compiled = []
+
+    def count(graph, inputs, **options):
+        compiled.append(tuple(inputs[0].shape))
+        return graph
+
+    monkeypatch.setattr(compile_fx, "compile_fx", count)
+    case = Case("cosine_alignment", 512, 32, torch.float32, "cpu")
+    rows = list(engine.measure(case, ["eager", "compile", "inductor"], rounds=2, warmup=1))
+    assert {row.provider for row in rows if row.problem is None} == {"copy", "eager", "compile", "inductor"}
+    assert {row.checked_rows for row in rows if row.provider == "compile"} == {512}
+    assert compiled == [(512, 32)] * 2  # one for each of the two compilers, for check and all modes together
+
+
+def test_a_case_too_large_for_fp64_is_checked_on_fewer_rows(monkeypatch):
+    case = Case("modulated_layer_norm", 4096, 32, torch.float32, "cpu")
+    assert engine.truth_of(case).rows == 4096
+    monkeypatch.setattr(engine, "free_bytes", lambda device: 2 * 8 * 16 * (1024 * 32 + 3 * 2 * 4 * 32))
+    truth = engine.truth_of(case)
+    assert truth.rows == 1024
+    assert truth.inputs[0].shape == (4, 256, 32)
+
+
+def test_inputs_are_drawn_where_they_are_used(monkeypatch):
+    drawn, randn, generator = [], torch.randn, torch.Generator
+
+    def on_the_cpu(shape, *, generator, device):
+        drawn.append(device)
+        return randn(shape, generator=generator)
+
+    monkeypatch.setattr(torch, "randn", on_the_cpu)
+    monkeypatch.setattr(torch, "Generator", lambda device: drawn.append(device) or generator())
+    inputs = Case("gated_residual_norm", 512, 32, torch.bfloat16, "cuda").inputs(0)
+    assert drawn == ["cuda"] * 6
+    assert [x.dtype for x in inputs] == [torch.bfloat16] * 5

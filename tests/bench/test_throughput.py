@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import collections
+
 import pytest
 import torch
 
 from layersync_kernels.bench import throughput
+from layersync_kernels.bench.engine import DeviceLost
 from layersync_kernels.bench.throughput import (
     PROVIDERS,
     TRAINERS,
@@ -69,3 +72,77 @@ def test_the_published_average_and_optimiser_give_the_same_weights():
             torch.testing.assert_close(
                 value, states[1][key], rtol=0, atol=2e-4, msg=lambda text, key=key: f"{key}: {text}"
             )
+
+
+class CompilationError(Exception):
+    """No RuntimeError, as Triton's is none."""
+
+
+class FailsWhenBuilt(Trainer):
+    def __init__(self, *args):
+        raise CompilationError("no such instruction")
+
+
+class FailsLater(Trainer):
+    def step(self, *batch):
+        if self.steps_done == 2:
+            raise torch.OutOfMemoryError("20 GiB")
+        return super().step(*batch)
+
+
+FAILING = pytest.mark.parametrize(
+    ("kind", "problem"),
+    [(FailsWhenBuilt, "CompilationError: no such instruction"), (FailsLater, "OutOfMemoryError: 20 GiB")],
+)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """A trainer benchmark of three contenders that is over at once."""
+    configs = {name: provider_config(tiny_config(), name) for name in ("fused", "eager", "applied")}
+    turns = throughput.turns
+    monkeypatch.setattr(throughput, "contenders", lambda config: configs)
+    monkeypatch.setattr(throughput, "turns", lambda c, **o: turns(c, **{**o, "warmup": 1, "data": tiny_data()}))
+    return monkeypatch
+
+
+@FAILING
+def test_a_contender_that_fails_is_a_row_and_the_others_go_on(kind, problem, small):
+    small.setitem(TRAINERS, "applied", kind)
+    rows = list(throughput.measure("cpu", quick=True))
+    assert {row["provider"]: row["problem"] for row in rows if row["op"] == "trainer"} == {
+        "fused": None, "eager": None, "applied": problem,
+    }  # fmt: skip
+    timed = [row for row in rows if row["op"] == "trainer turn" and row["problem"] is None]
+    assert [row["provider"] for row in timed if row["provider"] != "applied"] == ["fused", "eager", "eager", "fused"]
+
+
+def test_each_turn_is_a_row_at_once_and_an_interrupted_contest_goes_on(small):
+    rows = []
+    for row in throughput.measure("cpu", quick=True):
+        rows.append(row)
+        if len(rows) == 4:  # a round and a part of one
+            break
+    begun = [(0, "fused"), (0, "eager"), (0, "applied"), (1, "applied")]
+    assert [(row["round"], row["provider"]) for row in rows] == begun
+    more = list(throughput.measure("cpu", quick=True, earlier=rows))
+    assert [(row["round"], row["provider"]) for row in more[:3]] == [(2, "fused"), (2, "eager"), (2, "applied")]
+    summary = {row["provider"]: row for row in more[3:]}
+    assert summary.keys() == {"fused", "eager", "applied"}
+    rates = [row["images_per_s"] for row in (rows[0], more[0])]
+    assert (summary["fused"]["low"], summary["fused"]["high"]) == (min(rates), max(rates))
+    assert summary["eager"]["vs_eager"] == 1
+
+
+@FAILING
+def test_a_contender_that_takes_the_device_with_it_stays_out_of_the_next_process(kind, problem, small):
+    small.setitem(TRAINERS, "applied", kind)
+    small.setattr(throughput, "device_lost", lambda device: True)
+    rows = []
+    measured = throughput.measure("cpu", quick=True)
+    with pytest.raises(DeviceLost, match=f"applied has left the device unusable: {problem}"):
+        collections.deque(map(rows.append, measured))
+    assert rows[-1]["problem"] == problem
+    more = list(throughput.measure("cpu", quick=True, earlier=rows))
+    assert {row["provider"] for row in more if row["op"] == "trainer turn"} == {"fused", "eager"}
+    assert {row["provider"]: row["problem"] for row in more if row["op"] == "trainer"}["applied"] == problem

@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -78,7 +79,10 @@ def test_without_a_compiler_the_package_installs_and_works(tmp_path):
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
 def test_without_a_cuda_toolkit_the_cpu_kernels_are_built(tmp_path):
-    target, _ = install(tmp_path, {"CUDA_HOME": str(tmp_path / "nowhere")})
+    quick = tmp_path / "quick"  # what is built is asked one question: it need not be fast, and optimising takes minutes
+    quick.write_text(f'#!/bin/sh\nexec {shutil.which("c++")} "$@" -O0\n')
+    quick.chmod(0o755)
+    target, _ = install(tmp_path, {"CUDA_HOME": str(tmp_path / "nowhere"), "CXX": str(quick)})
     printed = run_loss(target)
     assert str(target) in printed
     assert "backend='cpp'" in printed
@@ -173,6 +177,24 @@ def test_jobs_are_bounded_by_memory_and_cores(setup_script, clean_environment):
     assert setup_script.bounded_jobs() == 1
     clean_environment.setattr(setup_script, "MEMORY_PER_JOB_GIB", 1e-6)
     assert setup_script.bounded_jobs() == os.cpu_count()
+
+
+def test_two_pythons_that_share_a_tree_load_their_own_library(tmp_path, monkeypatch):
+    from layersync_kernels.ops import native
+
+    if not native.cpp().loaded:
+        pytest.skip(native.cpp().reason)
+    loaded = []
+    monkeypatch.setattr(native, "_FOLDER", str(tmp_path))
+    monkeypatch.setattr(native.torch.ops, "load_library", loaded.append)
+    monkeypatch.setattr(native.torch.version, "cuda", "13.0")
+    for other in ("cpython-30", "cpython-399", "cpython-311-other"):
+        (tmp_path / f"_cuda.{other}-x86_64-linux-gnu.so").touch()
+    assert not native.cuda.__wrapped__().loaded
+    own = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
+    own.touch()
+    assert native.cuda.__wrapped__().loaded
+    assert loaded == [str(own)]
 
 
 @pytest.mark.parametrize(
