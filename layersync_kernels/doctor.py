@@ -88,10 +88,10 @@ def tuned() -> Iterator[tuple[str, str, str, str, str]]:
         for function, dtype, widths in table.entries if table is not None else ():
             arguments = (function, "auto", device, tuning.DTYPES[dtype])
             try:
-                choice = tuple(dispatch.choose(*arguments, width=tuning.width_of(widths)))
+                backend, reason = dispatch.choose(*arguments, width=tuning.width_of(widths))
             except (RuntimeError, ValueError) as error:  # as in choices
-                choice = ("error", str(error))
-            yield function, device, f"{dtype}, {widths} channels", *choice
+                backend, reason = "error", str(error)
+            yield function, device, f"{dtype}, {widths} channels", backend, reason
 
 
 def tables() -> Iterator[tuple[str, str]]:
@@ -102,7 +102,7 @@ def tables() -> Iterator[tuple[str, str]]:
             continue
         with warnings.catch_warnings():  # the row says it
             warnings.simplefilter("ignore")
-            table, reason, _ = tuning.state(device)
+            table, reason = tuning.state(device)
         yield device, reason if table is None else f"{table.path}, {reason}, {len(table.entries)} entries"
 
 

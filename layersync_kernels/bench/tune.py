@@ -145,10 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     config = tyro.cli(TuneConfig, prog="layersync tune", args=argv)
     console = Console()
     if config.device == "cuda" and not torch.cuda.is_available():
-        built = (
-            "is a build without CUDA" if torch.version.cuda is None else f"with CUDA {torch.version.cuda} sees no GPU"
-        )
-        raise UserError(f"--device cuda: torch {torch.__version__} {built}; expected a GPU. --device cpu tunes the CPU")
+        built = "is a build without CUDA" if torch.version.cuda is None else "sees no GPU"
+        raise UserError(f"--device cuda: torch {torch.__version__} {built}; --device cpu tunes the CPU")
     device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
     path = config.out or tuning.default_path(device)
     facts = ", ".join(f"{name} {value}" for name, value in tuning.identity(device).items())

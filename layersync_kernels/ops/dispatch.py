@@ -159,8 +159,8 @@ def _measured(entry: registry.Op, op: str, device: str, dtype: torch.dtype, grad
     found = tuning.find(op, device, dtype, width)
     if found is None:
         return None
-    (choice, ruled, margin), table = found
-    what = f"{margin:.2f} times as fast as {ruled}" if choice != ruled else "no other is faster by more than the spread"
+    (choice, base, margin), table = found
+    what = f"{margin:.2f} times as fast as {base}" if choice != base else "no other is faster by more than the spread"
     return Choice(choice, f"measured {table.date}: {what} ({table.path})")
 
 

@@ -42,12 +42,12 @@ class Entry(NamedTuple):
 
     Attributes:
         choice: the backend or route.
-        rule: what the rules would take.
+        base: what it was compared with: the rules' choice, or where that fails one that works.
         margin: how many times as fast as that, forward and backward together.
     """
 
     choice: str
-    rule: str
+    base: str
     margin: float
 
 
@@ -73,12 +73,10 @@ class State(NamedTuple):
     Attributes:
         table: that is in force, or None.
         reason: why it is, or why none is.
-        ignored: whether there is a table that could not be used.
     """
 
     table: Table | None
     reason: str
-    ignored: bool = False
 
 
 class _Unusable(Exception):
@@ -148,7 +146,7 @@ def state(device: str) -> State:
             return State(None, f"{environment.TUNING.name}={wish} is a table for {_kind(content)}")
         table = Table(str(path), *_checked(content, device), digest)
     except FileNotFoundError:
-        reason = f"no table at {path}; `layersync tune` makes one"
+        reason = f"there is no tuning table at {path}; `layersync tune` makes one"
         if wish == "auto":
             return State(None, reason)
     except (_Unusable, OSError, RuntimeError) as error:  # RuntimeError: there is no home directory
@@ -156,7 +154,7 @@ def state(device: str) -> State:
     else:
         return State(table, f"measured {table.date}")
     warnings.warn(f"layersync_kernels: {reason} ({environment.TUNING.name}=off: none is looked for)", stacklevel=2)
-    return State(None, reason, ignored=True)
+    return State(None, reason)
 
 
 def find(op: str, device: str, dtype: torch.dtype, width: int) -> tuple[Entry, Table] | None:
@@ -233,9 +231,9 @@ def _entry(key: tuple[str, str, str], fields: dict[str, Any]) -> Entry:
     op = next((op for op in registry.ops() if name in op.functions), None)
     if op is None or dtype not in DTYPES or width not in CLASSES:
         raise _Unusable(f"it is damaged: an entry for op {_shown(name)}, dtype {_shown(dtype)}, class {_shown(width)}")
-    found = Entry(_field(fields, "choice", str), _field(fields, "rule", str), _field(fields, "margin", (int, float)))
+    found = Entry(_field(fields, "choice", str), _field(fields, "base", str), _field(fields, "margin", (int, float)))
     known = ("reference", *registry.FUSED_BACKENDS, "compile", *op.routes)
-    for backend in (found.choice, found.rule):
+    for backend in (found.choice, found.base):
         if backend not in known:
             raise _Unusable(f"it is damaged: {name} has no backend {_shown(backend)}, expected {', '.join(known)}")
     if isinstance(found.margin, bool) or not 0 < found.margin < _LARGEST_MARGIN:
