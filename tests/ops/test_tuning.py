@@ -60,7 +60,7 @@ def test_auto_follows_the_table_where_it_says_something(monkeypatch, path):
         choice("gated_residual_norm"),
     ):  # fmt: skip
         assert "measured" not in other.reason
-    assert dispatch.choose("layersync_loss", "cpp", "cpu", FP32, width=64).reason == "asked for by backend='cpp'"
+    assert dispatch.choose("layersync_loss", "compile", "cpu", FP32, width=64).backend == "compile"
     monkeypatch.setattr(dispatch, "_environment_backend", "triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert choice().reason == "asked for by LAYERSYNC_BACKEND=triton"
