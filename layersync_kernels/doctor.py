@@ -97,9 +97,6 @@ def tuned() -> Iterator[tuple[str, str, str, str, str]]:
 def tables() -> Iterator[tuple[str, str]]:
     """(device, its tuning table or why there is none) rows."""
     for device in tuning.DEVICES:
-        if device == "cuda" and not torch.cuda.is_available():
-            yield device, "no GPU is visible to torch"
-            continue
         with warnings.catch_warnings():  # the row says it
             warnings.simplefilter("ignore")
             table, reason = tuning.state(device)

@@ -60,11 +60,6 @@ def plain(op: str, backend: str, reference: Callable[..., Any], width: int) -> C
     return _compiled(op, reference, int(width), torch.is_grad_enabled())
 
 
-def forget() -> None:
-    """Give up what was compiled; torch's own caches are not touched."""
-    _compiled.cache_clear()
-
-
 @functools.cache
 def _compiled(op: str, reference: Any, width: int, grad: bool) -> Callable[..., Any]:
     # Dynamo counts recompilations, and remembers which sizes vary, by the code object and its name.

@@ -95,8 +95,9 @@ def width_of(name: str) -> int:
 
 def default_path(device: str) -> Path:
     """Where `layersync tune` leaves the table of a type of device, and where "auto" looks for it."""
-    if "XDG_CACHE_HOME" in os.environ:
-        cache = Path(os.environ["XDG_CACHE_HOME"])
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    if named.is_absolute():  # the specification has others ignored
+        cache = named
     elif sys.platform == "darwin":
         cache = Path("~/Library/Caches").expanduser()
     elif sys.platform == "win32":
@@ -138,6 +139,8 @@ def state(device: str) -> State:
         return State(None, f"switched off by {environment.TUNING.name}=off")
     if device not in DEVICES:
         return State(None, f"there are tables for {' and '.join(DEVICES)} only")
+    if device == "cuda" and not torch.cuda.is_available():
+        return State(None, "no GPU is visible to torch")
     path: Path | str = wish
     try:
         path = default_path(device) if wish == "auto" else Path(wish).expanduser()

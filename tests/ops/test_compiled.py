@@ -22,10 +22,10 @@ WIDTH = 16
 @pytest.fixture(autouse=True)
 def anew():
     torch._dynamo.reset()
-    compiled.forget()
+    compiled._compiled.cache_clear()
     counters.clear()
     yield
-    compiled.forget()
+    compiled._compiled.cache_clear()
 
 
 @pytest.fixture

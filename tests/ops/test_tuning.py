@@ -152,6 +152,21 @@ def test_no_table_and_none_wanted_are_silent(monkeypatch, tmp_path):
     files.write_json(tuning.default_path("cpu"), table(entry()))
     assert tuning.default_path("cpu") == tmp_path / "layersync_kernels" / "tuning-cpu.json"
     assert choice().backend == "reference"
+    for named in ("", "relative"):
+        monkeypatch.setenv("XDG_CACHE_HOME", named)
+        assert tuning.default_path("cpu").is_absolute()
+
+
+def test_a_table_of_a_gpu_is_left_alone_where_there_is_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setenv(environment.TUNING.name, "auto")
+    dispatch.reset()
+    files.write_json(tuning.default_path("cuda"), {})
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert tuning.digest() == (0, 0)
+        assert dispatch.choose("layersync_loss", "auto", "cuda", FP32, width=8).backend != "compile"
 
 
 def test_a_table_named_for_another_device_is_silent(monkeypatch, path):
