@@ -121,9 +121,9 @@ class _FuseAlignment(CustomGraphPass):
         return sources, *backends, *tuning.digest(), *earlier
 
 
-def _fused_backend(device: str, dtype: torch.dtype, width: Any = None) -> str | None:
+def _fused_backend(device: str, dtype: torch.dtype, tokens: Tensor | None = None) -> str | None:
     try:
-        backend = dispatch.resolve("layersync_loss", "auto", device, dtype, width=width)
+        backend = dispatch.resolve("layersync_loss", "auto", device, dtype, tokens=tokens)
     except RuntimeError:  # LAYERSYNC_BACKEND names one that cannot run on this device
         return None
     return None if backend in dispatch.PLAIN else backend
@@ -168,7 +168,7 @@ class _Formula(NamedTuple):
             statically_known_true(sym_eq(first.shape, second.shape))
             and first._version == second._version == 0
             and result.dtype in dispatch.FUSED_DTYPES
-            and all(_fused_backend(first.device.type, value.dtype, value.shape[-1]) for value in (first, second))
+            and all(_fused_backend(first.device.type, value.dtype, value) for value in (first, second))
             and isinstance(self.eps, float)
             and 0 < self.eps <= _MAX_EPS
         )

@@ -264,4 +264,4 @@ def linear_inputs(
     dtypes = {t.dtype for t in (x, *weights, *biases) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"{op}: {name}, weights and biases must have one dtype outside autocast, got {dtypes}")
-    return x, weights, biases, dispatch.resolve(op, backend, device, x.dtype, width=x.shape[-1])
+    return x, weights, biases, dispatch.resolve(op, backend, device, x.dtype, tokens=x)

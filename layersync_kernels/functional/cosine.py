@@ -67,10 +67,9 @@ def layersync_loss(
     check_positive("layersync_loss", "eps", eps)
     weight = row_weights("layersync_loss", student, mask, token_weight)
     dtype = student.dtype if teacher.dtype != torch.float64 else torch.float64
-    width = student.shape[-1]
-    name = dispatch.resolve("layersync_loss", backend, student.device.type, dtype, width=width)
+    name = dispatch.resolve("layersync_loss", backend, student.device.type, dtype, tokens=student)
     if name in dispatch.PLAIN:
-        reference = compiled.plain("layersync_loss", name, cosine_alignment_reference, width)
+        reference = compiled.plain("layersync_loss", name, cosine_alignment_reference, student.shape[-1])
         return reference(student, teacher, weight, eps, reduction, teacher_grad)
     return cosine_alignment(student, teacher, flat_weights(weight, student), eps, reduction, teacher_grad, name)
 

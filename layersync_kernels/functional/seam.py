@@ -206,7 +206,7 @@ def _seam(
     _check_seam(op, x, branch, modulations, student, norm=norm, eps=eps, align_eps=align_eps)
     dtypes = seam_dtypes(x, branch, modulations, norm=norm)
     widest = torch.promote_types(dtypes.stream, dtypes.normed)
-    name = dispatch.resolve(op, backend, x.device.type, widest, width=x.shape[-1])
+    name = dispatch.resolve(op, backend, x.device.type, widest, tokens=x)
     if name in dispatch.PLAIN or x.numel() == 0:
         return _plain_seam(
             op, x, branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtypes=dtypes,

@@ -48,13 +48,12 @@ def spatial_norm(x: Tensor, *, alpha: float = 1.0, eps: float = 1e-6, backend: s
     if not eps >= 1e-12:
         raise ValueError(f"spatial_norm: eps must be at least 1e-12, got {eps}")
     grad = x.requires_grad and torch.is_grad_enabled()
-    width = x.shape[-1]
-    name = dispatch.resolve("spatial_norm", backend, x.device.type, x.dtype, grad, width)
+    name = dispatch.resolve("spatial_norm", backend, x.device.type, x.dtype, grad, x)
     if x.numel() == 0:
         return x.clone()
     samples = x if x.dim() == 3 else x.reshape(-1, *x.shape[-2:])
     if name in dispatch.PLAIN:
-        result = compiled.plain("spatial_norm", name, spatial_norm_reference, width)(samples, alpha, eps)
+        result = compiled.plain("spatial_norm", name, spatial_norm_reference, x.shape[-1])(samples, alpha, eps)
     else:
         result = _spatial_norm(samples, alpha, eps, name)
     return result if x.dim() == 3 else result.reshape(x.shape)

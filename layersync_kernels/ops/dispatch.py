@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch.compiler import is_dynamo_compiling
@@ -189,24 +189,57 @@ def rule(op: str, device: str, dtype: torch.dtype, grad: bool = False, reasons: 
     return Choice("reference", "; ".join(passed))
 
 
-_chosen: dict[tuple[str, str, str, torch.dtype, bool, int | None], str] = {}
+_chosen: dict[tuple[Any, ...], str] = {}
+_BY_WIDTH = ""
 
 
 def resolve(
-    op: str, backend: str, device: str, dtype: torch.dtype, grad: bool = False, width: int | None = None
+    op: str,
+    backend: str,
+    device: str,
+    dtype: torch.dtype,
+    grad: bool = False,
+    tokens: torch.Tensor | None = None,
+    parts: int = 1,
 ) -> str:
     """The name that `choose` gives, remembered: a look-up on the hot path, a constant under torch.compile.
 
-    A width that is symbolic, as a compiler may make it, counts as None: the choice of a graph holds for all its widths.
+    Where a tuning table speaks of the function, a second look-up is by the width of its rows. One that is symbolic, as
+    a compiler may make it, counts as unknown: the choice of a graph holds for all its widths.
+
+    Args:
+        op: as `choose` takes it, and the next four.
+        backend: what the caller asked for.
+        device: type of the tensors' device.
+        dtype: the widest dtype.
+        grad: whether a gradient is asked for.
+        tokens: (..., parts · width).
+        parts: rows that lie side by side in a row of `tokens`.
     """
+    name = _by_kind(op, backend, device, dtype, grad)
+    if name:
+        return name
+    width = None if tokens is None else tokens.shape[-1] // parts
     if is_dynamo_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 
-        return _constant(op, backend, device, dtype, grad, width if width is None or has_static_value(width) else None)
+        return _by_width(op, backend, device, dtype, grad, width if width is None or has_static_value(width) else None)
+    # A SymInt comes where something else traces.
+    return _by_width(op, backend, device, dtype, grad, width if type(width) is int else None)
+
+
+def _by_kind(op: str, backend: str, device: str, dtype: torch.dtype, grad: bool) -> str:
     if transform() is not None:
         return choose(op, backend, device, dtype, grad).backend
-    if type(width) is not int:  # a SymInt, where something else traces
-        width = None
+    key = (op, backend, device, dtype, grad)
+    name = _chosen.get(key)
+    if name is None:
+        tuned = backend == "auto" and tuning.speaks_of(op, device, dtype)
+        name = _chosen[key] = _BY_WIDTH if tuned else choose(*key).backend
+    return name
+
+
+def _by_width(op: str, backend: str, device: str, dtype: torch.dtype, grad: bool, width: int | None) -> str:
     key = (op, backend, device, dtype, grad, width)
     name = _chosen.get(key)
     if name is None:
@@ -214,12 +247,9 @@ def resolve(
     return name
 
 
-def _constant(op: str, backend: str, device: str, dtype: torch.dtype, grad: bool, width: int | None) -> str:
-    return choose(op, backend, device, dtype, grad, width).backend
-
-
 # What torch.compiler.assume_constant_result sets; calling that here would import Dynamo, two seconds, with the package.
-_constant._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_by_kind._dynamo_marked_constant = True  # type: ignore[attr-defined]
+_by_width._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def reset() -> None:

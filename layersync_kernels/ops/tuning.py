@@ -160,6 +160,11 @@ def state(device: str) -> State:
     return State(None, reason)
 
 
+def speaks_of(op: str, device: str, dtype: torch.dtype) -> bool:
+    """Whether the table in force says anything of a function's calls; see `find`."""
+    return any(find(op, device, dtype, width_of(name)) is not None for name in CLASSES)
+
+
 def find(op: str, device: str, dtype: torch.dtype, width: int) -> tuple[Entry, Table] | None:
     """What the table in force says of a call; None where there is none, or where it says nothing of it.
 

@@ -73,6 +73,7 @@ def test_the_functions_give_their_width(monkeypatch, path):
         monkeypatch.setattr(
             tuning, "find", lambda op, device, dtype, width, function=function: ran.append((op, width)) or None
         )
+        monkeypatch.setattr(tuning, "speaks_of", lambda op, *rest, function=function: op == function)
         dispatch.reset()
         CALLS[function](torch.ones(2, 6, 24), backend="auto")
         assert (function, 24) in ran
@@ -363,7 +364,7 @@ def test_a_symbolic_width_outside_of_dynamo_takes_the_rules(monkeypatch, path):
     names = []
 
     def step(x):
-        names.append(dispatch.resolve("layersync_loss", "auto", "cpu", FP32, width=x.shape[-1]))
+        names.append(dispatch.resolve("layersync_loss", "auto", "cpu", FP32, tokens=x))
         return x + 1
 
     make_fx(step, tracing_mode="symbolic")(torch.ones(4, 32))
@@ -373,14 +374,14 @@ def test_a_symbolic_width_outside_of_dynamo_takes_the_rules(monkeypatch, path):
 
 def test_a_second_choice_is_a_look_up(monkeypatch, path):
     put(monkeypatch, path, table(entry()))
-    assert dispatch.resolve("layersync_loss", "auto", "cpu", FP32, width=8) == "reference"
+    assert dispatch.resolve("layersync_loss", "auto", "cpu", FP32, tokens=torch.ones(1, 8)) == "reference"
 
     def never(*args, **kwargs):
         raise AssertionError
 
     monkeypatch.setattr(dispatch, "choose", never)
     monkeypatch.setattr(tuning, "find", never)
-    assert dispatch.resolve("layersync_loss", "auto", "cpu", FP32, width=8) == "reference"
+    assert dispatch.resolve("layersync_loss", "auto", "cpu", FP32, tokens=torch.ones(1, 8)) == "reference"
 
 
 # ---- layersync doctor
