@@ -25,7 +25,10 @@ from .report import new_table
 
 # Of a case, nearly all of it for torch.compile.
 _SECONDS = {"cpu": 6, "cuda": 8}
-_SECONDS_FROM = {"cpu": "by two cores of a Zen 4 EPYC", "cuda": "a prediction, which no GPU has confirmed"}
+_SECONDS_FROM = {
+    "cpu": "seen on an AMD EPYC; longer where other work shares the cores",
+    "cuda": "a prediction, which no GPU has confirmed",
+}
 
 
 @dataclass
@@ -100,7 +103,14 @@ def tune(device: str, planned: Plan, *, quick: bool, console: Console) -> list[E
                 progress.advance(task)
             decide(entry)
             entries.append(entry)
+            progress.console.print(f"{function} {dtype}, {width_class} channels: {_outcome(entry)}", highlight=False)
     return entries
+
+
+def _outcome(entry: Entry) -> str:
+    if entry.choice is None:
+        return "nothing works"
+    return entry.choice if entry.choice == entry.base else f"{entry.choice}, {entry.margin:.2f} times {entry.base}"
 
 
 def table_of(entries: Iterable[Entry], device: str, quick: bool) -> dict[str, Any]:
