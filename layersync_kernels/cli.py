@@ -44,6 +44,9 @@ COMMANDS = {
         "layersync_kernels.bench.demo:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),
     "bench": Command("layersync_kernels.bench.cli:main", "time the ops and the trainer on this machine"),
+    "tune": Command(
+        "layersync_kernels.bench.tune:main", 'measure the backends on this machine, for backend="auto" to follow'
+    ),
     "doctor": Command("layersync_kernels.doctor:main", "what is installed, which backend runs where, and why"),
 }
 

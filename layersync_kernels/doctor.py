@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import platform
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
@@ -11,10 +12,11 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 import tyro
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from . import __version__
-from .ops import dispatch, native, registry
+from .ops import dispatch, native, registry, tuning
 from .runtime import environment
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
@@ -79,6 +81,28 @@ def choices() -> Iterator[tuple[str, str, str, str, str]]:
                 yield op.name, device, ", ".join(dtypes), backend, reason
 
 
+def tuned() -> Iterator[tuple[str, str, str, str, str]]:
+    """(function, device, dtype and widths, backend, reason) rows: what the tables in force make of a call."""
+    for device in tuning.DEVICES:
+        table = tuning.state(device).table
+        for function, dtype, widths in table.entries if table is not None else ():
+            arguments = (function, "auto", device, tuning.DTYPES[dtype])
+            try:
+                backend, reason = dispatch.choose(*arguments, width=tuning.width_of(widths))
+            except (RuntimeError, ValueError) as error:  # as in choices
+                backend, reason = "error", str(error)
+            yield function, device, f"{dtype}, {widths} channels", backend, reason
+
+
+def tables() -> Iterator[tuple[str, str]]:
+    """(device, its tuning table or why there is none) rows."""
+    for device in tuning.DEVICES:
+        with warnings.catch_warnings():  # the row says it
+            warnings.simplefilter("ignore")
+            table, reason = tuning.state(device)
+        yield device, reason if table is None else f"{table.path}, {reason}, {len(table.entries)} entries"
+
+
 def _table(title: str, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", show_header=len(columns) > 2)
     for column in columns:
@@ -98,6 +122,15 @@ def main(argv: Sequence[str] = ()) -> int:
     for choice in choices():
         table.add_row(*choice)
     console.print(table)
+    table = _table("Tuning tables (layersync tune)", "device", "table")
+    for row in tables():
+        table.add_row(*map(escape, row))
+    console.print(table)
+    table = _table("Backends (backend='auto') by these tables", "function", "device", "calls", "backend", "reason")
+    for choice in tuned():
+        table.add_row(*map(escape, choice))
+    if table.row_count:
+        console.print(table)
     table = _table("Environment variables", "name", "default", "value here", "meaning")
     for variable in environment.VARIABLES:
         table.add_row(variable.name, variable.default, variable.get(), variable.meaning)

@@ -19,7 +19,7 @@ TINY = [
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("train", "sample", "probe", "demo", "bench", "doctor"))
+    assert all(name in out for name in ("train", "sample", "probe", "demo", "bench", "tune", "doctor"))
     assert cli.main([]) == 2
 
 

@@ -81,7 +81,7 @@ def _outputs(function: Function, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]
     return outputs if isinstance(outputs, tuple) else (outputs,)
 
 
-def _gradients_of(outputs: Sequence[Tensor]) -> list[Tensor]:
+def gradients_of(outputs: Sequence[Tensor]) -> list[Tensor]:
     """What arrives at the outputs: one at a loss, noise at hidden states."""
     generator = torch.Generator(outputs[0].device).manual_seed(2)
     return [
@@ -93,7 +93,7 @@ def _gradients_of(outputs: Sequence[Tensor]) -> list[Tensor]:
 def _outputs_and_gradients(function: Function, inputs: Sequence[Tensor]) -> list[Tensor]:
     outputs = _outputs(function, inputs)
     wanted = [x for x in inputs if x.requires_grad]
-    gradients = torch.autograd.grad(outputs, wanted, _gradients_of(outputs)) if wanted else ()
+    gradients = torch.autograd.grad(outputs, wanted, gradients_of(outputs)) if wanted else ()
     return [*(x.detach() for x in outputs), *gradients]
 
 
@@ -189,13 +189,14 @@ def saved_bytes(function: Function, inputs: Sequence[Tensor]) -> int:
     return sum(nbytes for pointer, nbytes in storages.items() if pointer not in own)
 
 
-class _Timer:
+class Timer:
     """Milliseconds of one call: the wall clock on the CPU, events on a GPU."""
 
     def __init__(self, device: str) -> None:
         self._gpu = device == "cuda"
 
     def __call__(self, call: Callable[[], object]) -> float:
+        """Time a call."""
         if not self._gpu:
             began = time.perf_counter()
             call()
@@ -211,9 +212,10 @@ class _Timer:
         return begin.elapsed_time(end)
 
 
-def _timed(
-    timer: _Timer, function: Function, mode: str, inputs: Sequence[Tensor], gradients: Sequence[Tensor], repeats: int
+def timed(
+    timer: Timer, function: Function, mode: str, inputs: Sequence[Tensor], gradients: Sequence[Tensor], repeats: int
 ) -> float:
+    """Milliseconds of a call of `function` in a mode, the mean of `repeats` calls."""
     turns = range(repeats)
 
     def forward() -> tuple[Tensor, ...]:
@@ -237,7 +239,8 @@ def _timed(
     return milliseconds / repeats
 
 
-def _quantile(values: Sequence[float], fraction: float) -> float:
+def quantile(values: Sequence[float], fraction: float) -> float:
+    """The value that a fraction of the others do not reach."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, math.floor(fraction * len(ordered)))]
 
@@ -301,7 +304,7 @@ def measure(
         size = sum(x.numel() * x.element_size() for x in first)
         sets = [first, *map(case.inputs, range(1, min(_MAX_SETS, max(2, -(-_ROTATE_BYTES // size)))))]
         with torch.no_grad():
-            gradients = _gradients_of(_outputs(eager(case), first))
+            gradients = gradients_of(_outputs(eager(case), first))
         source = torch.empty((case.rows, case.width), dtype=case.dtype, device=case.device).normal_()
         target = torch.empty_like(source)
         truth = truth_of(case)
@@ -327,7 +330,7 @@ def measure(
     checked_rows = truth.rows
     del truth
 
-    timer = _Timer(case.device)
+    timer = Timer(case.device)
     for number, mode in enumerate(modes):
         times: dict[str, list[float]] = {name: [] for name in ("copy", *functions)}
         peaks: dict[str, int] = {}
@@ -342,7 +345,7 @@ def measure(
                     torch.cuda.reset_peak_memory_stats()
                     before = torch.cuda.memory_allocated()
                 try:
-                    milliseconds[name] = _timed(timer, function, mode, inputs, gradients, case.repeats)
+                    milliseconds[name] = timed(timer, function, mode, inputs, gradients, case.repeats)
                 except Exception as error:  # out of memory, or an error that the device reports late
                     problems[name] = describe_failure(error)
                     if device_lost(case.device):
@@ -360,7 +363,7 @@ def measure(
             median = statistics.median(times[name])
             yield Row(
                 **common, mode=mode, provider=name, bytes_moved=moved,
-                p20_ms=_quantile(times[name], 0.2), p50_ms=median, p80_ms=_quantile(times[name], 0.8),
+                p20_ms=quantile(times[name], 0.2), p50_ms=median, p80_ms=quantile(times[name], 0.8),
                 gb_per_s=None if moved is None else moved / median / 1e6,
                 copy_fraction=None if moved is None else moved / median / copy_speed,
                 saved_bytes=saved.get(name), peak_bytes=peaks.get(name),

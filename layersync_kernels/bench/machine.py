@@ -12,6 +12,8 @@ from pathlib import Path
 
 import torch
 
+from ..runtime.machine import cpu_name, version_of
+
 _PACKAGE = Path(__file__).resolve().parents[1]
 _SOURCES = (("", "setup.py"), ("", "build_backend.py"), ("csrc", "*"), ("tests", "*"))  # beside the package's modules
 
@@ -39,15 +41,7 @@ def machine_facts(device: str) -> dict[str, str]:
     Args:
         device: "cpu" or "cuda".
     """
-    from importlib.metadata import PackageNotFoundError, version
-
     from .. import __version__
-
-    def version_of(package: str) -> str:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return "none"
 
     facts = {
         "layersync_kernels": __version__,
@@ -55,7 +49,7 @@ def machine_facts(device: str) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": version_of("triton"),
         "python": platform.python_version(),
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": str(torch.get_num_threads()),
         "date": time.strftime("%Y-%m-%d", time.gmtime()),
     }
@@ -70,14 +64,6 @@ def machine_facts(device: str) -> dict[str, str]:
 def same_machine(facts: object, others: Mapping[str, str]) -> bool:
     """Whether two rows' facts are alike but for the date."""
     return isinstance(facts, Mapping) and {**facts, "date": ""} == {**others, "date": ""}
-
-
-def _cpu_name() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            return next(line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 def free_bytes(device: str) -> int:

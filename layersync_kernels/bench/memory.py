@@ -14,7 +14,8 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from .cases import Case, Function, provider
-from .engine import describe_failure, machine_facts
+from .engine import describe_failure
+from .machine import machine_facts
 from .report import new_table
 
 CASES = (

@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..runtime.memory import keep_freed_memory
 from .cases import Case, provider
-from .engine import describe_failure, machine_facts
+from .engine import describe_failure
+from .machine import machine_facts
 from .report import new_table
 
 TOKENS, WIDTH = 8192, 1152

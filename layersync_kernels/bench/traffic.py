@@ -17,7 +17,7 @@ from ..losses.pairs import default_pair
 from ..sit.diffusion.transport import create_transport
 from ..sit.models.registry import sit_models
 from .cases import eager_loss
-from .engine import machine_facts
+from .machine import machine_facts
 from .report import new_table
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}

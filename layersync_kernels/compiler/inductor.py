@@ -53,7 +53,7 @@ from torch.fx import Graph, Node
 from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from ..functional import cosine as alignment
-from ..ops import dispatch
+from ..ops import dispatch, tuning
 from ..ops.cosine_alignment import op
 
 _logger = logging.getLogger(__name__)
@@ -117,15 +117,16 @@ class _FuseAlignment(CustomGraphPass):
         if None in earlier:  # a pass without identity prevents caching, here as by itself
             return None
         sources = get_hash_for_files((__file__, alignment.__file__, op.__file__))
-        return sources, *(_fused_backend(device, torch.float32) for device in ("cpu", "cuda")), *earlier
+        backends = (_fused_backend(device, torch.float32) for device in ("cpu", "cuda"))
+        return sources, *backends, *tuning.digest(), *earlier
 
 
-def _fused_backend(device: str, dtype: torch.dtype) -> str | None:
+def _fused_backend(device: str, dtype: torch.dtype, tokens: Tensor | None = None) -> str | None:
     try:
-        backend = dispatch.resolve("layersync_loss", "auto", device, dtype)
+        backend = dispatch.resolve("layersync_loss", "auto", device, dtype, tokens=tokens)
     except RuntimeError:  # LAYERSYNC_BACKEND names one that cannot run on this device
         return None
-    return None if backend == "reference" else backend
+    return None if backend in dispatch.PLAIN else backend
 
 
 def _cosine(
@@ -167,7 +168,7 @@ class _Formula(NamedTuple):
             statically_known_true(sym_eq(first.shape, second.shape))
             and first._version == second._version == 0
             and result.dtype in dispatch.FUSED_DTYPES
-            and all(_fused_backend(first.device.type, value.dtype) for value in (first, second))
+            and all(_fused_backend(first.device.type, value.dtype, value) for value in (first, second))
             and isinstance(self.eps, float)
             and 0 < self.eps <= _MAX_EPS
         )

@@ -38,7 +38,7 @@ def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor
             f"self_attention: the last dimension of qkv must be 3 · {num_heads} heads · head width, got "
             f"{qkv.shape[-1]} in {tuple(qkv.shape)}"
         )
-    name = dispatch.resolve("self_attention", backend, qkv.device.type, qkv.dtype)
+    name = dispatch.resolve("self_attention", backend, qkv.device.type, qkv.dtype, tokens=qkv, parts=3)
     if name == "reference":
         if transform() is not None:
             with sdpa_kernel(SDPBackend.MATH):  # the others have neither a batching rule nor forward derivatives

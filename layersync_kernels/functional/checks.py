@@ -101,7 +101,7 @@ def _keeps_its_values_itself(cls: type[Tensor]) -> bool:
     return collectives is not None and issubclass(cls, collectives.AsyncCollectiveTensor)
 
 
-_keeps_its_values_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]  # see dispatch.resolve
+_keeps_its_values_itself._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in dispatch
 
 
 def check_tokens(op: str, name: str, tensor: Tensor, like: Tensor | None = None, other: str = "x") -> None:
@@ -264,4 +264,4 @@ def linear_inputs(
     dtypes = {t.dtype for t in (x, *weights, *biases) if t is not None}
     if len(dtypes) > 1:
         raise TypeError(f"{op}: {name}, weights and biases must have one dtype outside autocast, got {dtypes}")
-    return x, weights, biases, dispatch.resolve(op, backend, device, x.dtype)
+    return x, weights, biases, dispatch.resolve(op, backend, device, x.dtype, tokens=x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops import dispatch
+from ..ops import compiled, dispatch
 from ..ops.cosine_alignment import cosine_alignment, cosine_alignment_reference, reduce_rows
 from .checks import (
     check_dense,
@@ -48,7 +48,7 @@ def layersync_loss(
             (−w·cos per token: −cos where no weight is given, 0 where masked).
         teacher_grad: differentiate the teacher too. By default it is a constant, as in the paper (stop-gradient).
         eps: a token whose norm is below it has cosine 0 and gradient 0.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).
 
     Returns:
         fp32 (fp64 for fp64 inputs): a 0-d tensor, or the leading dimensions for "none". No tokens, or D = 0: 0.
@@ -67,9 +67,10 @@ def layersync_loss(
     check_positive("layersync_loss", "eps", eps)
     weight = row_weights("layersync_loss", student, mask, token_weight)
     dtype = student.dtype if teacher.dtype != torch.float64 else torch.float64
-    name = dispatch.resolve("layersync_loss", backend, student.device.type, dtype)
-    if name == "reference":
-        return cosine_alignment_reference(student, teacher, weight, eps, reduction, teacher_grad)
+    name = dispatch.resolve("layersync_loss", backend, student.device.type, dtype, tokens=student)
+    if name in dispatch.PLAIN:
+        reference = compiled.plain("layersync_loss", name, cosine_alignment_reference, student.shape[-1])
+        return reference(student, teacher, weight, eps, reduction, teacher_grad)
     return cosine_alignment(student, teacher, flat_weights(weight, student), eps, reduction, teacher_grad, name)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..ops import compiled, dispatch
 from ..ops.gelu import gelu_mlp as _gelu_mlp
 from ..ops.gelu import gelu_mlp_reference, linear_gelu_reference
 from ..ops.gelu import linear_gelu as _linear_gelu
@@ -19,7 +20,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backen
         x: (..., I).
         weight: (O, I).
         bias: (O,) or None.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda", "compile" (the reference under torch.compile), or
+            "cublaslt": "cuda" with the activation in the epilogue of cuBLASLt's GEMM, in half precision.
 
     Returns:
         (..., O), of the dtype of the inputs; under autocast of the autocast dtype, as `F.linear`.
@@ -32,8 +34,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backen
     Source: Hendrycks and Gimpel 2016, arXiv:1606.08415, tanh form.
     """
     x, (weight,), (bias,), name = linear_inputs("linear_gelu", x, (weight,), (bias,), backend)
-    if name == "reference" or x.numel() == 0:
-        return linear_gelu_reference(x, weight, bias)
+    if name in dispatch.PLAIN or x.numel() == 0:
+        return compiled.plain("linear_gelu", name, linear_gelu_reference, x.shape[-1])(x, weight, bias)
     rows = x.reshape(-1, x.shape[-1])
     return _linear_gelu(rows, weight, bias, name).view(*x.shape[:-1], weight.shape[0])
 
@@ -58,7 +60,8 @@ def gelu_mlp(
         bias1: (H,) or None.
         weight2: (O, H).
         bias2: (O,) or None.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda", "compile" (the reference under torch.compile), or
+            "cublaslt": "cuda" with the activation in the epilogue of cuBLASLt's GEMM, in half precision.
 
     Returns:
         (..., O).
@@ -66,7 +69,8 @@ def gelu_mlp(
     x, (weight1, weight2), (bias1, bias2), name = linear_inputs(
         "gelu_mlp", x, (weight1, weight2), (bias1, bias2), backend
     )
-    if name == "reference" or x.numel() == 0:
-        return gelu_mlp_reference(x, weight1, bias1, weight2, bias2)
+    if name in dispatch.PLAIN or x.numel() == 0:
+        reference = compiled.plain("gelu_mlp", name, gelu_mlp_reference, x.shape[-1])
+        return reference(x, weight1, bias1, weight2, bias2)
     rows = x.reshape(-1, x.shape[-1])
     return _gelu_mlp(rows, weight1, bias1, weight2, bias2, name).view(*x.shape[:-1], weight2.shape[0])

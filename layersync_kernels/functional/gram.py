@@ -63,7 +63,7 @@ def gram_alignment_loss(
     if mask is not None:
         mask = mask.expand(student.shape[:-1])
     dtype = student.dtype if teacher.dtype != torch.float64 else torch.float64
-    name = dispatch.resolve("gram_alignment_loss", backend, student.device.type, dtype)
+    name = dispatch.resolve("gram_alignment_loss", backend, student.device.type, dtype, tokens=student)
     if name == "reference":
         values = gram_alignment_reference(student, teacher, mask, margin, kind, eps)
     else:

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..ops import dispatch
+from ..ops import compiled, dispatch
 from ..ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
 from ..ops.gated_residual_norm import gated_residual_norm_reference
 from ..ops.gated_residual_norm.op import as_groups, in_equal_groups
@@ -60,7 +60,7 @@ def modulated_layer_norm(
             copy; what broadcasts over leading dimensions, as (1, N, D), is expanded first.
         scale: modulation, of the shapes that shift may have, but not necessarily of the same.
         eps: added to the variance.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).
 
     Returns:
         Like x. Its dtype is what PyTorch's promotion of x, shift and scale gives, so bf16 x with fp32 modulation gives
@@ -98,7 +98,7 @@ def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "a
         x: (..., D) residual stream.
         branch: (..., D), what attention or MLP returned.
         gate: modulation, as `modulated_layer_norm` takes it.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).
 
     Returns:
         Like x, of the dtype that PyTorch's promotion gives. Errors as `modulated_layer_norm`.
@@ -130,7 +130,7 @@ def gated_residual_norm(
         scale: modulation, or None for zeros.
         eps: added to the variance or the mean square.
         norm: "layer" (LayerNorm without weights) or "rms".
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).
 
     Returns:
         (residual, normed). The residual has the dtype of PyTorch's promotion of x, branch and gate; for `normed` see
@@ -172,7 +172,7 @@ def aligned_residual_norm(
         eps: added to the variance or the mean square.
         norm: "layer" (LayerNorm without weights) or "rms".
         align_eps: a token whose norm is below it has cosine 0 and gradient 0.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).
 
     Returns:
         A Seam. Its cosine equals `-layersync_loss(student, residual, reduction="none")`.
@@ -205,11 +205,13 @@ def _seam(
     modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
     _check_seam(op, x, branch, modulations, student, norm=norm, eps=eps, align_eps=align_eps)
     dtypes = seam_dtypes(x, branch, modulations, norm=norm)
-    name = dispatch.resolve(op, backend, x.device.type, torch.promote_types(dtypes.stream, dtypes.normed))
-    if name == "reference" or x.numel() == 0:
-        return _reference_seam(
-            op, x, branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtypes=dtypes
-        )
+    widest = torch.promote_types(dtypes.stream, dtypes.normed)
+    name = dispatch.resolve(op, backend, x.device.type, widest, tokens=x)
+    if name in dispatch.PLAIN or x.numel() == 0:
+        return _plain_seam(
+            op, x, branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtypes=dtypes,
+            backend=name,
+        )  # fmt: skip
     if student is not None and student.slot.numel() == 0:
         raise ValueError(f"{op}: the student's tap comes from the reference; this call runs on {name}")
     groups = _kernel_modulations(op, x, modulations, dtypes)
@@ -319,7 +321,7 @@ def _kernel_modulations(op: str, x: Tensor, modulations: dict[str, Tensor], dtyp
     return {name: m.to(torch.float32) for name, m in groups.items()}
 
 
-def _reference_seam(
+def _plain_seam(
     op: str,
     x: Tensor,
     branch: Tensor | None,
@@ -331,11 +333,13 @@ def _reference_seam(
     eps: float,
     align_eps: float,
     dtypes: SeamDtypes,
+    backend: str,
 ) -> Seam:
     modulations = {name: _as_modulation(op, name, m, x) for name, m in modulations.items()}
     if student is not None and student.slot.numel() > 0:
         raise ValueError(f"{op}: the student's tap comes from a fused backend; this call runs on the reference")
-    residual, normed, cosine = gated_residual_norm_reference(
+    reference = compiled.plain(op, backend, gated_residual_norm_reference, x.shape[-1])
+    residual, normed, cosine = reference(
         x.to(dtypes.stream), branch, modulations.get("gate"), modulations.get("shift"), modulations.get("scale"),
         None if student is None else student.hidden, norm=norm is not None, rms=norm == "rms", eps=eps,
         align_eps=align_eps, dtype=dtypes.normed,

@@ -63,7 +63,7 @@ class LayerSync(nn.Module):
         every: align in every n-th step only (those divisible by n), with unchanged weight.
         teacher_grad: whether the gradient flows into the teacher too.
         eps: a row whose norm is under it has cosine 0 and gradient 0.
-        backend: of the loss: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: of the loss: "auto", "reference", "cpp", "triton", "cuda" or "compile".
 
     Attributes:
         value: what `loss()` returned last, detached, without a host synchronisation; None before.

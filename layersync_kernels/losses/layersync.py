@@ -29,7 +29,7 @@ class LayerSyncLoss(AlignmentLoss):
         every: compute the loss in every n-th step only (those divisible by n), with unchanged weight.
         teacher_grad: differentiate the teacher too. By default it is a constant, as in the paper (stop-gradient).
         eps: a token whose norm is below it has cosine 0 and gradient 0.
-        backend: "auto", "reference", "cpp", "triton" or "cuda".
+        backend: "auto", "reference", "cpp", "triton", "cuda" or "compile".
 
     Attributes:
         layers: the block numbers to capture, ascending.

@@ -59,7 +59,7 @@ def transform() -> str | None:
     return None
 
 
-transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as that of dispatch.resolve
+transform._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as in dispatch
 
 
 def runs_eagerly() -> bool:

@@ -22,6 +22,7 @@ class Library(NamedTuple):
     loaded: bool
     reason: str
     facts: Any = None  # the pybind11 module with the build facts
+    path: str | None = None  # of the file, where it is loaded
 
 
 @functools.cache
@@ -43,7 +44,7 @@ def cpp() -> Library:
             f"built, but does not load beside torch {torch.__version__}: {error}; "
             "it needs torch 2.10 or newer; repeat `pip install -e . --no-build-isolation`",
         )
-    return Library(True, f"built with {facts.compiler} against torch {facts.torch_built_with}", facts)
+    return Library(True, f"built with {facts.compiler} against torch {facts.torch_built_with}", facts, facts.__file__)
 
 
 def _cuda_kernels() -> str | None:
@@ -70,4 +71,4 @@ def cuda() -> Library:
         torch.ops.load_library(found)
     except OSError as error:
         return Library(False, f"{built}, but does not load beside torch {torch.__version__}: {error}", host.facts)
-    return Library(True, built, host.facts)
+    return Library(True, built, host.facts, found[0])

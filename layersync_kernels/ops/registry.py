@@ -12,6 +12,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 FUSED_BACKENDS = ("cpp", "cuda", "triton")
 COMPOSITE = "composite"
 
@@ -48,6 +50,21 @@ class RawOp:
 
 
 @dataclass(frozen=True)
+class Route:
+    """Another way through the kernels of a backend: taken by name or by a tuning table, never by rule.
+
+    Attributes:
+        backend: whose kernels it needs.
+        obstacle: dtype → why it does not run, or None.
+        forced: whether the environment asks for it, against any table.
+    """
+
+    backend: str
+    obstacle: Callable[[torch.dtype], str | None]
+    forced: bool = False
+
+
+@dataclass(frozen=True)
 class Op:
     """An op.
 
@@ -59,6 +76,8 @@ class Op:
         otherwise: what runs where no kernel of the op does; for an op without backends, everywhere.
         differentiable: whether the kernels have a gradient; else the reference serves calls that ask for one.
         slower: backend → why "auto" passes over one that could run, or None. It is called on the backend's own device.
+        uncompiled: why the backend "compile", the reference under torch.compile, is none of the op's; None where it is.
+        routes: name → route.
     """
 
     name: str
@@ -68,6 +87,8 @@ class Op:
     otherwise: str = "the reference"
     differentiable: bool = True
     slower: Callable[[str], str | None] = lambda backend: None
+    uncompiled: str | None = "its functions do not offer it"
+    routes: Mapping[str, Route] = field(default_factory=dict)
 
     @property
     def raw_ops(self) -> tuple[RawOp, ...]:

@@ -21,7 +21,12 @@ class Variable(NamedTuple):
 BACKEND = Variable(
     "LAYERSYNC_BACKEND",
     "auto",
-    "auto, reference, cpp, triton or cuda, for the ops that have it (read once, at import)",
+    "auto, reference, cpp, triton, cuda or compile, for the ops that have it (read once, at import)",
+)
+TUNING = Variable(
+    "LAYERSYNC_TUNING",
+    "auto",
+    "auto (the table that `layersync tune` left in the cache folder), off, or a table's path (read once, at first use)",
 )
 NATIVE = Variable("LAYERSYNC_NATIVE", "1", "0: leave the compiled extension unloaded (read once, at first use)")
 CPU_ISA = Variable(
@@ -30,7 +35,10 @@ CPU_ISA = Variable(
     "cap on the CPU kernels: best, generic, avx2 or avx512; a cap above the machine is none (read at the first call)",
 )
 CUBLASLT = Variable(
-    "LAYERSYNC_CUBLASLT", "0", "1: half-precision GELU in the epilogue of cuBLASLt on a GPU (read once, at import)"
+    "LAYERSYNC_CUBLASLT",
+    "auto",
+    "half-precision GELU in the epilogue of cuBLASLt on a GPU: auto (where `layersync tune` found it faster), 0 or 1 "
+    "(read once, at import)",
 )
 
 BUILD = Variable(
@@ -39,4 +47,4 @@ BUILD = Variable(
 CUDA_ARCHS = Variable("TORCH_CUDA_ARCH_LIST", "by toolkit", 'build: CUDA architectures, e.g. "8.0;9.0;10.0+PTX"')
 CUDA_HOME = Variable("CUDA_HOME", "found", "build: the toolkit to use; else the real home of the nvcc on PATH")
 MAX_JOBS = Variable("MAX_JOBS", "by memory", "build: parallel compilations; default by cores and free memory")
-VARIABLES = (BACKEND, NATIVE, CPU_ISA, CUBLASLT, BUILD, CUDA_ARCHS, CUDA_HOME, MAX_JOBS)
+VARIABLES = (BACKEND, TUNING, NATIVE, CPU_ISA, CUBLASLT, BUILD, CUDA_ARCHS, CUDA_HOME, MAX_JOBS)

@@ -1,5 +1,6 @@
 """When the GELU of a GPU rides in cuBLASLt's epilogue, and that autograd is the same around it; here on stand-ins."""
 
+import dataclasses
 import os
 import subprocess
 import sys
@@ -8,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from layersync_kernels.ops import native
+from layersync_kernels.ops import dispatch, native, registry, tuning
 from layersync_kernels.ops.gelu import cublaslt, op
 from layersync_kernels.runtime import environment
 
@@ -139,7 +140,7 @@ def test_what_the_library_cannot_take_goes_the_plain_way(change, calls):
 
 def test_other_backends_and_the_default_leave_it_alone(monkeypatch):
     x, weight, bias = inputs()[:3]
-    assert environment.CUBLASLT.default == "0"
+    assert environment.CUBLASLT.default == "auto"
     monkeypatch.setattr(cublaslt, "ENABLED", False)
     assert not cublaslt.supports("cuda", x, weight, bias)
     monkeypatch.setattr(cublaslt, "ENABLED", True)
@@ -152,6 +153,61 @@ def test_the_environment_switches_it_on():
     environment = {**os.environ, "LAYERSYNC_CUBLASLT": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True"
+
+
+@FUNCTIONS
+def test_as_a_route_it_is_what_the_environment_switches_on(function, count, calls, monkeypatch):
+    arguments = inputs()[:count]
+    expected = step(function, arguments)
+    ran = list(calls)
+    calls.clear()
+    monkeypatch.setattr(cublaslt, "ENABLED", False)
+    output, _ = function.run(*arguments, "cublaslt")
+    found = [output, *torch.autograd.grad(output, arguments, torch.ones_like(output))]
+    assert calls == ran
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.fixture
+def with_cuda(monkeypatch):
+    """Pretend that the CUDA extension is loaded, and nothing is asked for."""
+    monkeypatch.setattr(native, "cuda", lambda: native.Library(True, "built"))
+    monkeypatch.setattr(dispatch, "_environment_backend", "auto")
+    monkeypatch.setattr(cublaslt, "_WISH", "auto")
+
+
+def choose(function="gelu_mlp", backend="auto", dtype=BF16):
+    return dispatch.choose(function, backend, "cuda", dtype, width=64)
+
+
+def test_it_is_taken_by_name_and_by_a_table_but_never_by_rule(with_cuda, monkeypatch):
+    assert choose().backend == choose(dtype=torch.float32).backend == "cuda"
+    assert choose(backend="cublaslt").backend == "cublaslt"
+    with pytest.raises(ValueError, match="unknown backend='cublaslt'; expected one of auto"):
+        choose("layersync_loss", "cublaslt")
+    with pytest.raises(RuntimeError, match=r"half precision, the tensors are torch\.float32"):
+        choose(backend="cublaslt", dtype=torch.float32)
+    found = tuning.Entry("cublaslt", "cuda", 1.25), tuning.Table("table.json", "2026-01-02", {}, 0)
+    monkeypatch.setattr(tuning, "find", lambda *args: found)
+    assert choose() == ("cublaslt", "measured 2026-01-02: 1.25 times as fast as cuda (table.json)")
+    assert choose(dtype=torch.float32).backend == "cuda"
+    monkeypatch.setattr(cublaslt, "_WISH", "0")
+    choice = choose()
+    assert choice.backend == "cuda"
+    assert "switched off by LAYERSYNC_CUBLASLT=0" in choice.reason
+    monkeypatch.setattr(cublaslt, "_WISH", "yes")
+    assert "unknown LAYERSYNC_CUBLASLT=yes; expected auto, 0 or 1" in choose().reason
+
+
+def test_a_wish_for_it_goes_before_a_table(with_cuda, monkeypatch):
+    found = tuning.Entry("compile", "cuda", 1.25), tuning.Table("table.json", "2026-01-02", {}, 0)
+    monkeypatch.setattr(tuning, "find", lambda *args: found)
+    assert choose().backend == "compile"
+    forced = {"cublaslt": dataclasses.replace(cublaslt.ROUTE, forced=True)}
+    monkeypatch.setitem(registry.find("gelu").__dict__, "routes", forced)
+    assert choose().backend == "cuda"  # whose epilogues are switched on
+    assert choose(dtype=torch.float32).backend == "compile"  # of which it knows nothing
 
 
 def test_fakes_tell_shapes_and_dtypes(calls):

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save_file
 
 from layersync_kernels import cli
-from layersync_kernels.bench.engine import machine_facts
+from layersync_kernels.bench.machine import machine_facts
 from layersync_kernels.ops import native
 from layersync_kernels.sit import create_transport
 from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors

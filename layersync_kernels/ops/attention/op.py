@@ -41,6 +41,7 @@ register(
         backends=("cpp",),
         otherwise="torch's scaled_dot_product_attention",
         slower=_slower,
+        uncompiled="it is one library call",
     )
 )
 

@@ -18,7 +18,7 @@ from ..autograd import FusedFunction, differentiable_once
 from ..registry import Op, register
 from .reference import cosine_alignment_reference
 
-register(Op("cosine_alignment", ("layersync_loss",), cosine_alignment_reference))
+register(Op("cosine_alignment", ("layersync_loss",), cosine_alignment_reference, uncompiled=None))
 
 REDUCTIONS = {"none": 0, "mean": 1, "sum": 2}
 

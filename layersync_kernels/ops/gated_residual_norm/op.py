@@ -45,6 +45,7 @@ register(
             "aligned_residual_norm",
         ),
         gated_residual_norm_reference,
+        uncompiled=None,
     )
 )
 

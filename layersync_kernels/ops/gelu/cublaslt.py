@@ -1,18 +1,40 @@
 """GELU and its derivative in the epilogues of cuBLASLt, which save one pass over memory each.
 
-Off by default: nobody has measured them on a card yet, and others have seen the library pick slower GEMMs with these
-epilogues than without (for bf16 in karpathy/llm.c#338). `tests/ops/test_block_ops_gpu.py` compares both paths.
+Never taken by rule: others have seen the library pick slower GEMMs with these epilogues than without (for bf16 in
+karpathy/llm.c#338). `layersync tune` measures both, and `tests/ops/test_block_ops_gpu.py` compares them.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...runtime import environment
 from .. import raw_op
+from ..registry import Route
 
-ENABLED = environment.CUBLASLT.get() == "1"
+_HALVES = (torch.bfloat16, torch.float16)
+_WISH = environment.CUBLASLT.get()
+ENABLED = _WISH == "1"
+_NAME = "cublaslt"
+
+
+def _obstacle(dtype: torch.dtype) -> str | None:
+    if _WISH == "0":
+        return f"switched off by {environment.CUBLASLT.name}=0"
+    if _WISH not in ("auto", "1"):
+        return f"unknown {environment.CUBLASLT.name}={_WISH}; expected auto, 0 or 1"
+    return None if dtype in _HALVES else f"cuBLASLt's epilogues are for half precision, the tensors are {dtype}"
+
+
+ROUTE = Route("cuda", _obstacle, forced=ENABLED)
+
+
+def with_route(overloads: dict[str, Any]) -> dict[str, Any]:
+    """A raw op's overloads by backend, and by this route's name, whose other kernels are those of its backend."""
+    return {**overloads, _NAME: overloads[ROUTE.backend]}
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -38,7 +60,7 @@ def supports(backend: str, rows: Tensor, weight: Tensor, bias: Tensor | None = N
     These are half types, and widths and row strides that are multiples of 8: the pre-activation's stride must be one,
     and 16-byte accesses need the rest.
     """
-    if not ENABLED or backend != "cuda" or rows.dtype not in (torch.bfloat16, torch.float16):
+    if not (backend == _NAME or (ENABLED and backend == ROUTE.backend)) or rows.dtype not in _HALVES:
         return False
     if bias is not None and bias.stride(0) != 1:
         return False

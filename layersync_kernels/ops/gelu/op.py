@@ -1,6 +1,7 @@
 """Linear layers with tanh-GELU: the GEMMs are the library's, the activation is one pass forward and one backward.
 
-Where LAYERSYNC_CUBLASLT asks for it, the pass behind a GEMM rides in that GEMM's epilogue (cublaslt.py).
+On the route "cublaslt", and where LAYERSYNC_CUBLASLT=1 asks for it, the pass behind a GEMM rides in that GEMM's
+epilogue (cublaslt.py).
 
 Story of the op: forward keeps the pre-activation u alone. Backward reads the gradient of the activation and u, and
 writes the gradient of u, with the sum over rows for the bias, and where the second linear layer needs it, the
@@ -20,7 +21,9 @@ from ..registry import Op, register
 from . import cublaslt
 from .reference import linear_gelu_reference
 
-register(Op("gelu", ("linear_gelu", "gelu_mlp"), linear_gelu_reference))
+register(
+    Op("gelu", ("linear_gelu", "gelu_mlp"), linear_gelu_reference, uncompiled=None, routes={"cublaslt": cublaslt.ROUTE})
+)
 
 
 def _fake_forward(preactivation: Tensor) -> Tensor:
@@ -39,11 +42,15 @@ def _fake_backward(
 
 
 # preactivation: (M, W) contiguous. Returns its tanh-GELU.
-FORWARD = raw_op.declare("gelu_forward", _fake_forward, kind="gelu", python={"triton": "triton:forward"})
+FORWARD = cublaslt.with_route(
+    raw_op.declare("gelu_forward", _fake_forward, kind="gelu", python={"triton": "triton:forward"})
+)
 # d_activation: (M, W) of preactivation's dtype, at any row stride. Returns, contiguous: the gradient of the
 # preactivation; the activation, or (0,) where not wanted; the column sums of that gradient, unrounded, in float32, or
 # (0,) where not wanted.
-BACKWARD = raw_op.declare("gelu_backward", _fake_backward, kind="gelu", python={"triton": "triton:backward"})
+BACKWARD = cublaslt.with_route(
+    raw_op.declare("gelu_backward", _fake_backward, kind="gelu", python={"triton": "triton:backward"})
+)
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -17,7 +17,14 @@ from ..autograd import FusedFunction, differentiable_once
 from ..registry import COMPOSITE, Op, register
 from .reference import gram_alignment_reference
 
-register(Op("gram_alignment", ("gram_alignment_loss",), gram_alignment_reference))
+register(
+    Op(
+        "gram_alignment",
+        ("gram_alignment_loss",),
+        gram_alignment_reference,
+        uncompiled="it keeps the matrices of cosines that the op exists to avoid",
+    )
+)
 
 KINDS = {"relu": 0, "square": 1, "abs": 2}
 

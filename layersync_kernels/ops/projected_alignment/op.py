@@ -25,7 +25,14 @@ from ..cosine_alignment.op import REDUCTIONS
 from ..registry import COMPOSITE, Op, register
 from .reference import projected_alignment_reference
 
-register(Op("projected_alignment", ("projected_alignment_loss",), projected_alignment_reference))
+register(
+    Op(
+        "projected_alignment",
+        ("projected_alignment_loss",),
+        projected_alignment_reference,
+        uncompiled="it keeps the projected tokens that the op exists to avoid",
+    )
+)
 
 _NONE = REDUCTIONS["none"]
 

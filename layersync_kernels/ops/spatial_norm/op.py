@@ -8,7 +8,7 @@ from .. import raw_op
 from ..registry import Op, register
 from .reference import spatial_norm_reference
 
-register(Op("spatial_norm", ("spatial_norm",), spatial_norm_reference, differentiable=False))
+register(Op("spatial_norm", ("spatial_norm",), spatial_norm_reference, differentiable=False, uncompiled=None))
 
 
 def _fake(x: Tensor, alpha: float, eps: float) -> Tensor:

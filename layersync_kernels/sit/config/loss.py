@@ -48,7 +48,7 @@ class LayerSyncConfig:
     when: ScheduleConfig = field(default_factory=ScheduleConfig)
     teacher_grad: bool = False
     """Let the gradient into the teacher too."""
-    loss_backend: Literal["auto", "reference", "cpp", "triton", "cuda"] = "auto"
+    loss_backend: Literal["auto", "reference", "cpp", "triton", "cuda", "compile"] = "auto"
     """Which implementation computes the loss."""
 
 
