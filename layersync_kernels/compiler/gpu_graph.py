@@ -171,6 +171,11 @@ def obstacle() -> str | None:
     return pretended_gpu.obstacle()
 
 
+def mix_order_reduction() -> bool:
+    """Whether Inductor may sum rows and columns in one kernel (torch._inductor.config.triton.mix_order_reduction)."""
+    return pretended_gpu.mix_order_reduction()
+
+
 class _Kernels(OpCounter):
     """Notes each op as a kernel."""
 

@@ -14,12 +14,16 @@ All of it is undone at the end of the `with` blocks, whatever happens inside.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import functools
 import importlib
 import importlib.util
+import sys
+import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -59,6 +63,11 @@ def obstacle() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed, for which Inductor writes its kernels"
     return None
+
+
+def mix_order_reduction() -> bool:
+    """Inductor's setting of that name; False where it has none."""
+    return bool(getattr(_inside("torch._inductor.config:triton"), "mix_order_reduction", False))
 
 
 def fake_mode() -> Any:
@@ -219,6 +228,37 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], card: Card, **options: A
         with virtualized.set_fake_mode(mode), guards.tracing(guards.TracingContext(mode)):
             compiled = _inside("torch._inductor.compile_fx:compile_fx_inner")(graph, inputs, **options)
     return Lowered(recorder.launches(), "\n".join(recorder.sources), compiled, graph)
+
+
+def triton_sources(code: str) -> dict[str, str]:
+    """Kernel → source, as Inductor's code has them."""
+    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
+    return {
+        ast.literal_eval(call.args[0]): ast.literal_eval(call.args[1])
+        for call in calls
+        if ast.unparse(call.func) == "async_compile.triton"
+    }
+
+
+def machine_code(name: str, source: str, card: Card) -> list[bytes]:
+    """The cubins of a kernel of Inductor's, one for each configuration that it would try on the card."""
+    with tempfile.TemporaryDirectory() as folder, card_at_hand(card):
+        path = Path(folder) / f"{name}.py"
+        path.write_text(source)
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module  # where the kernel looks for its globals
+        try:
+            spec.loader.exec_module(module)
+            tuner = getattr(module, name)
+            tuner.precompile(warm_cache_only=True)
+            return [result.kernel.asm["cubin"] for result in tuner.compile_results]
+        except AttributeError as error:
+            raise moved(f"what compiles Inductor's kernels ({error})") from error
+        finally:
+            del sys.modules[name]
 
 
 class _Recorder:
@@ -382,11 +422,12 @@ def card_at_hand(card: Card) -> Iterator[None]:
             for module in ("torch.utils._triton", "torch._inductor.scheduler"):
                 patch(_inside(module), "has_triton", says(True))
             patch(_inside("triton:runtime.driver"), "_active", _Driver(card))
+            patch(_inside("torch._inductor.runtime.triton_helpers"), "set_driver_to_gpu", says(None))
             patch(loader, "load_by_key_path", classmethod(says(_NotRun())))
             patch(loader, "write", classmethod(says(("key", __file__))))
             stack.enter_context(
                 _inside("torch._inductor.config").patch(
-                    compile_threads=1, fx_graph_cache=False, force_disable_caches=True
+                    compile_threads=1, fx_graph_cache=False, force_disable_caches=True, use_static_cuda_launcher=False
                 )
             )
             yield
