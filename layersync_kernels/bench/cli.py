@@ -140,7 +140,9 @@ def _gpu_traffic(config: BenchConfig, console: Console) -> None:
     if config.device.lower() not in CARDS:
         raise UserError(f"--device {config.device}: expected one of {', '.join((*_DEVICES, *CARDS))}")
     if config.what != "traffic":
-        raise UserError(f"--device {config.device}: nothing runs on a card by name, only `traffic` can be counted for it")
+        raise UserError(
+            f"--device {config.device}: nothing runs on a card by name, only `traffic` can be counted for it"
+        )
     model, batch = _checked_traffic(config, 256)
     try:
         card = CARDS[config.device.lower()].with_rates(config.bandwidth, config.matmul)

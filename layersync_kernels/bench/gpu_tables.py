@@ -78,7 +78,10 @@ def _print_steps(rows: Sequence[dict[str, Any]], md: int, console: Console) -> N
             f"{row['predicted_ms']:.1f}",
             f"{row['predicted_images_per_s']:.0f}",
             f"{100 * row['predicted_memory_ms'] / row['predicted_ms']:.0f}",
-            *(f"{of[loss]['bytes_outside'] / md:.1f}, {of[loss]['predicted_ms']:.2f}" for loss in ("LayerSync", "REPA")),
+            *(
+                f"{of[loss]['bytes_outside'] / md:.1f}, {of[loss]['predicted_ms']:.2f}"
+                for loss in ("LayerSync", "REPA")
+            ),
         )
     console.print(table)
 
@@ -88,5 +91,7 @@ def _print_registers(kernels: Sequence[dict[str, Any]], md: int, console: Consol
     for row in kernels:
         name = row["name"] if len(row["name"]) <= 60 else row["name"][:57] + "..."
         least, most = row["registers"]
-        table.add_row(name, f"{row['bytes'] / md:.2f}", f"{least}-{most}" if least < most else f"{most}", str(row["spilled"]))
+        table.add_row(
+            name, f"{row['bytes'] / md:.2f}", f"{least}-{most}" if least < most else f"{most}", str(row["spilled"])
+        )
     console.print(table)

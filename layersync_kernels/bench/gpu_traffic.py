@@ -122,7 +122,11 @@ def count(setting: Setting, *, quick: bool = False, jobs: int = 1) -> dict[str, 
     if jobs > 1 and not quick:
         # Not by fork: a child of a process with threads of its own may wait for ever.
         with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-            counted = dict(zip(tasks, pool.map(_count, *arguments), strict=True))
+            try:
+                counted = dict(zip(tasks, pool.map(_count, *arguments), strict=True))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
     else:
         counted = dict(zip(tasks, map(_count, *arguments), strict=True))
     return {name: _parts({run: counted[name, run] for n, run in tasks if n == name}, depth) for name in providers}

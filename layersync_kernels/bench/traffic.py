@@ -78,7 +78,7 @@ def training_step(
     if provider.repa:
         inputs["capture"] = (1,)
         projector = mlp(network.hidden_size, *[_PROJECTOR_WIDTH] * 2, _TEACHER_WIDTH)
-        teacher = torch.randn(batch, network.pos_embed.shape[1], _TEACHER_WIDTH)
+        features = torch.randn(batch, network.pos_embed.shape[1], _TEACHER_WIDTH)
 
     def forward() -> Tensor:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -87,7 +87,7 @@ def training_step(
             if provider.repa:
                 hidden = terms["states"][1]
                 fused = provider.kernels == "fused"
-                return loss + 0.5 * (projector(hidden, teacher) if fused else eager_loss(projector(hidden), teacher))
+                return loss + 0.5 * (projector(hidden, features) if fused else eager_loss(projector(hidden), features))
             if alignment is None:
                 return loss
             if provider.kernels == "fused":

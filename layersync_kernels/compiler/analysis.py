@@ -220,7 +220,9 @@ class OpCounter(TorchDispatchMode):
         with self:
             return implementation(*args, **kwargs)
 
-    def counted(self, op: Op, moved: Moved, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def counted(
+        self, op: Op, moved: Moved, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """An op was called and moved something."""
         self.ops[op] = _added(self.ops.get(op, Moved()), moved)
 

@@ -10,8 +10,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import re
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -132,20 +133,58 @@ def count_gpu_step(
             inside, which is known to be there from 2.10 to 2.14.
         torch._dynamo.exc.Unsupported: `compiled`, and the step does not compile into one graph.
     """
-    mode = pretended_gpu.fake_mode()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(pretended_gpu.gpu_ops(backend))
-        stack.enter_context(mode)
-        forward = make()
-        if compiled:
-            return _compiled(forward, card)
-        counter = _Kernels()
-        with counter:
-            outputs, gradients = _ends(forward())
-            counter.end_forward(*outputs)
-            counter.phase = "backward"
-            torch.autograd.backward(outputs, gradients)
+    if compiled:
+        return _compiled(make, card, backend)
+    counter = _Kernels()
+    with _traced(make, backend) as forward, counter:
+        outputs, gradients = _ends(forward())
+        counter.end_forward(*outputs)
+        counter.phase = "backward"
+        torch.autograd.backward(outputs, gradients)
     return GpuStep(dict(Counter(counter.kernels)), counter.saved_bytes, counter.weight_bytes)
+
+
+@contextlib.contextmanager
+def _traced(make: Callable[[], Callable[[], Part]], backend: str) -> Iterator[Callable[[], Part]]:
+    """`forward` of a model of fake tensors, where ops choose as on a GPU."""
+    with pretended_gpu.gpu_ops(backend), pretended_gpu.fake_mode(), warnings.catch_warnings():
+        # Autocast for CUDA does nothing on tensors of the CPU, and a count would silently be that of fp32.
+        warnings.filterwarnings("error", message=".*CUDA is not available.*")
+        with pretended_gpu.MODEL_DEVICE:
+            forward = make()
+        yield forward
+
+
+def compile_step(
+    make: Callable[[], Callable[[], Part]],
+    lowered: Callable[..., None],
+    backend: str,
+    alive: OpCounter | None = None,
+) -> None:
+    """Compile a step, forward and backward, as torch.compile does, with `lowered` in Inductor's place.
+
+    Args:
+        make, backend: as `count_gpu_step` takes them.
+        lowered: called with the graph of each pass, which it may change, its inputs, and the options of Inductor.
+        alive: counts the ops that run, for what is kept between the passes.
+
+    Raises:
+        as `count_gpu_step`.
+    """
+    reason = obstacle()
+    if reason is not None:
+        raise UserError(f"graphs of torch.compile cannot be counted here: {reason}")
+    around = OpCounter() if alive is None else alive
+
+    def inner(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[[list[Any]], Any]:
+        traced = copy.deepcopy(graph)
+        lowered(graph, inputs, **options)
+        return _interpreted(traced, around)
+
+    with _traced(make, backend) as forward:
+        outputs, gradients = _ends(pretended_gpu.compile_with(forward, inner)())
+        around.end_forward(*outputs)
+        torch.autograd.backward(outputs, gradients)
 
 
 def gpu_block_count(
@@ -194,30 +233,25 @@ class _Kernels(OpCounter):
             implementation(*on_gpu, **kwargs)
         return func(*args, **kwargs)
 
-    def counted(self, op: Op, moved: Moved, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def counted(
+        self, op: Op, moved: Moved, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
         """A kernel, with what it multiplies."""
         flops, dtype = _products(func, args, kwargs, output)
         self.kernels.append(Kernel(self.phase, _group(op.name), op.name, moved.total, flops, dtype))
 
 
-def _compiled(forward: Callable[[], Tensor], card: Card) -> GpuStep:
-    reason = obstacle()
-    if reason is not None:
-        raise UserError(f"graphs of torch.compile cannot be counted here: {reason}")
+def _compiled(make: Callable[[], Callable[[], Part]], card: Card, backend: str) -> GpuStep:
     kernels: list[Kernel] = []
     code: list[str] = []
-    alive = OpCounter()  # for what is kept between the passes
+    alive = OpCounter()
 
-    def lowered(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> Callable[[list[Any]], Any]:
-        traced = copy.deepcopy(graph)
+    def lowered(graph: fx.GraphModule, inputs: Sequence[Any], **options: Any) -> None:
         made = pretended_gpu.lower(graph, inputs, card, **options)
         code.append(made.code)
         kernels.extend(_kernels_of(made.launches, "backward" if options.get("is_backward") else "forward"))
-        return _interpreted(traced, alive)
 
-    outputs, gradients = _ends(pretended_gpu.compile_with(forward, lowered)())
-    alive.end_forward(*outputs)
-    torch.autograd.backward(outputs, gradients)
+    compile_step(make, lowered, backend, alive)
     return GpuStep(dict(Counter(kernels)), alive.saved_bytes, alive.weight_bytes, tuple(code))
 
 

@@ -32,10 +32,14 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from ..errors import UserError
+from ..functional import projected
 from ..ops import dispatch, native
+from ..ops.projected_alignment import chunks
 from .cards import Card
 
 BACKENDS = ("cuda", "triton")
+MODEL_DEVICE = torch.device("cpu", 0)
+"""Stands for the GPU while a model is traced; "cpu" without the number is what the model itself leaves on the host."""
 
 
 def moved(what: object) -> UserError:
@@ -87,7 +91,9 @@ def gpu_ops(backend: str = "cuda") -> Iterator[None]:
     """
     if backend not in BACKENDS:
         raise ValueError(f"backend={backend!r}: expected one of {', '.join(BACKENDS)}")
-    built = native.Library(backend == "cuda", "pretended to be built" if backend == "cuda" else "pretended to be absent")
+    built = native.Library(
+        backend == "cuda", "pretended to be built" if backend == "cuda" else "pretended to be absent"
+    )
 
     def resolve(op: str, backend: str, device: str, dtype: torch.dtype, grad: bool = False) -> str:
         return dispatch.choose(op, backend, "cuda", dtype, grad).backend
@@ -96,8 +102,13 @@ def gpu_ops(backend: str = "cuda") -> Iterator[None]:
     with contextlib.ExitStack() as stack:
         stack.enter_context(mock.patch.object(native, "cuda", lambda: built))
         stack.enter_context(mock.patch.object(dispatch, "resolve", resolve))
+        stack.enter_context(mock.patch.object(projected, "linear_rows", _linear_rows))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
         yield
+
+
+def _linear_rows(width: int, dtype: torch.dtype, device: str) -> int:
+    return chunks.linear_rows(width, dtype, "cuda")
 
 
 def _attention(
@@ -149,6 +160,23 @@ def compile_with(function: Callable[[], Any], lowered: Callable[..., Callable[[l
     return run
 
 
+@contextlib.contextmanager
+def cuda_graphs() -> Iterator[None]:
+    """What is compiled inside is to run as CUDA graphs, as mode="reduce-overhead" has it."""
+    with _inside("torch._inductor.config").patch({"triton.cudagraphs": True}):
+        yield
+
+
+def refusals(compiled: Any) -> list[str]:
+    """Why Inductor itself would not run what it compiled as a CUDA graph."""
+    if not hasattr(compiled, "disabled_cudagraphs_reason") or not hasattr(compiled, "cudagraph_info"):
+        raise moved("what Inductor says of CUDA graphs (CompiledFxGraph.cudagraph_info)")
+    info, reason = compiled.cudagraph_info, compiled.disabled_cudagraphs_reason
+    if info is None:
+        return [reason or "CUDA graphs were not asked for"]
+    return [*info.cudagraph_fail_reasons, *([reason] if reason else [])]
+
+
 # ---- Lowering
 
 
@@ -193,7 +221,7 @@ def moved_to_gpu(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, lis
     inputs = [on_gpu(mode, value) for value in inputs]
 
     def place(value: Any) -> Any:
-        return device if isinstance(value, torch.device) and value.type == "cpu" else value
+        return device if value == MODEL_DEVICE else value
 
     for node in graph.graph.nodes:
         node.args, node.kwargs = (fx.node.map_aggregate(given, place) for given in (node.args, node.kwargs))
@@ -204,8 +232,8 @@ def moved_to_gpu(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, lis
 
 
 def on_gpu(mode: Any, value: Any) -> Any:
-    """A fake CUDA tensor like a tensor; anything else as it is."""
-    if not isinstance(value, Tensor):
+    """A fake CUDA tensor like one of the model; anything else as it is."""
+    if not isinstance(value, Tensor) or value.device != MODEL_DEVICE:
         return value
     with mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
@@ -347,12 +375,21 @@ class _Driver:
 
 
 class _NotRun:
-    """Stands where the generated module would."""
+    """Stands where the generated module would, and for what runs the parts of a graph in it."""
 
     __file__ = __file__
 
-    @staticmethod
-    def call(args: Any) -> Any:
+    def __init__(self) -> None:
+        self.partitions: list[Any] = []
+
+    @property
+    def runner(self) -> _NotRun:
+        return self
+
+    def recursively_apply_fns(self, functions: Any) -> None:
+        """Inductor would wrap the parts into CUDA graphs."""
+
+    def call(self, args: Any) -> Any:
         raise RuntimeError("generated for a GPU that is not here")
 
 
@@ -423,7 +460,7 @@ def card_at_hand(card: Card) -> Iterator[None]:
                 patch(_inside(module), "has_triton", says(True))
             patch(_inside("triton:runtime.driver"), "_active", _Driver(card))
             patch(_inside("torch._inductor.runtime.triton_helpers"), "set_driver_to_gpu", says(None))
-            patch(loader, "load_by_key_path", classmethod(says(_NotRun())))
+            patch(loader, "load_by_key_path", classmethod(lambda *args, **kwargs: _NotRun()))
             patch(loader, "write", classmethod(says(("key", __file__))))
             stack.enter_context(
                 _inside("torch._inductor.config").patch(
