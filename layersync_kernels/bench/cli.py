@@ -19,7 +19,6 @@ from .cases import MODES, OPS, PROVIDERS, cases
 from .engine import machine_facts, measure
 from .report import append_json, print_problems, print_table
 
-
 _DEVICES = ("auto", "cpu", "cuda")
 
 
@@ -28,7 +27,7 @@ class BenchConfig:
     """Check, then time the fused ops against eager PyTorch and torch.compile, and the trainer with and without them;
     count the bytes that a training step moves and keeps (traffic) and the most that the family's losses hold (memory);
     time a projector's last layer and its loss beside the matrix products in it (products). The last three are about the
-    CPU.
+    CPU, and traffic about a GPU too, which need not be there.
 
     "% copy" is what an ideal kernel would move, over the time, in percent of the speed of a copy in the same rounds: a
     yardstick and no limit. Inputs that the cache still holds, and stores that go past it, make more than 100.
@@ -37,9 +36,9 @@ class BenchConfig:
     what: tyro.conf.Positional[Literal["all", "ops", "trainer", "traffic", "memory", "products"]] = "all"
     """all: ops, trainer and traffic. Traffic and memory are counted, with the same result on every machine."""
     device: str = "auto"
-    """Where: cpu, cuda, or auto, the GPU if there is one. For traffic also a card by name (h100, a100, h200, b200): then
-    the step is counted on the graphs that torch.compile and we would run there, and its time is predicted; no GPU is
-    needed."""
+    """Where: cpu, cuda, or auto, the GPU if there is one. For traffic also a card by name (h100, a100, h200, b200):
+    then a step is counted on the graphs that torch.compile and we would run there, and its time predicted, without a
+    GPU."""
     ops: tuple[str, ...] = tuple(OPS)
     """Ops to time."""
     providers: tuple[Literal["eager", "compile", "inductor", "unfused", "cpp", "triton", "cuda"], ...] = PROVIDERS  # type: ignore[assignment]

@@ -1,11 +1,11 @@
-"""`layersync bench traffic --device h100`: a SiT's training step counted on the graphs of a GPU, and its time predicted."""
+"""`layersync bench traffic --device h100`: a SiT's training step counted on GPU graphs, and its time predicted."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import functools
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..compiler import gpu_code
 from ..compiler.cards import Card
-from ..compiler.gpu_graph import GROUPS, GpuStep, count_gpu_step, mix_order_reduction, obstacle
+from ..compiler.gpu_graph import GROUPS, GpuStep, compose_step, count_gpu_step, mix_order_reduction, obstacle
 from ..compiler.roofline import ASSUMPTIONS, predict
 from ..modules.block import AdaLNZeroBlock
 from ..modules.published import SiTBlock
@@ -91,8 +91,10 @@ def _network(setting: Setting) -> Any:
         return sit_models[setting.model](input_size=LATENT[1], depth=1)
 
 
-def _count(provider: GpuProvider, run: str, setting: Setting) -> GpuStep:
-    blocks, loss = _RUNS[run]
+def _count(setting: Setting, task: tuple[str, str]) -> GpuStep:
+    """Count a run of a provider, both by name."""
+    name, run = task
+    provider, (blocks, loss) = GPU_PROVIDERS[name], _RUNS[run]
     if run == _ALONE:
         make: Callable[[], Callable[[], Tensor]] = functools.partial(block_alone, provider.kernels, setting)
     else:
@@ -118,27 +120,27 @@ def count(setting: Setting, *, quick: bool = False, jobs: int = 1) -> dict[str, 
     providers = {name: p for name, p in GPU_PROVIDERS.items() if not p.compiled or obstacle() is None}
     tasks = [(name, run) for name in providers for run in ([_ALONE] if quick else _RUNS)]
     tasks.sort(key=lambda task: not providers[task[0]].compiled)  # what takes longest first
-    arguments = [[providers[name] for name, _ in tasks], [run for _, run in tasks], [setting] * len(tasks)]
+    count_task = functools.partial(_count, setting)
     if jobs > 1 and not quick:
         # Not by fork: a child of a process with threads of its own may wait for ever.
         with concurrent.futures.ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
             try:
-                counted = dict(zip(tasks, pool.map(_count, *arguments), strict=True))
+                counted = dict(zip(tasks, pool.map(count_task, tasks), strict=True))
             except BaseException:
                 pool.shutdown(cancel_futures=True)
                 raise
     else:
-        counted = dict(zip(tasks, map(_count, *arguments), strict=True))
+        counted = dict(zip(tasks, map(count_task, tasks), strict=True))
     return {name: _parts({run: counted[name, run] for n, run in tasks if n == name}, depth) for name in providers}
 
 
 def _parts(runs: dict[str, GpuStep], depth: int) -> dict[str, GpuStep]:
     parts = {"block alone": runs[_ALONE]}
     if len(runs) > 1:
-        block = runs["three"] - runs["two"]
+        block, step = compose_step(runs["two"], runs["three"], depth)
         parts |= {
             "block": block,
-            "step": runs["two"] + block * (depth - 2),
+            "step": step,
             "LayerSync": runs["LayerSync"] - runs["three"],
             "REPA": runs["REPA"] - runs["two"],
         }
@@ -149,9 +151,9 @@ def measure(setting: Setting, *, quick: bool = False, jobs: int = 1) -> list[dic
     """Count, predict, and read the registers of the kernels of a block.
 
     Returns:
-        a row per provider and part, with the counts of all its kernels and the prediction; one with registers and spills;
-        one, "facts", with what holds for all: the card and its rates, assumptions, what was skipped and why. MD is
-        batch · tokens · width · 4 bytes.
+        a row per provider and part, with the counts of all its kernels and the prediction; one, "registers", with
+        registers and spills; one, "facts", with what holds for all: the card and its rates, assumptions, what was
+        skipped and why. MD is batch · tokens · width · 4 bytes.
     """
     network = _network(setting)
     md = 4 * setting.batch * network.pos_embed[0].numel()

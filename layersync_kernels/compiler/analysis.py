@@ -33,10 +33,11 @@ KINDS = {
 """What an op is counted as, by its name and by what it is given."""
 _INSIDE = ("products", "attention")
 
-_PRODUCTS = {
+PRODUCTS = {
     "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "convolution_backward", "dot", "linear", "matmul",
     "mm", "mv",
 }  # fmt: skip
+"""Ops that multiply matrices, by their names."""
 
 _GELU = {"gelu", "gelu_backward"}
 
@@ -319,7 +320,7 @@ def _kind(qualified: str, inputs: list[Tensor], args: tuple[Any, ...], written: 
     if raw is not None:
         return raw.kind
     name = qualified.rpartition("::")[2]
-    if name.removesuffix("_") in _PRODUCTS:
+    if name.removesuffix("_") in PRODUCTS:
         return "products"
     if "dot_product" in name:
         return "attention"

@@ -62,7 +62,7 @@ class Card:
 
 
 _HALVES = (torch.bfloat16, torch.float16)
-_DATA_SHEET = "NVIDIA's data sheet, which no program reaches"
+_SHEET = "NVIDIA's data sheet, which no program reaches"
 
 
 def _rates(half: float, single: float) -> dict[torch.dtype, float]:
@@ -74,12 +74,11 @@ CARDS = {
     card.name: card
     for card in (
         Card("h100", "NVIDIA H100 80GB HBM3", (9, 0), 132, 80 << 30, 50 << 20, 232448, 233472, 3.0, _rates(798, 67),
-             "read from a card: a copy, a product of bf16 matrices; fp32 from NVIDIA's data sheet"),
+             "read from a card: a copy, a product of bf16 matrices; fp32 is the data sheet's"),
         Card("a100", "NVIDIA A100-SXM4-80GB", (8, 0), 108, 80 << 30, 40 << 20, 166912, 167936, 2.039, _rates(312, 19.5),
-             _DATA_SHEET),
-        Card("h200", "NVIDIA H200", (9, 0), 132, 141 << 30, 50 << 20, 232448, 233472, 4.8, _rates(989, 67), _DATA_SHEET),
-        Card("b200", "NVIDIA B200", (10, 0), 148, 180 << 30, 126 << 20, 232448, 233472, 8.0, _rates(2250, 75),
-             _DATA_SHEET),
+             _SHEET),
+        Card("h200", "NVIDIA H200", (9, 0), 132, 141 << 30, 50 << 20, 232448, 233472, 4.8, _rates(989, 67), _SHEET),
+        Card("b200", "NVIDIA B200", (10, 0), 148, 180 << 30, 126 << 20, 232448, 233472, 8.0, _rates(2250, 75), _SHEET),
     )
 }  # fmt: skip
 """Cards by name."""

@@ -17,7 +17,7 @@ import torch
 
 from ..ops import native
 from .cards import Card
-from .pretended_gpu import machine_code, triton_sources
+from .pretended_card import machine_code, triton_sources
 
 
 class Resources(NamedTuple):
@@ -73,7 +73,8 @@ def inductor_resources(code: Iterable[str], names: Iterable[str], card: Card) ->
         names: of kernels, without their numbers.
         card: whose machine code.
     """
-    wanted, found = set(names), {}
+    wanted = set(names)
+    found: dict[str, list[tuple[int, int]]] = {}
     for text in code:
         for name, source in triton_sources(text).items():
             short = re.sub(r"_\d+$", "", name)
@@ -83,7 +84,7 @@ def inductor_resources(code: Iterable[str], names: Iterable[str], card: Card) ->
 
 
 def _usage_of(name: str, source: str, card: Card) -> list[tuple[int, int]]:
-    usages = []
+    usages: list[tuple[int, int]] = []
     with tempfile.TemporaryDirectory() as folder:
         for cubin in machine_code(name, source, card):
             path = Path(folder) / "kernel.cubin"
@@ -92,7 +93,8 @@ def _usage_of(name: str, source: str, card: Card) -> list[tuple[int, int]]:
     return usages
 
 
-# Instances by dtypes, as names are mangled: a stream of fp32 beside halves, halves alone, fp32 alone; unaligned rows apart.
+# Instances by dtypes, as their names are mangled: a stream of fp32 beside halves, halves alone, fp32 alone; but not
+# those for unaligned rows.
 _INSTANCES = {
     torch.bfloat16: r"_kernelIf?13__nv_bfloat16L(?!i1E)",
     torch.float16: r"_kernelIf?6__halfL(?!i1E)",

@@ -1,7 +1,7 @@
-"""A training step counted on the graphs that a GPU would run, eager or through torch.compile, on a machine without one.
+"""A training step counted on the graphs that a GPU would run, op by op or through torch.compile, without a GPU.
 
-Eager, the ops of the forward and backward pass are counted as `analysis.count_step` counts them, on fake tensors and with
-the ops that a GPU takes. Compiled, Inductor lowers both passes for a card whose properties are pretended, and each
+Eager, the ops of the forward and backward pass are counted as `analysis.count_step` counts them, on fake tensors and
+with the ops that a GPU takes. Compiled, Inductor lowers both passes for a card whose properties are pretended, and each
 kernel that it schedules and each op that it calls is counted. Nothing is run, and no model is too large.
 """
 
@@ -23,7 +23,7 @@ from torch.utils.flop_counter import flop_registry
 from ..errors import UserError
 from ..ops import registry
 from . import pretended_gpu
-from .analysis import Moved, Op, OpCounter, tensors_in
+from .analysis import PRODUCTS, Moved, Op, OpCounter, tensors_in
 from .cards import CARDS, Card
 
 GROUPS = {
@@ -119,10 +119,10 @@ def count_gpu_step(
     """Count a training step, forward and backward, as a GPU would run it. Works without a GPU, and without its memory.
 
     Args:
-        make: builds the model and its inputs, on the CPU, and returns `forward`, which runs the model and returns the loss,
-            a 0-d tensor; or which runs a part of a model and returns one tensor or several, whose gradients then come from
-            outside. Both functions run on fake tensors, whose values cannot be asked for. Autocast is that of the CPU,
-            `torch.autocast("cpu", torch.bfloat16)`, which stands for the GPU's.
+        make: builds the model and its inputs, on the default device, and returns `forward`, which runs the model and
+            returns the loss, a 0-d tensor; or which runs a part of a model and returns one tensor or several, whose
+            gradients then come from outside. Both functions run on fake tensors, whose values cannot be asked for.
+            Autocast is that of the CPU, `torch.autocast("cpu", torch.bfloat16)`, which stands for the GPU's.
         compiled: through torch.compile, in one graph, instead of op by op.
         card: whose code Inductor writes.
         backend: of our ops, where a GPU has them: "cuda", the extension, or "triton".
@@ -164,7 +164,8 @@ def compile_step(
     """Compile a step, forward and backward, as torch.compile does, with `lowered` in Inductor's place.
 
     Args:
-        make, backend: as `count_gpu_step` takes them.
+        make: as `count_gpu_step` takes it.
+        backend: as `count_gpu_step` takes it.
         lowered: called with the graph of each pass, which it may change, its inputs, and the options of Inductor.
         alive: counts the ops that run, for what is kept between the passes.
 
@@ -187,21 +188,18 @@ def compile_step(
         torch.autograd.backward(outputs, gradients)
 
 
-def gpu_block_count(
-    make_of: Callable[[int], Callable[[], Callable[[], Tensor]]], depth: int, **options: Any
-) -> tuple[GpuStep, GpuStep]:
-    """Count a block and a step of a model that is a pile of equal blocks, from models of two blocks and of three.
+def compose_step(two: GpuStep, three: GpuStep, depth: int) -> tuple[GpuStep, GpuStep]:
+    """A block and a step of a model that is a pile of equal blocks, from models of two blocks and of three.
 
     Args:
-        make_of: gives the `make` of `count_gpu_step` for a model of so many blocks.
+        two: of the one.
+        three: of the other.
         depth: blocks of the model in question.
-        options: of `count_gpu_step`.
 
     Returns:
         (block, step): what a block adds, and the whole step.
     """
-    two = count_gpu_step(make_of(2), **options)
-    block = count_gpu_step(make_of(3), **options) - two
+    block = three - two
     return block, two + block * (depth - 2)
 
 
@@ -283,7 +281,7 @@ def _kernels_of(launches: Iterable[pretended_gpu.Launch], phase: str) -> list[Ke
         func = launch.node.target
         name = func.name() if isinstance(func, torch._ops.OpOverload) else launch.name
         raw = registry.find_raw(name)
-        args, kwargs = fx.node.map_aggregate((launch.node.args, launch.node.kwargs), _value)  # type: ignore[misc]
+        args, kwargs = fx.node.map_aggregate((launch.node.args, launch.node.kwargs), _value)
         if raw is not None and raw.kind == registry.COMPOSITE:
             counter = _Kernels(phase)
             with next(tensors_in(list(args))).fake_mode, counter:  # type: ignore[attr-defined]
@@ -304,12 +302,7 @@ def _group(name: str) -> str:
         return "ours"
     if "dot_product" in name:
         return "attention"
-    return "gemm" if name.rpartition("::")[2].removesuffix("_").removesuffix(".default") in _GEMM else "other"
-
-
-_GEMM = {
-    "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "convolution_backward", "linear", "matmul", "mm", "mv",
-}  # fmt: skip
+    return "gemm" if name.rpartition("::")[2].partition(".")[0].removesuffix("_") in PRODUCTS else "other"
 
 
 def _products(func: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> tuple[int, torch.dtype | None]:

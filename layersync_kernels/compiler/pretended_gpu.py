@@ -1,11 +1,11 @@
 """A GPU that is not there: PyTorch traces, and Inductor lowers, as if there were one. Nothing is run.
 
-Everything private of torch that the counts of GPU graphs need is in this file, tried with torch 2.11 and 2.14. The steps:
+What counts of GPU graphs take from the inside of torch is here and in pretended_card.py, tried with torch 2.11 and 2.14.
 
-1. Fake tensors on the CPU carry shapes and no memory (`fake_mode`). Not on CUDA: a CUDA build of torch without a driver
+1. Fake tensors of the CPU carry shapes and no memory (`fake_mode`). Not of CUDA: without a driver, a CUDA build of torch
    cannot run a backward pass of fake CUDA tensors, because the autograd engine asks the driver for streams.
 2. While they are traced (`gpu_ops`), our ops resolve as for CUDA tensors, and attention is the kernel that a GPU runs.
-   Other choices that PyTorch makes by device in C++ are those of the CPU.
+   What else PyTorch chooses by device in C++, and which ops autocast casts, is the CPU's choice.
 3. The graphs are moved to fake CUDA tensors (`moved_to_gpu`), and Inductor lowers them (`lower`), while whoever asks for
    the device is answered with a card's properties.
 
@@ -14,16 +14,11 @@ All of it is undone at the end of the `with` blocks, whatever happens inside.
 
 from __future__ import annotations
 
-import ast
 import contextlib
 import functools
-import importlib
 import importlib.util
-import sys
-import tempfile
 import types
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -31,33 +26,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx
 
-from ..errors import UserError
 from ..functional import projected
 from ..ops import dispatch, native
 from ..ops.projected_alignment import chunks
 from .cards import Card
+from .pretended_card import card_at_hand
+from .torch_inside import inside, moved, patch_in
 
 BACKENDS = ("cuda", "triton")
 MODEL_DEVICE = torch.device("cpu", 0)
 """Stands for the GPU while a model is traced; "cpu" without the number is what the model itself leaves on the host."""
-
-
-def moved(what: object) -> UserError:
-    """What to raise where a version of torch lacks something that this file takes from its inside."""
-    return UserError(
-        "counts of GPU graphs (layersync bench traffic --device h100) were written for torch 2.10-2.14; "
-        f"torch {torch.__version__} moved {what}"
-    )
-
-
-@functools.cache
-def _inside(path: str) -> Any:
-    """Something private of torch, "module:name.name" or a module."""
-    module, _, names = path.partition(":")
-    try:
-        return functools.reduce(getattr, filter(None, names.split(".")), importlib.import_module(module))
-    except (ImportError, AttributeError) as error:
-        raise moved(path.replace(":", ".")) from error
 
 
 def obstacle() -> str | None:
@@ -71,12 +49,12 @@ def obstacle() -> str | None:
 
 def mix_order_reduction() -> bool:
     """Inductor's setting of that name; False where it has none."""
-    return bool(getattr(_inside("torch._inductor.config:triton"), "mix_order_reduction", False))
+    return bool(getattr(inside("torch._inductor.config:triton"), "mix_order_reduction", False))
 
 
 def fake_mode() -> Any:
     """A mode in which tensors have shapes and no memory."""
-    return _inside("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
+    return inside("torch._subclasses.fake_tensor:FakeTensorMode")(allow_non_fake_inputs=True)
 
 
 # ---- Tracing
@@ -100,7 +78,7 @@ def gpu_ops(backend: str = "cuda") -> Iterator[None]:
 
     resolve._dynamo_marked_constant = True  # type: ignore[attr-defined]  # as dispatch.resolve itself
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.object(native, "cuda", lambda: built))
+        stack.enter_context(mock.patch.object(native, "cuda", return_value=built))
         stack.enter_context(mock.patch.object(dispatch, "resolve", resolve))
         stack.enter_context(mock.patch.object(projected, "linear_rows", _linear_rows))
         stack.enter_context(mock.patch.object(F, "scaled_dot_product_attention", _attention))
@@ -141,7 +119,7 @@ def compile_with(function: Callable[[], Any], lowered: Callable[..., Callable[[l
 
     The graphs are those of AOTAutograd and of Inductor's partition into forward and backward pass.
     """
-    compile_fx = _inside("torch._inductor.compile_fx:compile_fx")
+    compile_fx = inside("torch._inductor.compile_fx:compile_fx")
 
     def step() -> Any:
         return function()
@@ -154,7 +132,7 @@ def compile_with(function: Callable[[], Any], lowered: Callable[..., Callable[[l
     )
 
     def run() -> Any:
-        with _inside("torch._functorch.config").patch(enable_autograd_cache=False):
+        with inside("torch._functorch.config").patch(enable_autograd_cache=False):
             return compiled()
 
     return run
@@ -163,7 +141,7 @@ def compile_with(function: Callable[[], Any], lowered: Callable[..., Callable[[l
 @contextlib.contextmanager
 def cuda_graphs() -> Iterator[None]:
     """What is compiled inside is to run as CUDA graphs, as mode="reduce-overhead" has it."""
-    with _inside("torch._inductor.config").patch({"triton.cudagraphs": True}):
+    with inside("torch._inductor.config").patch({"triton.cudagraphs": True}):
         yield
 
 
@@ -226,14 +204,14 @@ def moved_to_gpu(graph: fx.GraphModule, inputs: Sequence[Any]) -> tuple[Any, lis
     for node in graph.graph.nodes:
         node.args, node.kwargs = (fx.node.map_aggregate(given, place) for given in (node.args, node.kwargs))
     graph.recompile()
-    prop = _inside("torch.fx.passes.fake_tensor_prop:FakeTensorProp")
+    prop = inside("torch.fx.passes.fake_tensor_prop:FakeTensorProp")
     prop(graph, mode).propagate_dont_convert_inputs(*inputs)
     return mode, inputs
 
 
 def on_gpu(mode: Any, value: Any) -> Any:
-    """A fake CUDA tensor like one of the model; anything else as it is."""
-    if not isinstance(value, Tensor) or value.device != MODEL_DEVICE:
+    """A fake CUDA tensor like one of the model; what is no tensor, or on the host, as it is."""
+    if not isinstance(value, Tensor) or value.device == torch.device("cpu"):
         return value
     with mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="cuda")
@@ -248,45 +226,13 @@ def lower(graph: fx.GraphModule, inputs: Sequence[Any], card: Card, **options: A
         card: to be pretended.
         options: of `compile_fx_inner`.
     """
-    guards, virtualized = _inside("torch._guards"), _inside("torch._inductor.virtualized:V")
+    guards, virtualized = inside("torch._guards"), inside("torch._inductor.virtualized:V")
     mode, inputs = moved_to_gpu(graph, inputs)
     recorder = _Recorder()
-    with card_at_hand(card), recorder.recording():
-        # Outside of the pretence no driver answers for what a tracing context keeps of the CPU's tensors.
-        with virtualized.set_fake_mode(mode), guards.tracing(guards.TracingContext(mode)):
-            compiled = _inside("torch._inductor.compile_fx:compile_fx_inner")(graph, inputs, **options)
+    traced = guards.tracing(guards.TracingContext(mode))  # the current one is of the CPU's tensors
+    with card_at_hand(card), recorder.recording(), virtualized.set_fake_mode(mode), traced:
+        compiled = inside("torch._inductor.compile_fx:compile_fx_inner")(graph, inputs, **options)
     return Lowered(recorder.launches(), "\n".join(recorder.sources), compiled, graph)
-
-
-def triton_sources(code: str) -> dict[str, str]:
-    """Kernel → source, as Inductor's code has them."""
-    calls = [node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)]
-    return {
-        ast.literal_eval(call.args[0]): ast.literal_eval(call.args[1])
-        for call in calls
-        if ast.unparse(call.func) == "async_compile.triton"
-    }
-
-
-def machine_code(name: str, source: str, card: Card) -> list[bytes]:
-    """The cubins of a kernel of Inductor's, one for each configuration that it would try on the card."""
-    with tempfile.TemporaryDirectory() as folder, card_at_hand(card):
-        path = Path(folder) / f"{name}.py"
-        path.write_text(source)
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module  # where the kernel looks for its globals
-        try:
-            spec.loader.exec_module(module)
-            tuner = getattr(module, name)
-            tuner.precompile(warm_cache_only=True)
-            return [result.kernel.asm["cubin"] for result in tuner.compile_results]
-        except AttributeError as error:
-            raise moved(f"what compiles Inductor's kernels ({error})") from error
-        finally:
-            del sys.modules[name]
 
 
 class _Recorder:
@@ -300,9 +246,9 @@ class _Recorder:
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[None]:
-        lowering = _inside("torch._inductor.graph:GraphLowering")
-        scheduling = _inside("torch._inductor.codegen.triton:TritonScheduling")
-        base = _inside("torch._inductor.scheduler:BaseSchedulerNode")
+        lowering = inside("torch._inductor.graph:GraphLowering")
+        scheduling = inside("torch._inductor.codegen.triton:TritonScheduling")
+        base = inside("torch._inductor.scheduler:BaseSchedulerNode")
         schedule, define = lowering._update_scheduler, scheduling.define_kernel
 
         def scheduled(graph: Any) -> None:
@@ -316,14 +262,14 @@ class _Recorder:
             return name
 
         with contextlib.ExitStack() as stack:
-            patch = functools.partial(_patch, stack)
+            patch = functools.partial(patch_in, stack)
             patch(lowering, "_update_scheduler", scheduled)
             patch(lowering, "save_output_code", staticmethod(self.sources.append))
             patch(scheduling, "define_kernel", defined)
             yield
 
     def _note(self, nodes: Sequence[Any]) -> None:
-        scheduler, ir = _inside("torch._inductor.scheduler"), _inside("torch._inductor.ir")
+        scheduler, ir = inside("torch._inductor.scheduler"), inside("torch._inductor.ir")
         for node in nodes:
             if isinstance(node, scheduler.NopKernelSchedulerNode):
                 continue
@@ -348,125 +294,3 @@ def _origin(called: Any) -> fx.Node | None:
     if origin is None and overload is not None:  # an op with several results has none of its own
         origin = next((node for node in called.origins if node.target is overload), None)
     return origin
-
-
-class _Driver:
-    """Triton's, of a card that is not there."""
-
-    def __init__(self, card: Card) -> None:
-        target = _inside("triton.backends.compiler:GPUTarget")
-        major, minor = card.capability
-        self._target = target("cuda", 10 * major + minor, 32)
-
-    def get_current_target(self) -> Any:
-        return self._target
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cuda", 0)
-
-    def get_current_stream(self, *_: Any) -> int:
-        return 0
-
-    def is_active(self) -> bool:
-        return True
-
-
-class _NotRun:
-    """Stands where the generated module would, and for what runs the parts of a graph in it."""
-
-    __file__ = __file__
-
-    def __init__(self) -> None:
-        self.partitions: list[Any] = []
-
-    @property
-    def runner(self) -> _NotRun:
-        return self
-
-    def recursively_apply_fns(self, functions: Any) -> None:
-        """Inductor would wrap the parts into CUDA graphs."""
-
-    def call(self, args: Any) -> Any:
-        raise RuntimeError("generated for a GPU that is not here")
-
-
-def _properties(card: Card) -> types.SimpleNamespace:
-    """What torch.cuda.get_device_properties would give."""
-    major, minor = card.capability
-    return types.SimpleNamespace(
-        name=card.title, major=major, minor=minor, multi_processor_count=card.multiprocessors,
-        total_memory=card.memory, L2_cache_size=card.l2, warp_size=32, max_threads_per_multi_processor=2048,
-        max_threads_per_block=1024, regs_per_multiprocessor=65536, is_integrated=0, shared_memory_per_block=49152,
-        shared_memory_per_block_optin=card.shared_per_block,
-        shared_memory_per_multiprocessor=card.shared_per_multiprocessor, gcnArchName="", uuid="0" * 16,
-    )  # fmt: skip
-
-
-# Modules whose cached functions remember what a device answered. Others cache what was registered once, and are left.
-_CACHES = ("torch._inductor.utils", "torch.utils._triton", "torch._inductor.codegen.cuda.cuda_env")
-_CACHED = ("torch._inductor.runtime.hints:DeviceProperties.create", "torch._inductor.codecache:CacheBase.get_system")
-
-
-def _forget() -> None:
-    for name in _CACHES:
-        with contextlib.suppress(ImportError):
-            for function in list(vars(importlib.import_module(name)).values()):
-                if callable(getattr(function, "cache_clear", None)):
-                    function.cache_clear()
-    for path in _CACHED:
-        getattr(_inside(path), "cache_clear", lambda: None)()
-
-
-def _patch(stack: contextlib.ExitStack, target: Any, name: str, value: Any) -> None:
-    if not hasattr(target, name):
-        raise moved(f"{getattr(target, '__name__', target)}.{name}")
-    stack.enter_context(mock.patch.object(target, name, value))
-
-
-@contextlib.contextmanager
-def card_at_hand(card: Card) -> Iterator[None]:
-    """Whoever asks torch or Triton for the GPU hears of this card; nothing is loaded or run on it."""
-    properties = _properties(card)
-    answers = {
-        "is_available": True, "device_count": 1, "current_device": 0, "get_device_properties": properties,
-        "is_bf16_supported": True, "synchronize": None, "set_device": None,
-    }  # fmt: skip
-    of_cuda = {
-        **answers, "_exchange_device": 0, "_maybe_exchange_device": 0, "get_device_capability": card.capability,
-        "get_device_name": card.title, "_lazy_init": None, "set_rng_state": None, "is_current_stream_capturing": False,
-    }  # fmt: skip
-
-    def says(value: Any) -> Callable[..., Any]:
-        return lambda *args, **kwargs: value
-
-    interface = _inside("torch._dynamo.device_interface:CudaInterface")
-    loader = _inside("torch._inductor.codecache:PyCodeCache")
-    _forget()
-    try:
-        with contextlib.ExitStack() as stack:
-            patch = functools.partial(_patch, stack)
-            for name, value in of_cuda.items():
-                patch(torch.cuda, name, says(value))
-            patch(torch.cuda, "get_rng_state", lambda *args, **kwargs: torch.get_rng_state())
-            for name, value in {**answers, "exchange_device": 0, "maybe_exchange_device": 0}.items():
-                patch(interface, name, staticmethod(says(value)))
-            for name in ("current_device", "get_device_properties"):
-                patch(interface.Worker, name, staticmethod(says(answers[name])))
-            patch(torch._C, "_cuda_hasPrimaryContext", says(False))
-            for module in ("torch.utils._triton", "torch._inductor.scheduler"):
-                patch(_inside(module), "has_triton", says(True))
-            patch(_inside("triton:runtime.driver"), "_active", _Driver(card))
-            patch(_inside("torch._inductor.runtime.triton_helpers"), "set_driver_to_gpu", says(None))
-            patch(loader, "load_by_key_path", classmethod(lambda *args, **kwargs: _NotRun()))
-            patch(loader, "write", classmethod(says(("key", __file__))))
-            stack.enter_context(
-                _inside("torch._inductor.config").patch(
-                    compile_threads=1, fx_graph_cache=False, force_disable_caches=True, use_static_cuda_launcher=False
-                )
-            )
-            yield
-    finally:
-        _forget()
