@@ -11,8 +11,8 @@ from ..compiler.gpu_graph import GROUPS
 from .report import new_table
 
 _TITLES = {
-    "block": "one block more, in a model that is compiled as a whole",
-    "block alone": "a block by itself: its input and the gradient of its output come from outside",
+    "block": "one block more, the model compiled as a whole",
+    "block alone": "a block compiled by itself",
 }
 
 
@@ -45,7 +45,7 @@ def print_tables(rows: Sequence[dict[str, Any]], console: Console) -> None:
 
 def _print_blocks(rows: Sequence[dict[str, Any]], title: str, md: int, console: Console) -> None:
     columns = [*GROUPS, "outside", "kernels", "kept", "predicted ms", "bound by"]
-    table = new_table(f"{title}; MD read and written", "provider", *columns)
+    table = new_table(f"{title}: MD moved, MD kept for backward", "provider", *columns)
     for row in rows:
         table.add_row(
             row["provider"],
@@ -60,9 +60,11 @@ def _print_blocks(rows: Sequence[dict[str, Any]], title: str, md: int, console: 
 
 
 def _print_steps(rows: Sequence[dict[str, Any]], md: int, console: Console) -> None:
-    columns = ["outside GB", "kernels", "kept GB", "predicted ms", "images/s", "memory %", "+ LayerSync", "+ REPA"]
+    losses = [f"{loss}\n{unit}" for loss in ("LayerSync", "REPA") for unit in ("MD", "ms")]
+    columns = ["GB", "kernels", "kept", "ms", "images/s", "memory\n%", *losses]
     table = new_table(
-        "the whole step, forward and backward; images/s are predicted; losses: MD outside, predicted ms",
+        "the whole step: GB outside of gemm and attention, GB kept; what losses add\n"
+        "ms, images/s and the share of the time that memory holds up are predicted",
         "provider",
         *columns,
     )
@@ -79,8 +81,9 @@ def _print_steps(rows: Sequence[dict[str, Any]], md: int, console: Console) -> N
             f"{row['predicted_images_per_s']:.0f}",
             f"{100 * row['predicted_memory_ms'] / row['predicted_ms']:.0f}",
             *(
-                f"{of[loss]['bytes_outside'] / md:.1f}, {of[loss]['predicted_ms']:.2f}"
+                text
                 for loss in ("LayerSync", "REPA")
+                for text in (f"{of[loss]['bytes_outside'] / md:.1f}", f"{of[loss]['predicted_ms']:.2f}")
             ),
         )
     console.print(table)
@@ -89,7 +92,7 @@ def _print_steps(rows: Sequence[dict[str, Any]], md: int, console: Console) -> N
 def _print_registers(kernels: Sequence[dict[str, Any]], md: int, console: Console) -> None:
     table = new_table("kernels of a block by itself, from their machine code", "kernel", "MD", "registers", "spilled B")
     for row in kernels:
-        name = row["name"] if len(row["name"]) <= 60 else row["name"][:57] + "..."
+        name = row["name"] if len(row["name"]) <= 64 else row["name"][:61] + "..."
         least, most = row["registers"]
         table.add_row(
             name, f"{row['bytes'] / md:.2f}", f"{least}-{most}" if least < most else f"{most}", str(row["spilled"])

@@ -1,13 +1,13 @@
 """A GPU that is not there: PyTorch traces, and Inductor lowers, as if there were one. Nothing is run.
 
-What counts of GPU graphs take from the inside of torch is here and in pretended_card.py, tried with torch 2.11 and 2.14.
+What this takes from the inside of torch is here and in pretended_card.py, tried with torch 2.11 and 2.14.
 
-1. Fake tensors of the CPU carry shapes and no memory (`fake_mode`). Not of CUDA: without a driver, a CUDA build of torch
-   cannot run a backward pass of fake CUDA tensors, because the autograd engine asks the driver for streams.
+1. Fake tensors of the CPU carry shapes and no memory (`fake_mode`). Not of CUDA: without a driver, a CUDA build of
+   torch cannot run a backward pass of fake CUDA tensors, because the autograd engine asks the driver for streams.
 2. While they are traced (`gpu_ops`), our ops resolve as for CUDA tensors, and attention is the kernel that a GPU runs.
    What else PyTorch chooses by device in C++, and which ops autocast casts, is the CPU's choice.
-3. The graphs are moved to fake CUDA tensors (`moved_to_gpu`), and Inductor lowers them (`lower`), while whoever asks for
-   the device is answered with a card's properties.
+3. The graphs are moved to fake CUDA tensors (`moved_to_gpu`), and Inductor lowers them (`lower`), while whoever asks
+   for the device is answered with a card's properties.
 
 All of it is undone at the end of the `with` blocks, whatever happens inside.
 """

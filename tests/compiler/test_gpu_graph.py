@@ -144,7 +144,7 @@ def test_our_ops_are_counted_alike_op_by_op_and_in_compiled_graphs(two_blocks):
     assert two_blocks.bytes("ours") == pytest.approx(eager.bytes("ours"), rel=0.005)
     for group in ("gemm", "attention"):
         assert two_blocks.bytes(group) == eager.bytes(group)
-    flops = [sum(n * k.flops for k, n in step.kernels.items() if k.group == "attention") for step in (two_blocks, eager)]
+    flops = [sum(n * k.flops for k, n in s.kernels.items() if k.group == "attention") for s in (two_blocks, eager)]
     assert flops[0] == flops[1] > 0
 
 
