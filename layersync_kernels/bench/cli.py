@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from .machine import machine_facts
 from .report import append_json, print_problems, print_table
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 @dataclass
@@ -29,7 +31,7 @@ class BenchConfig:
     """Check, then time the fused ops against eager PyTorch and torch.compile, and the trainer with and without them;
     count the bytes that a training step moves and keeps (traffic) and the most that the family's losses hold (memory);
     time a projector's last layer and its loss beside the matrix products in it (products). The last three are about the
-    CPU.
+    CPU, and traffic about a GPU too, which need not be there.
 
     "% copy" is what an ideal kernel would move, over the time, in percent of the speed of a copy in the same rounds: a
     yardstick and no limit. Inputs that the cache still holds, and stores that go past it, make more than 100.
@@ -37,8 +39,10 @@ class BenchConfig:
 
     what: tyro.conf.Positional[Literal["all", "ops", "trainer", "traffic", "memory", "products"]] = "all"
     """all: ops, trainer and traffic. Traffic and memory are counted, with the same result on every machine."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where; auto: the GPU if there is one."""
+    device: str = "auto"
+    """Where: cpu, cuda, or auto, the GPU if there is one. For traffic also a card by name (h100, a100, h200, b200):
+    then a step is counted on the graphs that torch.compile and we would run there, and its time predicted, without a
+    GPU."""
     ops: tuple[str, ...] = tuple(OPS)
     """Ops to time."""
     providers: tuple[Literal["eager", "compile", "inductor", "unfused", "cpp", "triton", "cuda"], ...] = PROVIDERS  # type: ignore[assignment]
@@ -53,10 +57,16 @@ class BenchConfig:
     """Measured rounds of every case and mode."""
     model: str = "SiT-S/2"
     """Whose traffic is counted, on latents (4, 32, 32)."""
-    batch: int = 8
-    """Images in the step whose traffic is counted."""
-    precision: tuple[Literal["fp32", "bf16"], ...] = ("fp32", "bf16")
-    """Of the step whose traffic is counted; bf16 is autocast."""
+    batch: int | None = None
+    """Images in the step whose traffic is counted; by default 8, and 256 on a card by name."""
+    precision: tuple[Literal["fp32", "bf16"], ...] | None = None
+    """Of the step whose traffic is counted; bf16 is autocast. By default both, and bf16 on a card by name."""
+    backend: Literal["cuda", "triton"] = "cuda"
+    """Of our ops on a card by name: the CUDA extension, or Triton."""
+    bandwidth: float | None = None
+    """TB/s of a card by name, in place of the one that is known of it."""
+    matmul: float | None = None
+    """TFLOP/s of a card by name in matrix products, in place of those that are known of it."""
     keep_memory: bool = True
     """On a CPU, keep freed memory in the process, as the trainer does; else every call faults its outputs in."""
     quick: bool = False
@@ -75,8 +85,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         unusable: --resume goes on with the others, in a new process.
     """
     config = tyro.cli(BenchConfig, prog="layersync bench", args=argv)
-    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     console = Console()
+    if config.device not in _DEVICES:
+        _gpu_traffic(config, console)
+        return 0
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
     console.print(", ".join(f"{name} {value}" for name, value in machine_facts(device).items()))
     wrong = False
     if config.resume and config.json is None:
@@ -117,15 +130,48 @@ def _table(
         append_json(rows, config.json)
 
 
+def _checked_traffic(config: BenchConfig, batch: int) -> tuple[str, int]:
+    """The model and the batch whose traffic is counted."""
+    from . import traffic
+
+    batch = batch if config.batch is None else config.batch
+    if config.model not in traffic.sit_models:
+        raise UserError(f"--model {config.model}: expected one of {', '.join(traffic.sit_models)}")
+    if batch < 1:
+        raise UserError(f"--batch {batch}: expected at least 1")
+    return config.model, batch
+
+
+def _gpu_traffic(config: BenchConfig, console: Console) -> None:
+    from ..compiler.cards import CARDS
+    from . import gpu_tables, gpu_traffic
+
+    if config.device.lower() not in CARDS:
+        raise UserError(f"--device {config.device}: expected one of {', '.join((*_DEVICES, *CARDS))}")
+    if config.what != "traffic":
+        raise UserError(
+            f"--device {config.device}: nothing runs on a card by name, only `traffic` can be counted for it"
+        )
+    model, batch = _checked_traffic(config, 256)
+    try:
+        card = CARDS[config.device.lower()].with_rates(config.bandwidth, config.matmul)
+    except ValueError as error:
+        raise UserError(f"--{error}") from error
+    for precision in config.precision or ("bf16",):
+        setting = gpu_traffic.Setting(model, batch, precision, card, config.backend)
+        rows = gpu_traffic.measure(setting, quick=config.quick, jobs=min(2, os.cpu_count() or 1))
+        gpu_tables.print_tables(rows, console)
+        if config.json is not None:
+            append_json(rows, config.json)
+
+
 def _traffic(config: BenchConfig, console: Console) -> None:
     from . import traffic
 
-    if config.model not in traffic.sit_models:
-        raise UserError(f"--model {config.model}: expected one of {', '.join(traffic.sit_models)}")
-    if config.batch < 1:
-        raise UserError(f"--batch {config.batch}: expected at least 1")
-    model, batch = ("SiT-P/8", 2) if config.quick else (config.model, config.batch)
-    for precision in config.precision:
+    model, batch = _checked_traffic(config, 8)
+    if config.quick:
+        model, batch = "SiT-P/8", 2
+    for precision in config.precision or ("fp32", "bf16"):
         rows = traffic.measure(model, batch, precision)
         traffic.print_tables(rows, console)
         if config.json is not None:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..compiler.analysis import KINDS, StepCount, block_count, count_step, ideal_block
 from ..losses.layersync import LayerSyncLoss
 from ..losses.pairs import default_pair
+from ..losses.projectors import mlp
 from ..sit.diffusion.transport import create_transport
 from ..sit.models.registry import sit_models
 from .cases import eager_loss
@@ -21,7 +22,9 @@ from .machine import machine_facts
 from .report import new_table
 
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16}
-_LATENT = (4, 32, 32)
+LATENT = (4, 32, 32)
+"""Whose traffic is counted: what the autoencoder makes of 256 x 256 pixels."""
+_PROJECTOR_WIDTH, _TEACHER_WIDTH = 2048, 768  # REPA's, and those of DINOv2 ViT-B
 _OUTSIDE = tuple(kind for kind in KINDS if kind not in ("products", "attention"))
 
 
@@ -32,11 +35,13 @@ class Provider:
     Attributes:
         kernels, recompute: as `sit.SiT` takes them.
         aligned: with LayerSync; eager kernels have the eager loss.
+        repa: with REPA's loss on the first block, its projector in fp32 or autocast; eager kernels have the eager loss.
     """
 
     kernels: str
     recompute: str = "none"
     aligned: bool = False
+    repa: bool = False
 
 
 PROVIDERS = {
@@ -62,7 +67,7 @@ def training_step(
         options: of `sit.SiT`, beyond those.
     """
     torch.manual_seed(0)
-    options = {"input_size": _LATENT[1], **options}
+    options = {"input_size": LATENT[1], **options}
     network = sit_models[model](depth=depth, kernels=provider.kernels, recompute=provider.recompute, **options).train()
     transport = create_transport()
     alignment = LayerSyncLoss([default_pair(depth)]) if provider.aligned else None
@@ -70,11 +75,19 @@ def training_step(
     inputs: dict[str, Any] = {"y": torch.arange(batch) % network.num_classes}
     if alignment is not None:
         inputs["capture"] = alignment.captures if provider.kernels == "fused" else alignment.layers
+    if provider.repa:
+        inputs["capture"] = (1,)
+        projector = mlp(network.hidden_size, *[_PROJECTOR_WIDTH] * 2, _TEACHER_WIDTH)
+        features = torch.randn(batch, network.pos_embed.shape[1], _TEACHER_WIDTH)
 
     def forward() -> Tensor:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
             terms = transport.training_losses(network, samples, inputs)
             loss = terms["loss"].mean()
+            if provider.repa:
+                hidden = terms["states"][1]
+                fused = provider.kernels == "fused"
+                return loss + 0.5 * (projector(hidden, features) if fused else eager_loss(projector(hidden), features))
             if alignment is None:
                 return loss
             if provider.kernels == "fused":
@@ -98,7 +111,7 @@ def measure(model: str, batch: int, precision: str) -> list[dict[str, object]]:
     """
     autocast = PRECISIONS[precision]
     with torch.device("meta"):
-        network = sit_models[model](input_size=_LATENT[1])
+        network = sit_models[model](input_size=LATENT[1])
     elements = batch * network.pos_embed[0].numel()
     steps = {
         name: count_step(training_step(provider, model, batch, autocast, network.depth))

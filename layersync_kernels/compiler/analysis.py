@@ -33,10 +33,11 @@ KINDS = {
 """What an op is counted as, by its name and by what it is given."""
 _INSIDE = ("products", "attention")
 
-_PRODUCTS = {
+PRODUCTS = {
     "addbmm", "addmm", "addmv", "baddbmm", "bmm", "convolution", "convolution_backward", "dot", "linear", "matmul",
     "mm", "mv",
 }  # fmt: skip
+"""Ops that multiply matrices, by their names."""
 
 _GELU = {"gelu", "gelu_backward"}
 
@@ -142,7 +143,7 @@ def count_step(forward: Callable[[], Tensor]) -> StepCount:
     Raises:
         ValueError: the result is not such a tensor.
     """
-    counter = _Counter()
+    counter = OpCounter()
     with counter:
         loss = forward()
         if not isinstance(loss, Tensor) or loss.dim() != 0 or not loss.requires_grad:
@@ -186,7 +187,13 @@ def ideal_block(elements: int, stream: torch.dtype = torch.float32, branch: torc
     )
 
 
-class _Counter(TorchDispatchMode):
+class OpCounter(TorchDispatchMode):
+    """Counts the ops that run under it: around the forward pass, `end_forward`, around the backward pass.
+
+    Attributes:
+        ops, saved_bytes, weight_bytes: as those of `StepCount`.
+    """
+
     def __init__(self) -> None:
         super().__init__()
         self.ops: dict[Op, Moved] = {}
@@ -200,19 +207,35 @@ class _Counter(TorchDispatchMode):
         raw = registry.find_raw(func.name())
         if raw is not None and raw.kind == registry.COMPOSITE:
             (backend,) = (name for name, overload in raw.overloads.items() if overload is func)
-            with self:  # once more, for the ops inside
-                return raw.implementation(backend)(*args, **kwargs)
+            return self.count_inside(raw.implementation(backend), func, args, kwargs)
         output = func(*args, **kwargs)
-        self._count(func._schema, args, kwargs, list(_tensors(output)))
+        counted = self._count(func._schema, args, kwargs, list(tensors_in(output)))
+        if counted is not None:
+            self.counted(*counted, func, args, kwargs, output)
         return output
 
-    def _count(self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]) -> None:
+    def count_inside(
+        self, implementation: Callable[..., Any], func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        """Run a composite op by its implementation, once more under the counter, for the ops inside."""
+        with self:
+            return implementation(*args, **kwargs)
+
+    def counted(
+        self, op: Op, moved: Moved, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    ) -> None:
+        """An op was called and moved something."""
+        self.ops[op] = _added(self.ops.get(op, Moved()), moved)
+
+    def _count(
+        self, schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], outputs: list[Tensor]
+    ) -> tuple[Op, Moved] | None:
         name = schema.name.rpartition("::")[2]
         inputs: list[Tensor] = []
         read: list[Tensor] = []
         written: list[Tensor] = []
         for index, argument in enumerate(schema.arguments):
-            tensors = list(_tensors(args[index] if index < len(args) else kwargs.get(argument.name)))
+            tensors = list(tensors_in(args[index] if index < len(args) else kwargs.get(argument.name)))
             inputs += tensors
             if argument.alias_info is None or not argument.alias_info.is_write:
                 read += tensors
@@ -224,20 +247,19 @@ class _Counter(TorchDispatchMode):
         fresh = [tensor for tensor in outputs if _storage(tensor) not in given]
         of_weights = self._track(inputs, fresh)
         if name.startswith(("empty", "new_empty")):
-            return
+            return None
         written += fresh
         if name.endswith("_like") or name.startswith("new_"):
             read = []
         bytes_written = _bytes(written)
         if not bytes_written:
-            return
+            return None
         if name in _GATHERS:
             bytes_read = _bytes(read[1:]) + min(_bytes(read[:1]), bytes_written)
         else:
             bytes_read = _bytes(read)
         kind = "weights" if of_weights or _gradient_of_leaf() else _kind(schema.name, inputs, args, written)
-        op = Op(kind, schema.name)
-        self.ops[op] = _added(self.ops.get(op, Moved()), Moved(1, bytes_read, bytes_written))
+        return Op(kind, schema.name), Moved(1, bytes_read, bytes_written)
 
     def _track(self, inputs: list[Tensor], fresh: list[Tensor]) -> bool:
         """Note what an op makes; True where it is made of parameters alone."""
@@ -250,11 +272,12 @@ class _Counter(TorchDispatchMode):
                 self._weights.add(storage._cdata)
         return of_weights
 
-    def end_forward(self, loss: Tensor) -> None:
-        """Add up what is alive of all that was made."""
+    def end_forward(self, *outputs: Tensor) -> None:
+        """Add up what is alive of all that was made, but for the outputs."""
         gc.collect()
+        given = {_storage(output) for output in outputs}
         for address, (reference, nbytes) in self._made.items():
-            if reference.expired() or address == _storage(loss):
+            if reference.expired() or address in given:
                 continue
             if address in self._weights:
                 self.weight_bytes += nbytes
@@ -262,12 +285,13 @@ class _Counter(TorchDispatchMode):
                 self.saved_bytes += nbytes
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def tensors_in(value: Any) -> Iterator[Tensor]:
+    """The tensors of an argument or result."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, list | tuple):
         for item in value:
-            yield from _tensors(item)
+            yield from tensors_in(item)
 
 
 def _storage(tensor: Tensor) -> int:
@@ -296,7 +320,7 @@ def _kind(qualified: str, inputs: list[Tensor], args: tuple[Any, ...], written: 
     if raw is not None:
         return raw.kind
     name = qualified.rpartition("::")[2]
-    if name.removesuffix("_") in _PRODUCTS:
+    if name.removesuffix("_") in PRODUCTS:
         return "products"
     if "dot_product" in name:
         return "attention"

@@ -150,7 +150,8 @@ class ProjectedAlignment(FusedFunction):
             # is_grads_batched maps over the backward pass of an eager call
             in_place = ctx.eager and not torch._C._functorch.is_legacy_batchedtensor(grad)
             factor = grad * made.scale
-            made = Made(made.scale, *(_scaled(gradient, factor, in_place=in_place) for gradient in made[1:]))
+            on_host = ctx.backend == "cpp"
+            made = Made(made.scale, *(_scaled(g, factor, in_place=in_place, on_host=on_host) for g in made[1:]))
         d_hidden = made.hidden if hidden_wanted else None
         d_weight = made.weight.to(ctx.dtype) if weight_wanted else None
         d_bias = made.bias.to(ctx.dtype) if bias_wanted else None
@@ -177,11 +178,11 @@ def _recompute(ctx: Any, grad: Tensor | None) -> Made:
     return Made(*made)
 
 
-def _scaled(gradient: Tensor, factor: Tensor, *, in_place: bool) -> Tensor:
+def _scaled(gradient: Tensor, factor: Tensor, *, in_place: bool, on_host: bool) -> Tensor:
     """Multiply by a 0-d fp32 factor, unrounded: on a GPU, one without dimensions would be rounded to a half type."""
     if not in_place:
         return (gradient * factor.view(1)).to(gradient.dtype)
-    if factor.device.type == "cpu" and factor.item() == 1:
+    if on_host and factor.item() == 1:  # elsewhere, asking would wait for the device
         return gradient
     return gradient.mul_(factor.view(1) if gradient.is_cuda else factor)
 
