@@ -18,7 +18,7 @@ from ..tiles import (
 )
 from .triton_kernels import backward_kernel, forward_kernel
 
-_RESIDENT_WARPS = 8 * MULTIPROCESSORS  # of the backward pass, by its registers
+_RESIDENT_WARPS = 12 * MULTIPROCESSORS  # of the backward pass, by its registers
 
 
 def run_tile_for(width: int) -> Tile:
