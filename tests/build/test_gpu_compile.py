@@ -278,8 +278,49 @@ def test_spatial_norm_neither_spills_nor_uses_narrow_accesses(cuda_kernels, capa
 
 # ---- The occupancy model
 
-ENOUGH = 0.85  # of the bandwidth: below it the launch binds before the memory does
-FLOORS = {}
+ENOUGH = 0.85  # of the bandwidth; below it the launch binds, not the memory
+FLOORS = {
+    # Rows of 64 and 72 channels leave 8 or 9 lanes of a warp to do its work: instructions bind, or too little is in
+    # flight. A row has a warp (or, backward, a block with two barriers).
+    ("cuda", "cosine_alignment forward", 90): {64: 0.14, 72: 0.16},
+    ("cuda", "cosine_alignment backward", 90): {64: 0.11, 72: 0.12, 384: 0.70},
+    ("cuda", "gated_residual_norm forward", 90): {64: 0.27, 72: 0.30},
+    # 96 registers of a thread leave 20 warps, and a row is loaded at a time. 768: 1.29 waves. 3072: a block of 12 warps
+    # leaves no room for a second.
+    ("cuda", "gated_residual_norm backward", 90): {64: 0.10, 72: 0.12, 384: 0.72, 768: 0.67, 3072: 0.72},
+    # 256 runs of rows, to keep partial sums small: too few blocks where a row is a single tile of 1024 columns.
+    # (The hidden widths of DiT's MLPs begin at 1536.)
+    ("cuda", "gelu backward", 90): {64: 0.03, 72: 0.03, 384: 0.25, 768: 0.53, 1152: 0.80},
+    # A block for each sample and 64 channels: 256 or 512 blocks; of 72 channels, 8 are left for every second block.
+    ("cuda", "spatial_norm forward", 90): {64: 0.58, 72: 0.31},
+    # A B200 moves 8 TB/s with the issue rate of an H100: 4.65 instructions of a byte, and 53 KiB in flight.
+    ("cuda", "gated_residual_norm forward", 100): {1152: 0.70},
+    ("cuda", "gated_residual_norm backward", 100): {1152: 0.44},
+    ("cuda", "gelu forward", 100): {1152: 0.80},
+    ("cuda", "gelu backward", 100): {1152: 0.32},
+    ("cuda", "spatial_norm forward", 100): {1152: 0.47},
+    # 72 channels are a step of 128: the masks cost lanes and instructions.
+    ("triton", "cosine_alignment forward", 90): {72: 0.57},
+    ("triton", "cosine_alignment backward", 90): {72: 0.64},
+    ("triton", "gated_residual_norm forward", 90): {72: 0.81},
+    # Registers leave 12 to 16 warps of one row each. 3072 in 256 groups: one program for a group, 256 of 396. 5120: one
+    # program of 8 warps. 384: two steps of 256 are a quarter empty.
+    ("triton", "gated_residual_norm backward", 90): {64: 0.46, 72: 0.18, 384: 0.52, 3072: 0.75, 5120: 0.61},
+    ("triton", "gelu backward", 90): {72: 0.79},
+    # A program for each sample and 64 channels, 256 to 1536 of them up to 384 channels. 768: 3.3 waves.
+    ("triton", "spatial_norm forward", 90): {64: 0.22, 72: 0.24, 384: 0.72, 768: 0.72},
+    # Runs are made for an H100's residency: 1.8 (A100) and 1.3 (B200) waves of another.
+    ("triton", "gated_residual_norm backward", 80): {1152: 0.59},
+    ("triton", "gated_residual_norm backward", 100): {1152: 0.18},
+    ("triton", "gelu backward", 80): {3072: 0.75},
+    ("triton", "gelu backward", 100): {3072: 0.64},
+    ("triton", "cosine_alignment forward", 100): {1152: 0.63},
+    ("triton", "cosine_alignment backward", 100): {1152: 0.80},
+    ("triton", "gated_residual_norm forward", 100): {1152: 0.73},
+    ("triton", "spatial_norm forward", 100): {768: 0.30},
+}
+"""(Route, kernel, card) → width → what the model leaves of the bandwidth, where it is not enough: not to get worse."""
+SLACK = 0.1  # by which compilers differ; what gains more is no longer what is written above
 
 
 @pytest.fixture(scope="module")
@@ -324,14 +365,34 @@ class TestOccupancy:
             if len(set(sizes)) > 1:
                 continue
             expected = occupancy.TENSORS[row.kernel] * launches.ROWS * row.width * sizes[0]
-            # Statistics come on top; a last block may have fewer rows.
-            assert expected * 0.99 <= row.figures.total <= (expected + 20 * launches.ROWS) * 1.05, row
+            # Statistics come on top; the last step of a run, and the last block, may have fewer rows.
+            assert expected * 0.99 <= row.figures.total <= (expected + 20 * launches.ROWS) * 1.15, row
 
     def test_launches_leave_the_memory_to_bind(self, rows, route):
-        low = {}
+        least = {}
         for row in rows(route):
-            key = (row.route, row.kernel, row.capability)
-            floor = FLOORS.get(key, {}).get(row.width, ENOUGH)
-            if not floor <= row.figures.bandwidth < (floor + 0.1 if floor < ENOUGH else 2):
-                low[key, row.dtype, row.width, row.groups] = row.figures
-        assert not low
+            key = (row.route, row.kernel, row.capability), row.width
+            least[key] = min(least.get(key, (2, None)), (row.figures.bandwidth, row), key=lambda pair: pair[0])
+        wrong = {}
+        for (kernel, width), (bandwidth, row) in least.items():
+            floor = FLOORS.get(kernel, {}).get(width, ENOUGH)
+            if not floor <= bandwidth < (floor + SLACK if floor < ENOUGH else 2):
+                wrong[kernel, width] = row
+        assert not wrong
+        known = {(kernel, width) for kernel, widths in FLOORS.items() for width in widths if kernel[0] == route}
+        assert known <= least.keys()
+
+    def test_no_64_bit_division_and_no_more_barriers_than_known(self, rows, route):
+        # Of a row: where a block has a row to itself, two for each sum. Triton also converts layouts by way of shared
+        # memory, of everything where the dtypes of the tensors differ.
+        for row in rows(route):
+            most = 4.2 if route == "cuda" else 10.5 if "/" in row.dtype else 5.1
+            assert row.figures.divisions == 0, row
+            if row.op != "spatial_norm":  # which has barriers for each tile of channels
+                assert row.figures.barriers <= most, row
+
+    def test_lanes_of_accesses_are_live(self, rows, route):
+        for row in rows(route):
+            if row.width >= 384:
+                assert row.figures.lanes >= 0.4, row  # of all accesses, those of one lane for a row's statistics too
+                assert row.figures.sectors >= 0.97, row
