@@ -7,6 +7,7 @@ import re
 import pytest
 
 from ..support import launches, occupancy
+from ..support.cards import CARDS
 from ..support.sass import Kernel, find_cuobjdump, inspect
 
 CAPABILITIES = (80, 90, 100)
@@ -271,6 +272,9 @@ def test_spatial_norm_neither_spills_nor_uses_narrow_accesses(cuda_kernels, capa
         assert kernel.spills == 0, kernel
         if "Li1E" in kernel.name:
             continue  # rows that are not aligned
+        # Slots of 8 warps by 8 lanes for each value of a thread, and what the system takes of a block.
+        values = int(re.search(r"Li(\d)E", kernel.name).group(1))
+        assert kernel.shared + CARDS[capability].static_reserve == values * 256 + 1024, kernel
         # The first token, and a batch in each of three passes, of which two read from the caches.
         assert kernel.loads == {128: 1 + 3 * 4}, kernel
         assert kernel.stores == {128: 4}, kernel
