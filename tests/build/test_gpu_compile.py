@@ -307,15 +307,19 @@ FLOORS = {
     ("triton", "cosine_alignment forward", 90): {72: 0.57},
     ("triton", "cosine_alignment backward", 90): {72: 0.64},
     ("triton", "gated_residual_norm forward", 90): {72: 0.81},
-    # Registers leave 12 to 16 warps of one row each. 3072 in 256 groups: one program for a group, 256 of 396. 5120: one
-    # program of 8 warps. 384: two steps of 256 are a quarter empty.
-    ("triton", "gated_residual_norm backward", 90): {64: 0.46, 72: 0.18, 384: 0.52, 3072: 0.75, 5120: 0.61},
+    # Runs are made for 8 warps on a multiprocessor, which registers leave from Triton 3.6 and on other cards (213 to 233);
+    # 3.8 leaves 12 on an H100 (168). For 12, 3.6 would have one and a half waves, and spills if held to 168 registers.
+    # 3072 in 256 groups: one program for a group. 384: two steps of 256 are a quarter empty.
+    ("triton", "gated_residual_norm backward", 90): {
+        **{64: 0.30, 72: 0.12, 384: 0.33, 768: 0.66},
+        **{1152: 0.55, 1536: 0.76, 3072: 0.76, 5120: 0.61},
+    },
     ("triton", "gelu backward", 90): {72: 0.79},
     # A program for each sample and 64 channels, 256 to 1536 of them up to 384 channels. 768: 3.3 waves.
     ("triton", "spatial_norm forward", 90): {64: 0.22, 72: 0.24, 384: 0.72, 768: 0.72},
-    # Runs are made for an H100's residency: 1.8 (A100) and 1.3 (B200) waves of another.
-    ("triton", "gated_residual_norm backward", 80): {1152: 0.59},
-    ("triton", "gated_residual_norm backward", 100): {1152: 0.18},
+    # Runs are made for an H100's residency: more than a wave of an A100's, less than one of a B200's.
+    ("triton", "gated_residual_norm backward", 80): {1152: 0.38},
+    ("triton", "gated_residual_norm backward", 100): {1152: 0.24},
     ("triton", "gelu backward", 80): {3072: 0.75},
     ("triton", "gelu backward", 100): {3072: 0.64},
     ("triton", "cosine_alignment forward", 100): {1152: 0.63},
@@ -390,7 +394,7 @@ class TestOccupancy:
         # Of a row: where a block has a row to itself, two for each sum. Triton also converts layouts by way of shared
         # memory, of everything where the dtypes of the tensors differ.
         for row in rows(route):
-            most = 4.2 if route == "cuda" else 10.5 if "/" in row.dtype else 5.1
+            most = 4.2 if route == "cuda" else 12.5 if "/" in row.dtype else 6.5
             assert row.figures.divisions == 0, row
             if row.op != "spatial_norm":  # which has barriers for each tile of channels
                 assert row.figures.barriers <= most, row

@@ -841,7 +841,7 @@ class Machine:
     def _nothing(self, _):
         return lambda active: None
 
-    NOP = BSSY = BSYNC = WARPSYNC = _nothing
+    NOP = BSSY = BSYNC = BREAK = WARPSYNC = _nothing
 
     def _compile(self, one):
         """What running an instruction takes: its function, what it waits for, its guard, its successor."""

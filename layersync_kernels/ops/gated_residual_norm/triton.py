@@ -18,6 +18,8 @@ from ..tiles import (
 )
 from .triton_kernels import backward_kernel, forward_kernel
 
+_RESIDENT_WARPS = 8 * MULTIPROCESSORS  # of the backward pass, by its registers
+
 
 def run_tile_for(width: int) -> Tile:
     """Choose the launch of the backward pass by the width of the rows alone.
@@ -37,12 +39,6 @@ def _registers(width: int, tile: Tile, residual: Tensor, other: Tensor | None) -
     """
     fits = tile.warps == 8 and width <= 2 * tile.block and residual.element_size() == 2 and other is None
     return 128 if fits else None
-
-
-def _resident_programs(tile: Tile, residual: Tensor, registers: int | None) -> int:
-    """Programs of the backward pass that an H100 holds at once, by the registers that they take."""
-    warps = 16 if registers else 12 if residual.element_size() == 2 else 8  # of a multiprocessor
-    return max(warps // tile.warps, 1) * MULTIPROCESSORS
 
 
 def _modulations(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int], int, int]:
@@ -139,8 +135,7 @@ def backward(
     (gate, scale), strides, vector, modulated_groups = _modulations(gate, scale)
     groups = groups or modulated_groups
     tile = run_tile_for(width)
-    registers = _registers(width, tile, residual, other)
-    run, parts = runs_of(rows // groups, groups, _resident_programs(tile, residual, registers))
+    run, parts = runs_of(rows // groups, groups, _RESIDENT_WARPS // tile.warps)
     wanted_sums = [total for total in sums if total.numel()]
     several = parts > 1 and len(wanted_sums) > 0
     partials = residual.new_empty((len(wanted_sums) if several else 0, groups, parts, width), dtype=torch.float32)
@@ -171,7 +166,7 @@ def backward(
             ROWS=tile.rows,
             BLOCK=tile.block,
             num_warps=tile.warps,
-            maxnreg=registers,
+            maxnreg=_registers(width, tile, residual, other),
         )
         if several:
             add_partials(partials, wanted_sums)
