@@ -457,6 +457,7 @@ inline GatedForwardPlan gated_forward_plan(const GatedForwardParams& p, int r, i
     if (!vectors || p.width > 5120) return {gated_forward_any_kernel<R, H>, kRowBlockThreads};
     if (p.width > 2048) return {gated_forward_kernel<R, H, kRowBlockThreads, 5120>, kRowBlockThreads};
     if (p.width > 1280) return {gated_forward_kernel<R, H, kWarpThreads, 2048>, kWarpThreads};
+    if (p.width <= 512) return {gated_forward_kernel<R, H, kWarpThreads, 512>, kWarpThreads};  // more warps at once
     return {gated_forward_kernel<R, H, kWarpThreads, 1280>, kWarpThreads};
   });
 }

@@ -80,10 +80,15 @@ class Tile(NamedTuple):
     warps: int
 
 
+def block_for(width: int) -> int:
+    """Channels of a step of a warp: 256, or 128 where two steps of 256 would be a quarter empty."""
+    return 128 if 256 < width <= 384 else min(triton.next_power_of_2(max(width, 1)), 256)
+
+
 def tile_for(width: int) -> Tile:
     """Choose the launch by the width of the rows alone."""
     if width <= 2048:  # a warp per row, several rows where 256 channels are not to be had
-        block = min(triton.next_power_of_2(max(width, 1)), 256)
+        block = block_for(width)
         return Tile(min(1024 // block, 64), block, 4)
     # A block per row, in at most 32 steps: they are unrolled.
     return Tile(1, max(2048, triton.next_power_of_2(triton.cdiv(width, 32))), 8)

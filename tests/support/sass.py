@@ -15,10 +15,12 @@ class Kernel(NamedTuple):
 
     name: str
     registers: int
+    shared: int  # bytes of static shared memory, with what the system takes of it (1 KiB from sm_90 on)
     spills: int  # bytes of stack and local memory
     loads: Counter  # bits of an access to global memory → how many such instructions
     stores: Counter
     batch: int  # most loads of 128 bits that are issued with no arithmetic and no store between them
+    sass: str  # as cuobjdump prints it
 
 
 def find_cuobjdump():
@@ -47,21 +49,19 @@ def _batch(sass):
 def inspect(binary, capability=None):
     """Every kernel of a cubin, or those that a shared library holds for the cards of `capability`."""
     selection = [] if capability is None else ["-arch", f"sm_{capability}"]
-
-    def dump(option):
-        command = [find_cuobjdump(), option, *selection, binary]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
-
+    command = [find_cuobjdump(), "--dump-resource-usage", "--dump-sass", *selection, binary]
+    dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {
-        name: (int(registers), int(stack) + int(local))
-        for name, registers, stack, local in re.findall(
-            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", dump("--dump-resource-usage")
+        name: (int(registers), int(shared), int(stack) + int(local))
+        for name, registers, stack, shared, local in re.findall(
+            r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", dump
         )
     }
     kernels = []
-    for part in dump("--dump-sass").split("Function : ")[1:]:
+    for part in dump.split("Function : ")[1:]:
         name, sass = part.split(None, 1)
-        registers, spills = usage[name]
+        registers, shared, spills = usage[name]
         spills += 4 * len(re.findall(r"\b(?:STL|LDL)\b", sass))
-        kernels.append(Kernel(name, registers, spills, _widths(sass, "LDG"), _widths(sass, "STG"), _batch(sass)))
+        accesses = _widths(sass, "LDG"), _widths(sass, "STG"), _batch(sass)
+        kernels.append(Kernel(name, registers, shared, spills, *accesses, sass))
     return kernels
