@@ -19,7 +19,7 @@ import torch
 
 from ..ops import dispatch, registry
 from .cases import OPS, Case, Function, eager
-from .engine import Timer, check, describe_failure, gradients_of, quantile, saved_bytes, timed
+from .engine import Timer, check, describe_failure, gradients_of, quantile, saved_bytes, timed, truth_of
 
 MARGIN = 0.03
 """A candidate has to be faster than the rules' by this, whatever the spread."""
@@ -178,6 +178,7 @@ def measure(case: Case, candidates: Mapping[str, str | None], *, rounds: int, se
         outputs = eager(case)(*first)
         gradients = gradients_of(outputs if isinstance(outputs, tuple) else (outputs,))
         del outputs
+        truth = truth_of(case)
     except Exception as error:  # out of memory
         for candidate in shape.candidates.values():
             candidate.problem = candidate.problem or f"the case itself fails: {describe_failure(error)}"
@@ -187,11 +188,12 @@ def measure(case: Case, candidates: Mapping[str, str | None], *, rounds: int, se
             continue
         try:
             function = provider(name, case)
-            candidate.problem = check(case, function)
+            candidate.problem = check(case, function, truth)
             if candidate.problem is None:
                 candidate.saved_bytes, functions[name] = saved_bytes(function, first), function
         except Exception as error:  # Triton's and Inductor's are of many classes
             candidate.problem = describe_failure(error)
+    del truth
     times: dict[str, list[float]] = {name: [] for name in functions}
     timer, mode, began = Timer(case.device), case.modes[-1], time.perf_counter()
     for turn in range(_WARMUP + rounds):
