@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from rich.console import Console
 
 from layersync_kernels.bench.card import __main__ as card
@@ -139,22 +140,37 @@ def test_figures_that_cannot_be_read_name_the_command_that_writes_them(content, 
         budget.load_figures(path)
 
 
-def test_bad_arguments_are_explained(tmp_path, monkeypatch):
-    (tmp_path / "file").touch()
-    for arguments, said in (
-        ([str(tmp_path / "nowhere")], "is not a folder of wheels"),
-        (["--out", str(tmp_path / "file"), "--dry-run"], "is a file; expected a folder"),
-        (["--seconds", "0", "--budget"], "expected more than 0"),
-        (["--frsh"], "Unrecognized options"),
-        (["--out", str(tmp_path)], "sees no NVIDIA card; name another Python by PYTHON=..., or check"),
-    ):
-        if "sees no" in said and facts.find_tool("nvidia-smi"):
-            continue
-        done = gpu_sh(*arguments)
-        assert done.returncode == 2, done.stdout
-        assert said in done.stderr + done.stdout
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--out", "{}", "--dry-run"], "gpu.sh: --out {} is a file; expected a folder\n"),
+        (["--seconds", "0", "--budget"], "gpu.sh: --seconds 0: expected more than 0\n"),
+        ([], "gpu.sh: no card here; name another Python by PYTHON=..., or check the stages by --dry-run\n"),
+    ],
+    ids=["file", "seconds", "no card"],
+)
+def test_bad_arguments_are_explained(arguments, said, tmp_path, monkeypatch, capsys):
+    place = tmp_path / "file"
+    place.touch()
+    answer = subprocess.CompletedProcess([], 1, "", "a warning\nno card here\n")
+    monkeypatch.setattr(card.subprocess, "run", lambda *args, **options: answer)
+    monkeypatch.setattr(card.os, "environ", dict(os.environ))
+    monkeypatch.chdir(ROOT)
+    assert card.main([argument.format(place) for argument in arguments]) == 2
+    assert capsys.readouterr().err == said.format(place)
+
+
+def test_the_script_names_what_it_lacks(tmp_path):
+    done = gpu_sh(str(tmp_path / "nowhere"))
+    assert (done.returncode, done.stderr) == (2, f"gpu.sh: {tmp_path}/nowhere is not a folder of wheels (see --help)\n")
     done = gpu_sh("--budget", PYTHON="no-such-python")
     assert (done.returncode, done.stderr) == (2, "gpu.sh: no no-such-python here; name another by PYTHON=...\n")
+
+
+def test_a_machine_without_a_card_says_so(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert facts.main(["--identity"]) == 1
+    assert f"torch {torch.__version__} of {sys.executable} sees no NVIDIA card" in capsys.readouterr().err
 
 
 def test_the_wheels_are_one_command_for_what_a_card_may_lack(tmp_path):
