@@ -49,6 +49,8 @@ def find_cuobjdump() -> str | None:
 
 def obstacle() -> str | None:
     """Why machine code cannot be read here, or None."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "TRITON_INTERPRET=1 has Triton interpret kernels, not compile them"
     if find_cuobjdump() is None:
         return "there is no cuobjdump, which CUDA's toolkit and Triton's wheel bring"
     return None

@@ -159,9 +159,9 @@ def machine_code(name: str, source: str, card: Card) -> list[bytes]:
         try:
             spec.loader.exec_module(module)
             tuner = getattr(module, name)
+            if not hasattr(tuner, "precompile") or not hasattr(tuner, "compile_results"):
+                raise moved("what compiles Inductor's kernels (CachingAutotuner.precompile)")
             tuner.precompile(warm_cache_only=True)
             return [result.kernel.asm["cubin"] for result in tuner.compile_results]
-        except AttributeError as error:
-            raise moved(f"what compiles Inductor's kernels ({error})") from error
         finally:
             del sys.modules[name]
