@@ -31,9 +31,10 @@ def pytest_configure() -> None:
 
 def is_of_cuda(item: pytest.Item) -> bool:
     """Whether the test asks for the backend, or for what "auto" takes there, or looks at the launchers."""
-    parameters = getattr(item, "callspec", None)
-    values = [] if parameters is None else list(parameters.params.values())
-    return item.nodeid.startswith((LAUNCHED, *BY_AUTO)) or any(value == "cuda" for value in values if type(value) is str)
+    if item.nodeid.startswith((LAUNCHED, *BY_AUTO)):
+        return True
+    parameters = item.callspec.params.values() if hasattr(item, "callspec") else ()
+    return "cuda" in [value for value in parameters if isinstance(value, str)]
 
 
 @pytest.fixture(autouse=True)

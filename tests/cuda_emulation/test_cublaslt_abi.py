@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from .launchers import COMPILER, FLAGS, FOLDER
+from .launchers import COMPILER, FOLDER
 
 
 def cuda_folders() -> list[Path]:
@@ -25,7 +25,7 @@ def test_declarations_match_the_library(tmp_path):
     if COMPILER is None or not all(any((folder / name).exists() for folder in includes) for name in needed):
         pytest.skip("needs g++ and the headers of cuBLASLt")
     binary = tmp_path / "cublaslt_abi"
-    flags = [*FLAGS, "-O0", *(f"-I{folder}" for folder in includes)]
+    flags = ["-std=c++20", "-Wall", "-Werror", *(f"-I{folder}" for folder in includes)]
     subprocess.run([COMPILER, *flags, FOLDER / "cublaslt_abi.cpp", "-o", binary, "-ldl"], check=True)
     libraries = [found for folder in includes for found in sorted(folder.parent.glob("lib*/libcublasLt.so.*"))]
     for library in libraries[:1]:

@@ -9,7 +9,7 @@ from .harness import FLOAT, HALF, NAMES, rows_of, same_for_all
 
 
 def run(difference, diagonal, margin, kind, *, gradient=True):
-    """Derivatives of the terms (None where not wanted), written over a copy, and the sums of the terms over each row."""
+    """Derivatives of the terms (None where not wanted), written over a copy, and the sums of terms over each row."""
     written = difference.clone().unsqueeze(0)
     sums = op.STRIP["cuda"](written, diagonal, margin, KINDS[kind], written if gradient else None)
     assert gradient or torch.equal(written[0], difference)

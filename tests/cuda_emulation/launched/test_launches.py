@@ -120,12 +120,12 @@ def test_a_launch_that_fails_names_kernel_and_cause_and_leaves_no_error_behind()
     library.emulation_fail_next_launch(no_kernel_image)
     with pytest.raises(
         RuntimeError,
-        match="layersync_kernels: spatial_norm could not be launched: no kernel image is available .*TORCH_CUDA_ARCH_LIST",
+        match=r"spatial_norm could not be launched: no kernel image is available .*TORCH_CUDA_ARCH_LIST",
     ):
         spatial.SPATIAL_NORM["cuda"](X, 1.0, 1e-6)
     assert library.emulation_last_error() == 0
     library.emulation_fail_next_launch(1)
-    with pytest.raises(RuntimeError, match="gelu_forward could not be launched: an error of the emulation's$"):
+    with pytest.raises(RuntimeError, match=r"gelu_forward could not be launched: an error of the emulation's$"):
         gelu.FORWARD["cuda"](X.flatten(0, 1))
     assert library.emulation_last_error() == 0
     gelu.FORWARD["cuda"](X.flatten(0, 1))
