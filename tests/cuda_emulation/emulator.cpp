@@ -121,7 +121,9 @@ void wait_at(const char* collective) {
     const Fiber& fiber = fibers[i];
     if (i == 0 || fiber.waits_at != fibers[i - 1].waits_at || fiber.done != fibers[i - 1].done)
       text += "\n  thread " + std::to_string(i) +
-              (fiber.done ? " has returned" : fiber.waits_at ? std::string(" waits at ") + fiber.waits_at : " runs");
+              (fiber.done       ? " has returned"
+               : fiber.waits_at ? std::string(" waits at ") + fiber.waits_at
+                                : " runs");
     __asan_unpoison_memory_region(fiber.stack, kStackBytes);  // what its frames would have left clean
   }
   throw std::runtime_error(text);

@@ -25,7 +25,9 @@ cudaError_t next_error = cudaSuccess, last_error = cudaSuccess;
 [[noreturn]] void fail(const std::string& what) { throw std::runtime_error("emulation: " + what); }
 
 // Another one in every call of an op, so that one that was kept from the last call is noticed.
-cudaStream_t stream_of(int device) { return reinterpret_cast<cudaStream_t>(uintptr_t(0x5eed0000 + 16 * calls + device)); }
+cudaStream_t stream_of(int device) {
+  return reinterpret_cast<cudaStream_t>(uintptr_t(0x5eed0000 + 16 * calls + device));
+}
 
 struct Range {
   uintptr_t begin, end;

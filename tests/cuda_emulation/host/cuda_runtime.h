@@ -27,10 +27,10 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 
 // What waits for the card or takes memory from it. Memory is torch's, whose allocator knows of streams and graphs.
 // These fail by their names, whatever they are given.
-#define EMULATION_FORBIDDEN(call) \
-  template <class... Arguments>   \
+#define EMULATION_FORBIDDEN(call)  \
+  template <class... Arguments>    \
   cudaError_t call(Arguments...) { \
-    emulation::forbid(#call);     \
+    emulation::forbid(#call);      \
   }
 
 namespace emulation {
