@@ -22,4 +22,12 @@ inline void check_alignment_inputs(const Rows& s, const Rows& t, const Tensor& s
                     " tokens");
 }
 
+// What the forward pass has left for the backward pass.
+inline void check_saved(const Tensor& stats, const Tensor& scale, int64_t rows) {
+  check_row_floats("stats", stats, 3, rows);
+  STD_TORCH_CHECK(stats.is_contiguous(), "layersync_kernels: stats must be contiguous");
+  STD_TORCH_CHECK(scale.scalar_type() == ScalarType::Float && scale.numel() == 1,
+                  "layersync_kernels: scale must be one float32");
+}
+
 }  // namespace layersync

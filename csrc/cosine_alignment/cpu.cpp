@@ -71,8 +71,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
                                     bool student_grad, bool teacher_grad) {
   const Rows s = as_rows(student), t = as_rows(teacher);
   check_alignment_inputs(s, t, student, teacher, weight, kReductionMean);
+  check_saved(stats, scale, s.count);
   const int64_t rows = s.count;
   const Tensor g = torch::stable::contiguous(grad);
+  check_dtype("the gradient", g.scalar_type(), "the loss", ScalarType::Float);
   STD_TORCH_CHECK(g.numel() == rows || g.dim() == 0, "layersync_kernels: gradient of ", g.numel(),
                   " values for a loss of ", rows, " tokens");
 

@@ -21,15 +21,6 @@ namespace {
 
 using torch::stable::accelerator::DeviceGuard;
 
-void check_cuda_inputs(const Rows& s, const Rows& t, const Tensor& student, const Tensor& teacher,
-                       const std::optional<Tensor>& weight, int64_t reduction) {
-  check_alignment_inputs(s, t, student, teacher, weight, reduction);
-  const auto device = student.get_device_index();
-  STD_TORCH_CHECK(teacher.get_device_index() == device && (!weight.has_value() || weight->get_device_index() == device),
-                  "layersync_kernels: student, teacher and weight must be on the same GPU");
-  check_row_limits(s);
-}
-
 RowGrid cosine_grid(const Rows& s, const Rows& t) {
   return row_grid(s.count, cosine_row_threads(s.width, type_index(s.dtype), type_index(t.dtype)));
 }
@@ -38,8 +29,11 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& student, const Tensor& 
                                            double eps, int64_t reduction) {
   const DeviceGuard guard(student.get_device_index());
   const cudaStream_t stream = current_stream(student);
+  const std::optional<Tensor> other = teacher;
+  check_same_gpu(student, {&other, &weight});
   const Rows s = as_rows(student), t = as_rows(teacher);
-  check_cuda_inputs(s, t, student, teacher, weight, reduction);
+  check_alignment_inputs(s, t, student, teacher, weight, reduction);
+  check_row_limits(s);
   const bool none = reduction == kReductionNone;
   const RowGrid grid = cosine_grid(s, t);
 
@@ -83,8 +77,12 @@ std::tuple<Tensor, Tensor> backward(const Tensor& grad, const Tensor& student, c
                                     bool student_grad, bool teacher_grad) {
   const DeviceGuard guard(student.get_device_index());
   const cudaStream_t stream = current_stream(student);
+  const std::optional<Tensor> others[] = {teacher, grad, stats, scale};
+  check_same_gpu(student, {&others[0], &others[1], &others[2], &others[3], &weight});
   const Rows s = as_rows(student), t = as_rows(teacher);
-  check_cuda_inputs(s, t, student, teacher, weight, kReductionMean);
+  check_alignment_inputs(s, t, student, teacher, weight, kReductionMean);
+  check_saved(stats, scale, s.count);
+  check_row_limits(s);
   Tensor grad_student = output_like(student, student_grad), grad_teacher = output_like(teacher, teacher_grad);
   if ((!student_grad && !teacher_grad) || s.count == 0 || s.width == 0) return {grad_student, grad_teacher};
 

@@ -308,7 +308,7 @@ FLOORS = {
     ("triton", "cosine_alignment backward", 90): {72: 0.64},
     ("triton", "gated_residual_norm forward", 90): {72: 0.81},
     # Runs are made for 8 warps on a multiprocessor, which registers leave from Triton 3.6 and on other cards (213 to
-    # 233); 3.8 leaves 12 on an H100 (168). For 12, 3.6 would have one and a half waves, and spills if held to 168 registers.
+    # 233); 3.8 leaves 12 on an H100 (168). For 12, 3.6 would have one and a half waves, and spills if held to 168.
     # 3072 in 256 groups: one program for a group. 384: two steps of 256 are a quarter empty.
     ("triton", "gated_residual_norm backward", 90): {
         64: 0.30,

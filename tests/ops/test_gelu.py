@@ -300,9 +300,9 @@ def raw_samples(backend):
         yield "gelu_backward", (gradient, u, activation, bias)
     if backend == "cuda":  # the fakes of the products are tested without a card in test_gelu_cublaslt.py
         x, weight, bias, weight2 = (
-            torch.randn(shape, device="cuda").bfloat16() for shape in ((6, 16), (24, 16), (24,), (8, 24))
+            torch.randn(shape, device=device_of(backend)).bfloat16() for shape in ((6, 16), (24, 16), (24,), (8, 24))
         )
-        u, d_output = torch.randn(6, 24, device="cuda").bfloat16(), torch.randn(6, 8, device="cuda").bfloat16()
+        u, d_output = (torch.randn(shape, device=device_of(backend)).bfloat16() for shape in ((6, 24), (6, 8)))
         yield "linear_gelu_gemm", (x, weight, bias)
         yield "linear_gelu_gemm", (x, weight, None)
         yield "gelu_mlp_gemm_backward", (d_output, weight2, u)

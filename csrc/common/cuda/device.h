@@ -21,7 +21,9 @@ inline void check_same_gpu(const Tensor& first, std::initializer_list<const std:
 
 inline cudaStream_t current_stream(const Tensor& tensor) {
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream));
+  // By hand: torch has renamed its own check of these codes after 2.11.
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(tensor.get_device_index(), &stream) == AOTI_TORCH_SUCCESS,
+                  "layersync_kernels: GPU ", tensor.get_device_index(), " has no current stream");
   return static_cast<cudaStream_t>(stream);
 }
 

@@ -29,8 +29,7 @@ template <class Params>
 void launch(const char* name, void (*kernel)(Params), int64_t blocks, int threads, cudaStream_t stream, Params params) {
   STD_TORCH_CHECK(blocks <= INT32_MAX, "layersync_kernels: ", name, " on too large a tensor, by ", blocks, " blocks");
   void* arguments[] = {&params};
-  const cudaError_t error = cudaLaunchKernel(reinterpret_cast<const void*>(kernel), dim3(unsigned(blocks)),
-                                             dim3(threads), arguments, 0, stream);
+  const cudaError_t error = cudaLaunchKernel(kernel, dim3(unsigned(blocks)), dim3(threads), arguments, 0, stream);
   if (error == cudaSuccess) return;
   cudaGetLastError();  // reported here, so it must not turn up again at somebody else's check
   const bool foreign_card = error == cudaErrorNoKernelImageForDevice || error == cudaErrorUnsupportedPtxVersion;

@@ -20,9 +20,13 @@ struct RowGrid {
   unsigned blocks;
 };
 
-// At most 4096 blocks: enough for several waves on any card, few enough to sum their partial results at once.
-inline RowGrid row_grid(int64_t rows, int row_threads, int64_t max_blocks = 4096) {
-  const int64_t groups = kRowBlockThreads / row_threads;
+// Enough blocks for several waves on any card, few enough to sum their partial results at once. The tests take fewer.
+#ifndef LAYERSYNC_MAX_ROW_BLOCKS
+#define LAYERSYNC_MAX_ROW_BLOCKS 4096
+#endif
+
+inline RowGrid row_grid(int64_t rows, int row_threads) {
+  const int64_t groups = kRowBlockThreads / row_threads, max_blocks = LAYERSYNC_MAX_ROW_BLOCKS;
   const int64_t rows_per_group = rows > groups * max_blocks ? (rows - 1) / (groups * max_blocks) + 1 : 1;
   const int64_t blocks = rows > 0 ? (rows - 1) / (groups * rows_per_group) + 1 : 1;
   return {row_threads, rows_per_group, unsigned(blocks)};

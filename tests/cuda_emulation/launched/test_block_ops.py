@@ -1,8 +1,9 @@
-"""The CUDA device code of gated_residual_norm and gelu, compiled for the host and run under sanitizers."""
+"""The launchers and kernels of gated_residual_norm and gelu in the emulator."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import pytest
@@ -10,9 +11,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from layersync_kernels.ops.gated_residual_norm import op
 from layersync_kernels.ops.gated_residual_norm.reference import gated_residual_norm_reference
+from layersync_kernels.ops.gelu import op as gelu
 
-from .harness import BF16, FLOAT, HALF, NAMES, TYPES, assert_same_bits, rows_of, run_program
+from .harness import BF16, FLOAT, HALF, NAMES, TYPES, rows_of, same_for_all
 
 # (residual stream, half-block)
 STREAMS = [(FLOAT, FLOAT), (BF16, BF16), (HALF, HALF), (FLOAT, BF16), (FLOAT, HALF)]
@@ -33,6 +36,13 @@ class Backward(NamedTuple):
     d_gate: Tensor | None
     d_shift: Tensor | None
     d_scale: Tensor | None
+
+
+def wanted_alone(results: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor | None]:
+    """None for what was not asked for, which has no elements."""
+    for result, asked in zip(results, wanted, strict=True):
+        assert asked or result.numel() == 0
+    return [result if asked else None for result, asked in zip(results, wanted, strict=True)]
 
 
 def per_row(modulation: Tensor | None, rows: int) -> Tensor | None:
@@ -68,7 +78,7 @@ class Seam:
     eps: float = 1e-6
     align_eps: float = 1e-6
     dtype: torch.dtype = FLOAT
-    options: dict[str, int] = field(default_factory=dict)
+    max_blocks: int = 4096
 
     @property
     def rows(self) -> int:
@@ -78,35 +88,16 @@ class Seam:
     def groups(self) -> int:
         return next((len(m) for m in (self.gate, self.shift, self.scale) if m is not None), 1)
 
-    def settings(self, backward: bool, seed: int) -> dict[str, float]:
-        return {
-            "backward": backward,
-            "rows": self.rows,
-            "width": self.x.shape[-1],
-            "dtype": TYPES.index(self.dtype),
-            "groups": self.groups,
-            "rms": self.rms,
-            "seed": seed,
-            **self.options,
-        }
+    def forward(self) -> Forward:
+        """The raw op; None for what is not wanted."""
+        parts = (getattr(self, name) for name in (*ALL_PARTS, "student"))
+        results = op.FORWARD["cuda"](self.x, *parts, self.norm, self.rms, self.eps, self.align_eps, self.dtype)
+        wanted = self.branch is not None, self.norm, self.norm, self.student is not None
+        return Forward(*wanted_alone(results, wanted))
 
-    def forward(self, program, seed: int = 0) -> Forward:
-        shape = tuple(self.x.shape)
-        options = {"norm": self.norm, "eps": self.eps, "align_eps": self.align_eps, "max_blocks": 4096}
-        tensors = {name: getattr(self, name) for name in ("x", *ALL_PARTS, "student")}
-        outputs = [
-            None if self.branch is None else (self.x.dtype, shape),
-            (self.dtype, shape) if self.norm else None,
-            (FLOAT, (2, self.rows)) if self.norm else None,
-            None if self.student is None else (FLOAT, (3, self.rows)),
-        ]
-        return Forward(*run_program(program, options | self.settings(False, seed), tensors, (), outputs))
-
-    def check_forward(self, program, seeds: tuple[int, ...] = (0,)) -> Forward:
+    def check_forward(self, seeds: tuple[int, ...] = (0,)) -> Forward:
         """Compare with the reference in double precision, and the results of all seeds with each other."""
-        result = self.forward(program, seeds[0])
-        for seed in seeds[1:]:
-            assert_same_bits(result, self.forward(program, seed))
+        result = same_for_all(seeds, self.forward, max_row_blocks=self.max_blocks)
         x = self.x.double().reshape(self.rows, -1)
         rows = {name: getattr(self, name) for name in ("branch", "student")}
         rows = {name: None if t is None else t.double().reshape(x.shape) for name, t in rows.items()}
@@ -136,32 +127,18 @@ class Seam:
             assert_close(result.alignment[0].double(), cosine + 0.0, 32)
         return result
 
-    def backward(self, program, d_residual, d_normed, residual, stats, other, factors, sums, seed=0) -> Backward:
-        shape, width = tuple(self.x.shape), self.x.shape[-1]
-        norm = d_normed is not None
-        tensors = {
-            "d_residual": d_residual,
-            "d_normed": d_normed,
-            "residual": residual,
-            "branch": self.branch,
-            "gate": self.gate,
-            "scale": self.scale,
-            "other": other,
-        }
-        outputs = [
-            (self.x.dtype, shape) if norm or other is not None else None,
-            None if self.branch is None else (self.branch.dtype, shape),
-            *(
-                (FLOAT, (self.groups, width)) if sums and wanted else None
-                for wanted in (self.gate is not None, norm, norm)
-            ),
-        ]
-        options = {"sums": sums, "run_rows": 0} | self.settings(True, seed)
-        return Backward(*run_program(program, options, tensors, (stats if norm else None, factors), outputs))
+    def backward(self, d_residual, d_normed, residual, stats, other, factors, sums) -> Backward:
+        """The raw op; None for what is not wanted."""
+        norm, moved = d_normed is not None, d_normed is not None or other is not None
+        results = op.BACKWARD["cuda"](
+            d_residual, d_normed, residual, self.branch, self.gate, self.scale, stats if norm else None, other, factors,
+            self.rms, self.groups if sums else 0,
+        )  # fmt: skip
+        wanted = moved, self.branch is not None, sums and self.gate is not None, sums and norm, sums and norm
+        return Backward(*wanted_alone(results, wanted))
 
     def check_backward(
         self,
-        program,
         *,
         d_residual: Tensor | None = None,
         d_normed: Tensor | None = None,
@@ -178,9 +155,7 @@ class Seam:
         rstd = ((flat - mean.unsqueeze(-1)).square().mean(-1) + self.eps).rsqrt()
         stats = torch.stack([mean, rstd]).float()
         arguments = (d_residual, d_normed, residual, stats, other, factors, sums)
-        result = self.backward(program, *arguments, seeds[0])
-        for seed in seeds[1:]:
-            assert_same_bits(result, self.backward(program, *arguments, seed))
+        result = same_for_all(seeds, lambda: self.backward(*arguments), max_row_blocks=self.max_blocks)
 
         def flatten(tensor: Tensor | None) -> Tensor:
             return torch.zeros_like(flat) if tensor is None else tensor.double().reshape(rows, width)
@@ -272,107 +247,96 @@ def gradients(case: Seam, *names: str) -> dict[str, Tensor]:
 EVERYTHING = ("d_residual", "d_normed", "other", "factors")
 
 
-@pytest.fixture
-def seams(program):
-    return program("gated_residual_norm")
-
-
 @pytest.mark.parametrize("stream", STREAMS, ids=STREAM_IDS)
 class TestEveryDtype:
-    # 296 channels: full and partial steps of a warp; 14 rows in 2 groups: the last block is not full.
-    @pytest.mark.parametrize("wide", [False, True], ids=["half", "wide"])
-    def test_modulation_in_fp32_or_in_the_dtype_of_the_branch(self, seams, stream, wide):
-        if wide and stream[1] == FLOAT:
-            pytest.skip("one dtype only")
-        modulation = FLOAT if wide else stream[1]
-        case = seam(14, 296, stream=stream, modulation=modulation, groups=2, student=True)
-        case.check_forward(seams)
-        case.check_backward(seams, **gradients(case, *EVERYTHING))
+    def test_modulation_in_fp32_or_in_the_dtype_of_the_branch(self, stream):
+        # 296 channels: full and partial steps of a warp; 14 rows in 2 groups: the last block is not full.
+        for modulation in {FLOAT, stream[1]}:
+            case = seam(14, 296, stream=stream, modulation=modulation, groups=2, student=True)
+            case.check_forward()
+            case.check_backward(**gradients(case, *EVERYTHING))
 
     @pytest.mark.parametrize("width", [2048, 2056, 5128])
-    def test_long_rows(self, seams, stream, width):
+    def test_long_rows(self, stream, width):
         case = seam(2, width, stream=stream, student=True)
-        case.check_forward(seams)
-        case.check_backward(seams, **gradients(case, *EVERYTHING))
+        case.check_forward()
+        case.check_backward(**gradients(case, *EVERYTHING))
 
-    def test_rows_that_no_vector_divides(self, seams, stream):
+    def test_rows_that_no_vector_divides(self, stream):
         case = seam(3, 131, stream=stream, student=True)
-        case.check_forward(seams)
-        case.check_backward(seams, **gradients(case, *EVERYTHING))
+        case.check_forward()
+        case.check_backward(**gradients(case, *EVERYTHING))
 
 
 @pytest.mark.parametrize("width", [1, 5, 77, 2061, 4100])
-def test_odd_widths(seams, width):
+def test_odd_widths(width):
     case = seam(3, width, stream=(FLOAT, BF16), student=True, eps=1e-3)
-    case.check_forward(seams, seeds=(0, 1))
-    case.check_backward(seams, **gradients(case, *EVERYTHING), seeds=(0, 1))
+    case.check_forward(seeds=(0, 1))
+    case.check_backward(**gradients(case, *EVERYTHING), seeds=(0, 1))
 
 
 @pytest.mark.parametrize(
     "parts", [(), ("branch",), ("branch", "gate"), ("scale",), ("shift",), ("branch", "shift", "scale"), ALL_PARTS]
 )
 @pytest.mark.parametrize("width", [64, 77])  # rows in registers, rows read again
-def test_missing_parts(seams, parts, width):
+def test_missing_parts(parts, width):
     case = seam(6, width, stream=(FLOAT, BF16), parts=parts, groups=3)
-    case.check_forward(seams)
-    case.check_backward(seams, **gradients(case, "d_residual", "d_normed"))
+    case.check_forward()
+    case.check_backward(**gradients(case, "d_residual", "d_normed"))
 
 
 @pytest.mark.parametrize("width", [64, 77])
-def test_end_of_a_block_without_a_norm(seams, width):
+def test_end_of_a_block_without_a_norm(width):
     case = seam(6, width, stream=(FLOAT, BF16), parts=("branch", "gate"), groups=3, norm=False, student=True)
-    case.check_forward(seams)
-    result = case.check_backward(seams, **gradients(case, "d_residual"))
+    case.check_forward()
+    result = case.check_backward(**gradients(case, "d_residual"))
     assert result.d_x is None
     assert result.d_shift is None
-    case.check_backward(seams, **gradients(case, "other", "factors"))
+    case.check_backward(**gradients(case, "other", "factors"))
 
 
-def test_alignment_of_rows_that_other_threads_wrote(seams):
+def test_alignment_of_rows_that_other_threads_wrote():
     # 5128 channels: the residual is written by steps of 8 channels a thread, and read again by steps of 4.
     case = seam(2, 5128, stream=(FLOAT, BF16), parts=("branch", "gate"), norm=False, student=True)
-    case.check_forward(seams, seeds=(0, 1))
+    case.check_forward(seeds=(0, 1))
 
 
 @pytest.mark.parametrize("given", [("d_normed",), ("d_normed", "other", "factors"), ("d_residual", "other", "factors")])
-def test_missing_gradients(seams, given):
+def test_missing_gradients(given):
     case = seam(6, 64, stream=(FLOAT, HALF), groups=2)
-    case.check_backward(seams, **gradients(case, *given))
-    case.check_backward(seams, **gradients(case, *given), sums=False)
+    case.check_backward(**gradients(case, *given))
+    case.check_backward(**gradients(case, *given), sums=False)
 
 
 @pytest.mark.parametrize("width", [64, 77, 5128])
-def test_rms_norm(seams, width):
+def test_rms_norm(width):
     case = seam(4, width, stream=(BF16, BF16), groups=2, rms=True)
-    result = case.check_forward(seams)
+    result = case.check_forward()
     assert result.stats[0].abs().max() == 0
-    case.check_backward(seams, **gradients(case, "d_residual", "d_normed"))
+    case.check_backward(**gradients(case, "d_residual", "d_normed"))
 
 
 @pytest.mark.parametrize("groups", [1, 2, 7, 14])
-@pytest.mark.parametrize("run_rows", [0, 1, 3])
-def test_groups_of_rows_and_runs_in_a_group(seams, groups, run_rows):
-    case = seam(14, 40, stream=(FLOAT, BF16), groups=groups)
-    case.options = {"run_rows": run_rows}
-    case.check_forward(seams)
-    case.check_backward(seams, **gradients(case, "d_residual", "d_normed"), seeds=(0, 1))
+@pytest.mark.parametrize("rows", [14, 126])  # one run of rows in each group; up to sixteen, and runs of unequal size
+def test_groups_of_rows_and_runs_in_a_group(groups, rows):
+    case = seam(rows, 40, stream=(FLOAT, BF16), groups=groups)
+    case.check_forward()
+    case.check_backward(**gradients(case, "d_residual", "d_normed"), seeds=(0, 1))
 
 
-def test_many_runs_of_a_group_are_added_in_order(seams):
-    case = seam(70, 40, stream=(FLOAT, FLOAT), groups=2)
-    case.options = {"run_rows": 1}  # 35 runs: slices of 4 and 5
-    case.check_backward(seams, **gradients(case, "d_residual", "d_normed"), seeds=(0, 1, 2))
+def test_many_runs_of_a_group_are_added_in_order():
+    case = seam(560, 40, stream=(FLOAT, FLOAT), groups=2)  # 35 runs of 8 rows: slices of 4 and 5
+    case.check_backward(**gradients(case, "d_residual", "d_normed"), seeds=(0, 1, 2))
 
 
-def test_several_rows_for_each_group_of_threads(seams):
+def test_several_rows_for_each_group_of_threads():
     for width in (96, 2056, 77):
-        case = seam(22, width, stream=(BF16, BF16), groups=11, student=True)
-        case.options = {"max_blocks": 2}
-        case.check_forward(seams, seeds=(0, 1))
+        case = seam(22, width, stream=(BF16, BF16), groups=11, student=True, max_blocks=2)
+        case.check_forward(seeds=(0, 1))
 
 
 @pytest.mark.parametrize("stream", [(BF16, BF16), (FLOAT, BF16)], ids=["bf16", "mixed"])
-def test_row_strides_and_alignments(seams, stream):
+def test_row_strides_and_alignments(stream):
     r, h = stream
     case = seam(3, 4, 136, stream=stream, groups=3, student=True)
 
@@ -386,37 +350,37 @@ def test_row_strides_and_alignments(seams, stream):
 
     for of_r, of_h in zip(views(r), views(h), strict=True):
         strided = replace(case, x=of_r, branch=of_h, student=of_r.flip(0))
-        strided.check_forward(seams)
+        strided.check_forward()
         # The gradients of a slice of a cat.
-        strided.check_backward(seams, d_residual=of_r, d_normed=of_h, other=of_r, factors=rows_of(2, 12))
+        strided.check_backward(d_residual=of_r, d_normed=of_h, other=of_r, factors=rows_of(2, 12))
     # One tensor alone that is not aligned.
     unaligned = {"x": views(r)[1], "branch": views(h)[1], "student": views(r)[1]}
     for name, tensor in unaligned.items():
-        replace(case, **{name: tensor}).check_forward(seams)
+        replace(case, **{name: tensor}).check_forward()
     given = gradients(case, *EVERYTHING)
     for name in ("d_residual", "d_normed", "other"):
-        case.check_backward(seams, **given | {name: views(given[name].dtype)[1]})
+        case.check_backward(**given | {name: views(given[name].dtype)[1]})
     # adaLN's six parts are slices of one tensor.
     modulation = rows_of(3, 3 * 136 + 3, dtype=h, seed=25)
     for offset in (0, 1):
         gate, shift, scale = (modulation[:, offset + i * 136 : offset + (i + 1) * 136] for i in range(3))
         sliced = replace(case, gate=gate, shift=shift, scale=scale)
-        sliced.check_forward(seams)
-        sliced.check_backward(seams, **gradients(case, "d_residual", "d_normed"))
+        sliced.check_forward()
+        sliced.check_backward(**gradients(case, "d_residual", "d_normed"))
     per_token = replace(case, gate=case.gate[:1].expand(12, 136), shift=None, scale=case.scale.repeat(4, 1))
-    per_token.check_forward(seams)
-    per_token.check_backward(seams, **gradients(case, "d_residual", "d_normed"))
+    per_token.check_forward()
+    per_token.check_backward(**gradients(case, "d_residual", "d_normed"))
 
 
 @pytest.mark.parametrize("width", [96, 77, 5128])
-def test_nan_and_infinity_stay_in_their_row(seams, width):
+def test_nan_and_infinity_stay_in_their_row(width):
     case = seam(8, width, groups=4, student=True)
     case.x[2, 3], case.x[5, 1] = float("nan"), float("inf")
-    result = case.forward(seams)
+    result = case.forward()
     for output in (result.normed, result.stats.T, result.alignment.T):
         assert output.isnan().any(-1).tolist() == [row in (2, 5) for row in range(8)]
     given = gradients(case, "d_residual", "d_normed")
-    backward = case.backward(seams, given["d_residual"], given["d_normed"], case.x, result.stats, None, None, True)
+    backward = case.backward(given["d_residual"], given["d_normed"], case.x, result.stats, None, None, True)
     for output in (backward.d_x, backward.d_branch):
         assert (~output.isfinite()).any(-1).tolist() == [row in (2, 5) for row in range(8)]
     for sums in (backward.d_gate, backward.d_scale):
@@ -425,7 +389,7 @@ def test_nan_and_infinity_stay_in_their_row(seams, width):
 
 
 @pytest.mark.parametrize("width", [96, 77, 5128])
-def test_extremes_of_the_alignment(seams, width):
+def test_extremes_of_the_alignment(width):
     case = seam(9, width, parts=(), student=True, norm=False)
     case.student[1] = 0
     case.x[2] = 0
@@ -437,53 +401,44 @@ def test_extremes_of_the_alignment(seams, width):
     case.x[6] *= 1e-30  # below eps
     case.x[7] *= 1e-7 / case.x[7].norm()  # just below
     case.student[8], case.x[8] = 0, float("inf")
-    alignment = case.check_forward(seams, seeds=(0, 1)).alignment
+    alignment = case.check_forward(seeds=(0, 1)).alignment
     assert alignment[0].isnan().tolist() == [row in (3, 4, 8) for row in range(9)]
     for row in (1, 2, 6, 7):
         assert alignment[:, row].tolist() == [0, 0, 0]
     tiny = replace(case, x=case.x[:1] * 1e-30, student=case.student[:1] * 1e25, align_eps=1e-37)
-    assert tiny.check_forward(seams).alignment[0] != 0
+    assert tiny.check_forward().alignment[0] != 0
 
 
 @pytest.mark.parametrize("width", [96, 77])
-def test_row_without_alignment_gradient_may_hold_anything(seams, width):
+def test_row_without_alignment_gradient_may_hold_anything(width):
     case = seam(4, width, groups=2)
     given = gradients(case, *EVERYTHING)
     given["factors"][:, 1] = 0
     given["other"][1] = float("nan")
-    assert case.check_backward(seams, **given).d_x.isfinite().all()
+    assert case.check_backward(**given).d_x.isfinite().all()
 
 
-def test_gradients_near_the_ends_of_fp16(seams):
+def test_gradients_near_the_ends_of_fp16():
     # Sums over rows are taken before anything is rounded: 64 gradients of 3e4 pass the largest fp16 value.
     case = seam(64, 8, stream=(HALF, HALF), parts=("branch", "gate", "scale"))
     case.branch = torch.ones_like(case.branch)
     d_residual = torch.full_like(case.x, 3e4)
-    result = case.check_backward(seams, d_residual=d_residual)
+    result = case.check_backward(d_residual=d_residual)
     assert (result.d_gate == 64 * 3e4).all()
 
 
 # ---- gelu
 
 
-def run_gelu(program, preactivation, gradient=None, *, activation=True, bias=True, run_rows=0, seed=0):
-    """Activation, and with a gradient also that of the preactivation, the activation again and the column sums."""
-    shape = tuple(preactivation.shape)
-    rows, width = shape
-    options = {
-        "rows": rows, "width": width, "activation": activation, "bias": bias, "run_rows": run_rows, "seed": seed
-    }  # fmt: skip
-    same = (preactivation.dtype, shape)
-    backward = [same, same if activation else None, (FLOAT, (width,)) if bias else None]
-    tensors = {"preactivation": preactivation, "d_activation": gradient}
-    return run_program(program, options, tensors, (), [same, *(backward if gradient is not None else [])])
+def run_gelu(preactivation, gradient, *, activation=True, bias=True):
+    """Activation, the gradient of the preactivation, the activation again and the column sums."""
+    results = gelu.BACKWARD["cuda"](gradient, preactivation, activation, bias)
+    return [gelu.FORWARD["cuda"](preactivation), *wanted_alone(results, (True, activation, bias))]
 
 
-def check_gelu(program, preactivation, gradient, seeds=(0,), **kwargs):
+def check_gelu(preactivation, gradient, seeds=(0,), **kwargs):
     """Compare with autograd in double precision."""
-    result = run_gelu(program, preactivation, gradient, seed=seeds[0], **kwargs)
-    for seed in seeds[1:]:
-        assert_same_bits(result, run_gelu(program, preactivation, gradient, seed=seed, **kwargs))
+    result = same_for_all(seeds, lambda: run_gelu(preactivation, gradient, **kwargs))
     u = preactivation.double().requires_grad_()
     exact = F.gelu(u, approximate="tanh")
     exact.backward(gradient.double())
@@ -499,54 +454,48 @@ def check_gelu(program, preactivation, gradient, seeds=(0,), **kwargs):
     return result
 
 
-@pytest.fixture
-def gelus(program):
-    return program("gelu")
-
-
 @pytest.mark.parametrize("dtype", TYPES, ids=NAMES.get)
 @pytest.mark.parametrize("width", [1, 77, 136, 1160, 1029])  # one tile and two, with vectors and without
-def test_gelu_of_any_width(gelus, dtype, width):
+def test_gelu_of_any_width(dtype, width):
     preactivation, gradient = rows_of(7, width, dtype=dtype, seed=1) * 3, rows_of(7, width, dtype=dtype, seed=2)
-    check_gelu(gelus, preactivation, gradient)
+    check_gelu(preactivation, gradient)
 
 
-def test_gelu_over_its_whole_range(gelus):
+def test_gelu_over_its_whole_range():
     near = torch.linspace(-12, 12, 4801)
     far = torch.tensor([1e-30, 1e-5, 30, 1e4, 1e12, 1e19, 1e30, 3e38])
     for preactivation in (near, far, -far):
-        check_gelu(gelus, preactivation.unsqueeze(0), torch.ones(1, len(preactivation)))
+        check_gelu(preactivation.unsqueeze(0), torch.ones(1, len(preactivation)))
 
 
-def test_gelu_of_nan_and_infinity_as_in_pytorch(gelus):
+def test_gelu_of_nan_and_infinity_as_in_pytorch():
     preactivation = torch.tensor([[float("nan"), 1, float("inf"), -1, -float("inf"), 2, 3, 4]])
-    result = run_gelu(gelus, preactivation, torch.ones_like(preactivation))
+    result = run_gelu(preactivation, torch.ones_like(preactivation))
     for output in result[:3]:
         assert output[0, [1, 3, 5, 6, 7]].isfinite().all()
         assert output[0, 0].isnan()
     assert torch.equal(result[0].isnan(), F.gelu(preactivation, approximate="tanh").isnan())
 
 
-@pytest.mark.parametrize("run_rows", [0, 1, 3])
-def test_gelu_bias_sums_over_runs_of_rows(gelus, run_rows):
-    preactivation, gradient = rows_of(37, 72, seed=1), rows_of(37, 72, seed=2)
-    check_gelu(gelus, preactivation, gradient, seeds=(0, 1, 2), run_rows=run_rows)
+@pytest.mark.parametrize("rows", [16, 37, 600])  # one run of rows, three, and 38
+def test_gelu_bias_sums_over_runs_of_rows(rows):
+    check_gelu(rows_of(rows, 72, seed=1), rows_of(rows, 72, seed=2), seeds=(0, 1, 2))
 
 
 @pytest.mark.parametrize(("activation", "bias"), [(False, False), (True, False), (False, True)])
-def test_gelu_outputs_that_are_not_wanted(gelus, activation, bias):
+def test_gelu_outputs_that_are_not_wanted(activation, bias):
     preactivation, gradient = rows_of(5, 72, dtype=BF16, seed=1), rows_of(5, 72, dtype=BF16, seed=2)
-    result = check_gelu(gelus, preactivation, gradient, activation=activation, bias=bias)
+    result = check_gelu(preactivation, gradient, activation=activation, bias=bias)
     assert [output is None for output in result] == [False, False, not activation, not bias]
 
 
-def test_gelu_of_strided_gradients_and_unaligned_tensors(gelus):
+def test_gelu_of_strided_gradients_and_unaligned_tensors():
     preactivation = rows_of(6, 72, dtype=HALF, seed=1)
     for gradient in (
         rows_of(6, 80, dtype=HALF, seed=2)[:, :72],
         rows_of(6, 75, dtype=HALF, seed=3)[:, 1:73],
         rows_of(1, 72, dtype=HALF, seed=4).expand(6, 72),
     ):
-        check_gelu(gelus, preactivation, gradient)
+        check_gelu(preactivation, gradient)
     unaligned = rows_of(6 * 72 + 1, dtype=HALF, seed=5)[1:].reshape(6, 72)
-    check_gelu(gelus, unaligned, preactivation)
+    check_gelu(unaligned, preactivation)

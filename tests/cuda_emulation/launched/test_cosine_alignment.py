@@ -1,19 +1,17 @@
-"""The CUDA device code of cosine_alignment, compiled for the host and run thread by thread under sanitizers."""
+"""cosine_alignment's launchers and kernels in the emulator: every dtype, layout, order of threads and extreme."""
 
 from __future__ import annotations
 
-import subprocess
-from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
-from layersync_kernels.ops.cosine_alignment.op import REDUCTIONS
+from layersync_kernels.ops.cosine_alignment import op
 from layersync_kernels.ops.cosine_alignment.reference import cosine_alignment_reference
 
-from .harness import BF16, FLOAT, HALF, NAMES, TYPES, assert_same_bits, rows_of, run_program
+from .harness import BF16, FLOAT, HALF, NAMES, TYPES, rows_of, same_for_all
 
 
 class Result(NamedTuple):
@@ -35,37 +33,21 @@ class Case(NamedTuple):
     eps: float = 1e-6
     max_blocks: int = 4096
 
-    def run(self, program: Path, seed: int = 0) -> Result:
-        """Run forward and backward in the emulator."""
-        rows = self.student.numel() // self.student.shape[-1] if self.student.shape[-1] else len(self.student)
+    def run(self) -> Result:
+        """Forward and backward by the raw ops."""
+        loss, stats, scale = op.FORWARD["cuda"](
+            self.student, self.teacher, self.weight, self.eps, op.REDUCTIONS[self.reduction]
+        )
+        wanted = self.student_grad, self.teacher_grad
         grad = torch.ones(()) if self.grad is None else self.grad
-        options = {
-            "rows": rows,
-            "width": self.student.shape[-1],
-            "reduction": REDUCTIONS[self.reduction],
-            "eps": self.eps,
-            "has_weight": int(self.weight is not None),
-            "grads": grad.numel(),
-            "student_grad": int(self.student_grad),
-            "teacher_grad": int(self.teacher_grad),
-            "max_blocks": self.max_blocks,
-            "seed": seed,
-        }
-        none = self.reduction == "none"
-        gradients = [
-            (tensor.dtype, tuple(tensor.shape)) if wanted else None
-            for tensor, wanted in ((self.student, self.student_grad), (self.teacher, self.teacher_grad))
-        ]
-        loss = tuple(self.student.shape[:-1]) if none else ()
-        outputs = [(FLOAT, loss), (FLOAT, (3, rows)), (FLOAT, ()), *gradients]
-        tensors = {"student": self.student, "teacher": self.teacher}
-        return Result(*run_program(program, options, tensors, (self.weight, grad), outputs))
+        if grad.dim() > 0:
+            grad = grad.reshape(loss.shape)
+        gradients = op.BACKWARD["cuda"](grad, self.student, self.teacher, self.weight, stats, scale, *wanted)
+        return Result(loss, stats, scale, *(g if w else None for g, w in zip(gradients, wanted, strict=True)))
 
-    def check(self, program: Path, seeds: tuple[int, ...] = (0,)) -> Result:
+    def check(self, seeds: tuple[int, ...] = (0,)) -> Result:
         """Compare with the reference in double precision, and the results of all seeds with each other."""
-        result = self.run(program, seeds[0])
-        for seed in seeds[1:]:
-            assert_same_bits(result, self.run(program, seed))
+        result = same_for_all(seeds, self.run, max_row_blocks=self.max_blocks)
         student, teacher = (x.double().detach().requires_grad_() for x in (self.student, self.teacher))
         weight = None if self.weight is None else self.weight.double().reshape(student.shape[:-1])
         loss = cosine_alignment_reference(student, teacher, weight, self.eps, self.reduction, True)
@@ -99,98 +81,63 @@ def pair(*shape: int, student: torch.dtype = FLOAT, teacher: torch.dtype = FLOAT
     return rows_of(*shape, dtype=student, seed=1), rows_of(*shape, dtype=teacher, seed=2)
 
 
-class TestEmulator:
-    """The emulator itself: a fault that it would not notice makes every other test here worthless."""
-
-    @pytest.mark.parametrize("seed", [1, 2, 3])
-    def test_correct_exchange_passes(self, program, seed):
-        done = subprocess.run([program("faults"), "exchange", str(seed)], capture_output=True, text=True, check=True)
-        assert int(done.stdout) == sum((i ^ 32) * i * i for i in range(64))
-
-    def test_missing_barrier_shows_in_the_result(self, program):
-        runs = {
-            subprocess.run([program("faults"), "missing-barrier", str(seed)], capture_output=True, check=True).stdout
-            for seed in range(4)
-        }
-        assert len(runs) > 1
-
-    @pytest.mark.parametrize(
-        ("fault", "message"),
-        [
-            ("out-of-bounds", "heap-buffer-overflow"),
-            ("misaligned", "misaligned address"),
-            ("diverged-barrier", "thread 40 has returned"),
-            ("diverged-shuffle", "threads diverged"),
-        ],
-    )
-    def test_fault_is_reported(self, program, fault, message):
-        done = subprocess.run([program("faults"), fault, "1"], capture_output=True, text=True, check=False)
-        assert done.returncode != 0
-        assert message in done.stderr
-
-
-@pytest.fixture
-def kernels(program):
-    return program("cosine_alignment")
-
-
 @pytest.mark.parametrize("teacher", TYPES, ids=NAMES.get)
 @pytest.mark.parametrize("student", TYPES, ids=NAMES.get)
-def test_every_pair_of_dtypes(kernels, student, teacher):
+def test_every_pair_of_dtypes(student, teacher):
     # 296 channels: full and partial batches of loads; 13 rows: the last block is not full.
-    Case(*pair(13, 296, student=student, teacher=teacher)).check(kernels)
+    Case(*pair(13, 296, student=student, teacher=teacher)).check()
 
 
 @pytest.mark.parametrize("width", [1, 5, 64, 77, 299, 1152])
-def test_widths_that_vectors_do_not_divide(kernels, width):
-    Case(*pair(5, width, student=BF16, teacher=BF16)).check(kernels)
+def test_widths_that_vectors_do_not_divide(width):
+    Case(*pair(5, width, student=BF16, teacher=BF16)).check()
 
 
 @pytest.mark.parametrize(("dtype", "width"), [(BF16, 4136), (FLOAT, 2601), (HALF, 5125)])
-def test_long_rows_shared_by_a_block(kernels, dtype, width):
-    Case(*pair(3, width, student=dtype, teacher=dtype)).check(kernels, seeds=(0, 1))
+def test_long_rows_shared_by_a_block(dtype, width):
+    Case(*pair(3, width, student=dtype, teacher=dtype)).check(seeds=(0, 1))
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=NAMES.get)
-def test_row_strides_and_alignments(kernels, dtype):
+def test_row_strides_and_alignments(dtype):
     student, teacher = pair(3, 5, 136, student=dtype, teacher=dtype)
     slice_of_tokens = rows_of(3, 7, 136, dtype=dtype, seed=3)[:, 1:6]
     slice_of_channels = rows_of(3, 5, 141, dtype=dtype, seed=4)[..., 3:139]  # not one row is aligned
     transposed = rows_of(5, 3, 136, dtype=dtype, seed=5).transpose(0, 1)
     expanded = rows_of(1, 5, 136, dtype=dtype, seed=6).expand(3, 5, 136)
     for other in (slice_of_tokens, slice_of_channels, transposed, expanded):
-        Case(student, other).check(kernels)
-        Case(other, teacher).check(kernels)
+        Case(student, other).check()
+        Case(other, teacher).check()
     # Aligned rows in, rows that are not out.
     padded = [rows_of(3, 5, 144, dtype=dtype, seed=seed)[..., :133] for seed in (7, 8)]
-    Case(*padded).check(kernels)
+    Case(*padded).check()
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
-def test_reductions_weights_and_gradients(kernels, reduction):
+def test_reductions_weights_and_gradients(reduction):
     weight = torch.tensor([0.5, 0.0, 2.0, 1.0, 0.0, 0.25, 3.0])
     grad = torch.linspace(-1, 2, 7) if reduction == "none" else torch.tensor(0.5)
-    Case(*pair(7, 96), weight, reduction, grad).check(kernels, (0, 1, 2))
-    Case(*pair(7, 96), None, reduction, torch.tensor(-2.0)).check(kernels)
+    Case(*pair(7, 96), weight, reduction, grad).check((0, 1, 2))
+    Case(*pair(7, 96), None, reduction, torch.tensor(-2.0)).check()
 
 
 @pytest.mark.parametrize(("student_grad", "teacher_grad"), [(True, False), (False, True)])
-def test_gradient_of_one_side_alone(kernels, student_grad, teacher_grad):
+def test_gradient_of_one_side_alone(student_grad, teacher_grad):
     case = Case(*pair(6, 152, student=FLOAT, teacher=BF16), student_grad=student_grad, teacher_grad=teacher_grad)
-    result = case.check(kernels)
+    result = case.check()
     assert (result.student_grad is None) != (result.teacher_grad is None)
 
 
 @pytest.mark.parametrize("width", [96, 4136])
-def test_several_rows_for_each_group_of_threads(kernels, width):
+def test_several_rows_for_each_group_of_threads(width):
     weight = torch.ones(11)
     weight[3] = 0
-    Case(*pair(11, width, student=BF16, teacher=BF16), weight, max_blocks=2).check(kernels, seeds=(0, 1, 2))
+    Case(*pair(11, width, student=BF16, teacher=BF16), weight, max_blocks=2).check(seeds=(0, 1, 2))
 
 
 @pytest.mark.parametrize("width", [96, 4136])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_extreme_rows_stay_in_their_row(kernels, width, weighted):
+def test_extreme_rows_stay_in_their_row(width, weighted):
     student, teacher = pair(9, width, student=BF16, teacher=FLOAT)
     student[1] = 0
     teacher[2] = 0
@@ -203,41 +150,41 @@ def test_extreme_rows_stay_in_their_row(kernels, width, weighted):
     weight = None
     if weighted:
         student[8], weight = float("nan"), torch.tensor([1.0, 2, 1, 2, 1, 2, 1, 2, 0])
-    result = Case(student, teacher, weight, "none", torch.ones(9)).check(kernels, seeds=(0, 1))
+    result = Case(student, teacher, weight, "none", torch.ones(9)).check(seeds=(0, 1))
     assert result.loss.isnan().tolist() == [row in (3, 4) for row in range(9)]
     assert result.student_grad[1].abs().sum() == 0
     assert result.teacher_grad[2].abs().sum() == 0
 
 
-def test_infinite_row_beside_a_row_of_zeros_is_nan(kernels):
+def test_infinite_row_beside_a_row_of_zeros_is_nan():
     student, teacher = pair(3, 96)
     student[1], teacher[1] = 0, float("inf")
-    result = Case(student, teacher, None, "none", torch.ones(3)).run(kernels)
+    result = Case(student, teacher, None, "none", torch.ones(3)).run()
     assert result.loss.isnan().tolist() == [False, True, False]
 
 
-def test_fp16_rows_whose_squares_overflow_fp16(kernels):
+def test_fp16_rows_whose_squares_overflow_fp16():
     student = torch.full((3, 1152), 2000.0, dtype=HALF)
-    Case(student, student.clone()).check(kernels)
+    Case(student, student.clone()).check()
 
 
-def test_tiny_rows_above_a_tinier_eps(kernels):
+def test_tiny_rows_above_a_tinier_eps():
     student, teacher = pair(4, 64)
-    Case(student * 1e-30, teacher * 1e25, eps=1e-37, reduction="none", grad=torch.full((4,), 1e-20)).check(kernels)
+    Case(student * 1e-30, teacher * 1e25, eps=1e-37, reduction="none", grad=torch.full((4,), 1e-20)).check()
 
 
 @pytest.mark.parametrize("reduction", ["none", "sum", "mean"])
 @pytest.mark.parametrize("shape", [(0, 64), (3, 0)])
-def test_nothing_to_align_gives_zero(kernels, shape, reduction):
-    result = Case(*pair(*shape), None, reduction, torch.ones(())).check(kernels)
+def test_nothing_to_align_gives_zero(shape, reduction):
+    result = Case(*pair(*shape), None, reduction, torch.ones(())).check()
     assert result.loss.abs().sum() == 0
     assert result.scale == {"none": 1, "sum": 1, "mean": 1 / 3 if shape[0] else 0}[reduction]
 
 
-def test_everything_masked_gives_zero_and_no_gradient(kernels):
+def test_everything_masked_gives_zero_and_no_gradient():
     student, teacher = pair(5, 64)
     student[:] = float("nan")
-    result = Case(student, teacher, torch.zeros(5)).run(kernels)
+    result = Case(student, teacher, torch.zeros(5)).run()
     assert result.loss == 0
     assert result.scale == 0
     assert result.student_grad.abs().sum() == 0
