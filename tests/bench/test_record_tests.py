@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 
 import pytest
@@ -37,6 +38,7 @@ def run(folder, *options):
     if child == 0:
         code = 99
         try:
+            signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever a shell has made of it
             sys.stdout = sys.stderr = output.open("w")
             os.dup2(sys.stdout.fileno(), 1)
             os.chdir(folder)
