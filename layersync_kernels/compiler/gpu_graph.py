@@ -128,7 +128,8 @@ def count_gpu_step(
         backend: of our ops, where a GPU has them: "cuda", the extension, or "triton".
 
     Raises:
-        ValueError: forward() gives nothing that requires grad; unknown backend; autocast for CUDA.
+        ValueError: forward() gives nothing that requires grad; unknown backend.
+        UserWarning: autocast for CUDA, where there is none, which would silently count fp32.
         UserError: compiled graphs cannot be lowered here, see `obstacle`; or torch has moved what this takes from its
             inside, which is known to be there from 2.10 to 2.14.
         torch._dynamo.exc.Unsupported: `compiled`, and the step does not compile into one graph.

@@ -277,7 +277,7 @@ class _Recorder:
     def _note(self, nodes: Sequence[Any]) -> None:
         scheduler, ir = inside("torch._inductor.scheduler"), inside("torch._inductor.ir")
         for node in nodes:
-            if isinstance(node, scheduler.NopKernelSchedulerNode):
+            if isinstance(node, scheduler.NopKernelSchedulerNode) or _runs_on_host(node):
                 continue
             if not isinstance(node, scheduler.ExternKernelSchedulerNode):
                 self._scheduled[node] = node.get_read_write_buffers_sizes()
@@ -292,6 +292,11 @@ class _Recorder:
         if bytes_of:
             raise moved("what writes Inductor's kernels: some were scheduled and never written")
         return written + self._called
+
+
+def _runs_on_host(node: Any) -> bool:
+    device = node.get_device()
+    return device is not None and device.type == "cpu"
 
 
 def _origin(called: Any) -> fx.Node | None:
