@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import re
+from importlib.metadata import version
 
 import pytest
 
@@ -307,12 +308,18 @@ FLOORS = {
     ("triton", "cosine_alignment forward", 90): {72: 0.57},
     ("triton", "cosine_alignment backward", 90): {72: 0.64},
     ("triton", "gated_residual_norm forward", 90): {72: 0.81},
-    # Runs are made for 8 warps on a multiprocessor, which registers leave from Triton 3.6 and on other cards (213 to 233);
+    # Runs are made for 8 warps on a multiprocessor, as registers leave with Triton 3.6 and on other cards (213 to 230);
     # 3.8 leaves 12 on an H100 (168). For 12, 3.6 would have one and a half waves, and spills if held to 168 registers.
     # 3072 in 256 groups: one program for a group. 384: two steps of 256 are a quarter empty.
     ("triton", "gated_residual_norm backward", 90): {
-        **{64: 0.30, 72: 0.12, 384: 0.33, 768: 0.66},
-        **{1152: 0.55, 1536: 0.76, 3072: 0.76, 5120: 0.61},
+        64: 0.30,
+        72: 0.12,
+        384: 0.33,
+        768: 0.66,
+        1152: 0.55,
+        1536: 0.76,
+        3072: 0.76,
+        5120: 0.61,
     },
     ("triton", "gelu backward", 90): {72: 0.79},
     # A program for each sample and 64 channels, 256 to 1536 of them up to 384 channels. 768: 3.3 waves.
@@ -381,10 +388,12 @@ class TestOccupancy:
         for row in rows(route):
             key = (row.route, row.kernel, row.capability), row.width
             least[key] = min(least.get(key, (2, None)), (row.figures.bandwidth, row), key=lambda pair: pair[0])
+        newest = importlib.util.find_spec("triton") and version("triton") >= "3.8"  # whose figures are written above
         wrong = {}
         for (kernel, width), (bandwidth, row) in least.items():
             floor = FLOORS.get(kernel, {}).get(width, ENOUGH)
-            if not floor <= bandwidth < (floor + SLACK if floor < ENOUGH else 2):
+            known_best = floor + SLACK if floor < ENOUGH and (route == "cuda" or newest) else 2
+            if not floor <= bandwidth < known_best:
                 wrong[kernel, width] = row
         assert not wrong
         known = {(kernel, width) for kernel, widths in FLOORS.items() for width in widths if kernel[0] == route}
