@@ -3,6 +3,7 @@
 import concurrent.futures
 import importlib.util
 import re
+from importlib.metadata import version
 
 import pytest
 
@@ -387,10 +388,12 @@ class TestOccupancy:
         for row in rows(route):
             key = (row.route, row.kernel, row.capability), row.width
             least[key] = min(least.get(key, (2, None)), (row.figures.bandwidth, row), key=lambda pair: pair[0])
+        newest = importlib.util.find_spec("triton") and version("triton") >= "3.8"  # whose figures are written above
         wrong = {}
         for (kernel, width), (bandwidth, row) in least.items():
             floor = FLOORS.get(kernel, {}).get(width, ENOUGH)
-            if not floor <= bandwidth < (floor + SLACK if floor < ENOUGH else 2):
+            known_best = floor + SLACK if floor < ENOUGH and (route == "cuda" or newest) else 2
+            if not floor <= bandwidth < known_best:
                 wrong[kernel, width] = row
         assert not wrong
         known = {(kernel, width) for kernel, widths in FLOORS.items() for width in widths if kernel[0] == route}
