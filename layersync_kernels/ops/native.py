@@ -71,4 +71,4 @@ def cuda() -> Library:
         torch.ops.load_library(found)
     except OSError as error:
         return Library(False, f"{built}, but does not load beside torch {torch.__version__}: {error}", host.facts)
-    return Library(True, built, host.facts, found[0])
+    return Library(True, built, host.facts, found)

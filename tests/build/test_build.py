@@ -193,8 +193,9 @@ def test_two_pythons_that_share_a_tree_load_their_own_library(tmp_path, monkeypa
     assert not native.cuda.__wrapped__().loaded
     own = tmp_path / f"_cuda{sysconfig.get_config_var('EXT_SUFFIX')}"
     own.touch()
-    assert native.cuda.__wrapped__().loaded
-    assert loaded == [str(own)]
+    library = native.cuda.__wrapped__()
+    assert library.loaded
+    assert [library.path] == loaded == [str(own)]
 
 
 @pytest.mark.parametrize(
