@@ -20,6 +20,7 @@ NOT_HERE = {
     "tests/ops/test_gram_alignment.py::TestOnACard": "graphs of a card",
     "tests/ops/test_projected_alignment.py::test_graph_replays_with_new_inputs": "graphs of a card",
     "tests/ops/test_dispatch.py": "what dispatch says of a GPU: here it is told otherwise",
+    "tests/ops/test_tuning.py": "the same, by a table",
     "tests/ops/test_cosine_alignment.py::test_a_backend_that_cannot_run_says_why_and_what_could": "the same",
 }
 LAUNCHED = "tests/cuda_emulation/launched/"
