@@ -168,7 +168,7 @@ def test_the_choice_is_faster_everywhere_by_more_than_noise_and_keeps_no_more(sh
 def test_each_candidate_begins_a_round_as_often_as_the_others(provided, monkeypatch):
     turns = []
     provided(cpp="cpp", compile="compile")
-    monkeypatch.setattr(candidates, "check", lambda case, function: None)
+    monkeypatch.setattr(candidates, "check", lambda case, function, truth: None)
     monkeypatch.setattr(candidates, "saved_bytes", lambda function, inputs: 0)
     monkeypatch.setattr(candidates, "timed", lambda timer, function, *rest: turns.append(function) or 1.0)
     candidates.measure(SMALL, BOTH, rounds=4)
