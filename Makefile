@@ -32,7 +32,7 @@ demo: $(VENV)/.built  ## install, train a SiT on digits with the fused loss, sam
 	$(BIN)/layersync demo
 
 test: $(VENV)/.built  ## install, then run all tests
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not threads and not fuzz"
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not threads and not fuzz and not slow"
 	$(PYTEST) -m threads
 
 # The versions that machines with an H100 are rented with, beside the newest: an environment of its own. Both are editable

@@ -38,9 +38,13 @@ def poisoned_memory():
 
 
 # Tests of a folder that share what takes long to make; each goes to one worker as a whole, the longest first.
-_TOGETHER = ("tests/build", "tests/cuda_emulation", "tests/integrate/test_matrix.py")
+_TOGETHER = (
+    "tests/build", "tests/cuda_emulation", "tests/integrate/test_matrix.py", "tests/bench/test_card.py",
+    "tests/integrate/test_projector_distributed.py", "tests/sit/test_trajectories.py",
+)  # fmt: skip
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist asks for the groups
 def pytest_collection_modifyitems(items):
     for item in items:
         for place in _TOGETHER:

@@ -4,6 +4,7 @@ Read from the source, imports inside of functions and for type checkers too: a l
 """
 
 import ast
+import fnmatch
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -125,3 +126,11 @@ def _names_distributed(node: ast.AST) -> bool:
 def test_no_file_is_too_long_to_read():
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in MODULES.values()}
     assert {name: count for name, count in lines.items() if count > 400} == {}
+
+
+def test_pytest_looks_into_every_folder_of_tests(request):
+    """By default it passes over folders named build, and says nothing."""
+    ignored = request.config.getini("norecursedirs")
+    for folder in {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}:
+        for part in folder.parts:
+            assert not any(fnmatch.fnmatch(part, pattern) for pattern in ignored), f"{folder} is passed over"

@@ -78,6 +78,7 @@ def test_without_a_compiler_the_package_installs_and_works(tmp_path):
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="needs a C++ compiler")
+@pytest.mark.slow
 def test_without_a_cuda_toolkit_the_cpu_kernels_are_built(tmp_path):
     quick = tmp_path / "quick"  # what is built is asked one question: it need not be fast, and optimising takes minutes
     quick.write_text(f'#!/bin/sh\nexec {shutil.which("c++")} "$@" -O0\n')

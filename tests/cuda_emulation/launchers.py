@@ -25,11 +25,11 @@ from torch import Tensor
 
 from layersync_kernels.ops import dispatch, native, registry
 
+from ..support.emulation import LIBRARY
+
 FOLDER = Path(__file__).parent
 ROOT = FOLDER.parents[1]
 COMPILER = shutil.which("g++")
-LIBRARY = "LAYERSYNC_EMULATED_CUDA"  # the variable with the path of the library, in a process that it serves
-EMULATED = LIBRARY in os.environ
 TESTS = ("tests/ops", "tests/functional", "tests/cuda_emulation/launched")
 
 TORCH = Path(torch.__file__).parent

@@ -15,6 +15,7 @@ from layersync_kernels import functional as F
 from layersync_kernels.ops import native
 
 from ..cuda_emulation import launchers
+from ..support.emulation import EMULATED
 
 D = 6
 
@@ -129,7 +130,7 @@ def in_a_process(name, call):
 def main(backend, device):
     torch.set_num_threads(1)
     torch.set_default_device(device)
-    if launchers.EMULATED:
+    if EMULATED:
         launchers.serve()
     native.cuda()  # raw ops have no Python edge that loads them
     for name, call in CALLS.items():

@@ -9,10 +9,9 @@ import torch
 
 from layersync_kernels.ops import dispatch
 
-from ..cuda_emulation import launchers
+from .emulation import EMULATED
 
 HAS_GPU = torch.cuda.is_available()
-EMULATED = launchers.EMULATED  # the CUDA kernels run on the CPU, in the emulator
 
 
 def device_of(backend):

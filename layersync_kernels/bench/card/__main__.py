@@ -21,7 +21,7 @@ from .budget import BUDGET, load_figures
 from .build import ROOT
 from .facts import find_tool, identity
 from .runner import FAILED, Runner, Stage
-from .stages import Plan, plans
+from .stages import COMMON, WORK, Plan, plans
 
 _CARD_CORES = 16  # of a machine with an H100, as they are rented
 _DRY_SECONDS = 300.0  # for each stage of a dry run, on a machine that may have other work
@@ -84,8 +84,8 @@ def _dry_run(made: Sequence[Plan], stages: Sequence[Stage], out: Path, fresh: bo
         if find_tool(tool) is None:
             console.print(f"no {tool} here; a run with a card needs it", highlight=False)
     console.print("\nwith a card:", highlight=False)
-    for stage in stages:
-        variables = "".join(f"{name}={value} " for name, value in stage.environment.items())
+    for plan, stage in zip(made, stages, strict=True):
+        variables = "".join(f"{name}={value} " for name, value in plan.environment.items())
         said = f"missing here: {stage.missing}; " if stage.missing else ""
         console.print(f"  {stage.name}: {said}{variables}{' '.join(stage.command)}", highlight=False, soft_wrap=True)
     total = print_budget(made, stages, console)
@@ -93,7 +93,9 @@ def _dry_run(made: Sequence[Plan], stages: Sequence[Stage], out: Path, fresh: bo
     for plan, stage in zip(made, stages, strict=True):
         if plan.dry is not None:
             command = [sys.executable, "-m", *plan.dry]
-            here.append(Stage(f"{plan.name}, dry", command, _DRY_SECONDS, resumable=stage.resumable))
+            here.append(
+                Stage(f"{plan.name}, dry", command, _DRY_SECONDS, environment=COMMON, resumable=stage.resumable)
+            )
     runner = Runner(out, seconds=_DRY_SECONDS * len(here))
     code = runner.run(here, identity("cpu") | {"gpu": "none, a dry run"}, fresh=fresh)
     if total > BUDGET:
@@ -121,16 +123,9 @@ def run(config: CardConfig, console: Console) -> int:
 
         write()
         return 0
-    work = ROOT / "build" / "gpu"
-    os.environ.update(
-        TRITON_CACHE_DIR=str(work / "triton"), TORCHINDUCTOR_CACHE_DIR=str(work / "inductor"), COLUMNS="160",
-        PYTHONUNBUFFERED="1",
-    )  # fmt: skip
-    os.environ.pop("TRITON_INTERPRET", None)
-    os.chdir(ROOT)
     figures: dict[str, Any] = load_figures()
     if config.dry_run or config.budget:
-        out = _folder(config, "dry-run") if config.out or os.environ.get("OUT") else work / "dry-run"
+        out = _folder(config, "dry-run") if config.out or os.environ.get("OUT") else WORK / "dry-run"
         made = plans(out, figures)
         stages = [plan.stage(figures, _CARD_CORES) for plan in made]
         if config.budget:

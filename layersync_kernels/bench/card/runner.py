@@ -16,6 +16,7 @@ from typing import BinaryIO
 
 from ..engine import DEVICE_LOST
 from ..journal import now_path
+from .build import ROOT
 from .state import LOG, RESULTS, Record, State, only_writer, resume
 
 PASSED, FAILED, UNFINISHED = 0, 1, 3
@@ -146,6 +147,7 @@ class Runner:
             child = subprocess.Popen(
                 stage.command,
                 env={**os.environ, **stage.environment},
+                cwd=ROOT,
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

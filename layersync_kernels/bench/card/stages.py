@@ -22,6 +22,15 @@ from .state import ENVIRONMENT, RESULTS, TESTS, TUNING
 _WORKERS = 12  # of pytest: each has a context on the card, and compiles on a core of its own
 _PROVIDERS = ("eager", "compile", "triton", "cuda")
 _MODULE = "layersync_kernels.bench.card"
+WORK = ROOT / "build" / "gpu"
+COMMON = {
+    "TRITON_CACHE_DIR": str(WORK / "triton"),
+    "TORCHINDUCTOR_CACHE_DIR": str(WORK / "inductor"),
+    "TRITON_INTERPRET": "0",
+    "COLUMNS": "160",
+    "PYTHONUNBUFFERED": "1",
+}
+"""Variables of every stage."""
 _HEADLINE, _LARGE = ("gated_residual_norm", "cosine_alignment"), (65536, 1152)
 _OTHERS = ("modulated_layer_norm", "spatial_norm", "projected_alignment", "gram_alignment")
 
@@ -57,7 +66,7 @@ class Plan:
             self.name,
             [*self.prefix, sys.executable, "-m", *self.module],
             estimate(self.work, figures, cores),
-            environment=self.environment,
+            environment={**COMMON, **self.environment},
             resumable=self.resumable,
             missing=self.missing,
             product=self.product,
