@@ -1,7 +1,7 @@
 // Prints what the launchers of csrc/*/cuda.cu would launch for rows of a shape, one kernel a line: name, blocks,
-// threads, tiles (see `parts`), parameters in hexadecimal. Everything is decided by the host functions of the .cuh files. Pointers are
-// tensor number << 40, so that whoever sees an address knows the tensor; from 100 on they are small ones that stay in
-// the caches. A kernel that walks over a run of rows is printed with runs of 2 and of 3 steps, and with how many more
+// threads, tiles (see `parts`), parameters in hexadecimal. Everything is decided by the host functions of the .cuh
+// files. Pointers are tensor number << 40, so that whoever sees an address knows the tensor; from 100 on they are small
+// ones that stay in the caches. A kernel that walks over a run of rows is printed with runs of 2 and of 3 steps, and with how many more
 // steps its runs have: the steps are all alike.
 //   launches OP DTYPE(0 fp32, 1 bf16) ROWS WIDTH GROUPS
 #include "../cuda_emulation/emulator.h"
@@ -18,9 +18,9 @@
 
 using namespace layersync;
 
-// No kernel runs here, so no sanitizer is linked.
-void __sanitizer_start_switch_fiber(void**, const void*, size_t) {}
-void __sanitizer_finish_switch_fiber(void*, const void**, size_t*) {}
+// No kernel runs here, so the emulator is not linked.
+void emulation::barrier() { std::abort(); }
+uint32_t emulation::shuffle(const char*, unsigned, uint32_t, unsigned) { std::abort(); }
 
 namespace {
 
