@@ -10,7 +10,7 @@ WORKERS ?= 2
 SOURCES := setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-card dry-run fuzz check bench doctor clean
+.PHONY: help demo test slow test-card dry-run fuzz check bench doctor clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -31,7 +31,7 @@ $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)
 demo: $(VENV)/.built  ## install, train a SiT on digits with the fused loss, sample, compare speeds (8 minutes on 2 cores)
 	$(BIN)/layersync demo
 
-test: $(VENV)/.built  ## install, then run all tests
+test: $(VENV)/.built  ## install, then run all tests but the slow ones
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not threads and not fuzz and not slow"
 	$(PYTEST) -m threads
 
@@ -60,6 +60,9 @@ test-card: $(CARD)/.built  ## install the versions of rented H100s, then run the
 
 dry-run: $(VENV)/.built  ## check benchmarks/gpu.sh and its computed budget on a machine without a card
 	PYTHON=$(BIN)/python benchmarks/gpu.sh --dry-run
+
+slow: $(VENV)/.built  ## run the tests that take minutes for one thing: a build, gpu.sh without a card, all of Triton's launches
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m slow
 
 fuzz: $(VENV)/.built  ## read 2,000 damaged files of each kind (some 20 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) -m fuzz -rP

@@ -40,6 +40,7 @@ def dry_run(tmp_path_factory):
     return gpu_sh("--dry-run", "--out", str(out)), out
 
 
+@pytest.mark.slow
 def test_the_dry_run_passes_as_a_whole(dry_run):
     done, out = dry_run
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr
@@ -53,6 +54,7 @@ def test_the_dry_run_passes_as_a_whole(dry_run):
     assert (out / "environment.txt").read_text().startswith("20")
 
 
+@pytest.mark.slow
 def test_its_rows_have_every_provider_and_ratio(dry_run):
     rows = [json.loads(line) for line in (dry_run[1] / "results.jsonl").read_text().splitlines()]
     timed = {row["provider"] for row in rows if row["op"] == "cosine_alignment" and row["problem"] is None}
@@ -65,6 +67,7 @@ def test_its_rows_have_every_provider_and_ratio(dry_run):
     assert {row["provider"] for row in rows if row["op"] == "trainer turn"} == set(names)
 
 
+@pytest.mark.slow
 def test_the_counted_tests_are_those_that_there_are(dry_run):
     """What they compile was counted when benchmarks/card.json was written; many more since then, and it says little."""
     log = (dry_run[1] / "log.txt").read_text()

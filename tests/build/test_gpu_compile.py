@@ -157,12 +157,19 @@ GRAM_CASES = [
 ]
 
 
+CHECKED_CASES = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *GRAM_CASES, *PROJECTED_CASES, *SPATIAL_CASES]
+
+
 @pytest.fixture(scope="module")
 def triton_kernels(tmp_path_factory):
     pytest.importorskip("triton")
-    checked = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *GRAM_CASES, *PROJECTED_CASES, *SPATIAL_CASES]
-    cases = [*checked, *(case for case in MODEL_CASES if case not in checked)]
-    return occupancy.triton_reports(cases, tmp_path_factory.mktemp("triton"))
+    return occupancy.triton_reports(CHECKED_CASES, tmp_path_factory.mktemp("triton"))
+
+
+@pytest.fixture(scope="module")
+def modelled_kernels(triton_kernels, tmp_path_factory):
+    others = [case for case in MODEL_CASES if case not in CHECKED_CASES]
+    return [*triton_kernels, *occupancy.triton_reports(others, tmp_path_factory.mktemp("model"))]
 
 
 def kernels_of(reports, case):
@@ -359,13 +366,13 @@ def rows(request):
     def of(route):
         if route == "cuda":
             return request.getfixturevalue("cuda_rows")
-        return list(occupancy.triton_rows(request.getfixturevalue("triton_kernels")))
+        return list(occupancy.triton_rows(request.getfixturevalue("modelled_kernels")))
 
     return of
 
 
 @needs_cuobjdump
-@pytest.mark.parametrize("route", ["cuda", "triton"])
+@pytest.mark.parametrize("route", ["cuda", pytest.param("triton", marks=pytest.mark.slow)])
 class TestOccupancy:
     def test_covers_all_launches(self, rows, route):
         found = {(row.kernel, row.width, row.groups) for row in rows(route) if row.capability == 90}
