@@ -7,7 +7,6 @@ import platform
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 
 import torch
 import tyro
@@ -18,6 +17,7 @@ from rich.table import Table
 from . import __version__
 from .ops import dispatch, native, registry, tuning
 from .runtime import environment
+from .runtime.machine import version_of
 
 _DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16", torch.float64: "fp64"}
 
@@ -27,19 +27,12 @@ class _NoArguments:
     """What is installed, which backend each op takes on each device and why, every environment variable."""
 
 
-def _version(package: str) -> str:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
-
-
 def facts() -> Iterator[tuple[str, str]]:
     """(what, value) rows about the installation."""
     yield "layersync_kernels", __version__
     yield "Python", f"{platform.python_version()} on {platform.platform()}"
     yield "torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}, {torch.get_num_threads()} CPU threads"
-    yield "triton", _version("triton") if importlib.util.find_spec("triton") else "not installed"
+    yield "triton", version_of("triton", "not installed") if importlib.util.find_spec("triton") else "not installed"
     if torch.cuda.is_available():
         for index in range(torch.cuda.device_count()):
             properties = torch.cuda.get_device_properties(index)

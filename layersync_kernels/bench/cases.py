@@ -205,7 +205,12 @@ class Case:
     @property
     def name(self) -> str:
         """E.g. "8192x1152 bfloat16"."""
-        return f"{self.rows}x{self.width} {str(self.dtype).removeprefix('torch.')}"
+        return f"{self.rows}x{self.width} {self.dtype_name}"
+
+    @property
+    def dtype_name(self) -> str:
+        """E.g. "bfloat16"."""
+        return str(self.dtype).removeprefix("torch.")
 
     @property
     def tensor_bytes(self) -> int:

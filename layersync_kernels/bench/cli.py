@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ..errors import UserError
 from .cases import MODES, OPS, PROVIDERS, Case, cases
-from .engine import DEVICE_LOST, DeviceLost, Row, measure
+from .engine import DEVICE_LOST, DeviceLost, Row, is_wrong, measure
 from .journal import Journal
 from .machine import machine_facts
 from .report import append_json, print_problems, print_table
@@ -176,11 +176,6 @@ def _traffic(config: BenchConfig, console: Console) -> None:
         traffic.print_tables(rows, console)
         if config.json is not None:
             append_json(rows, config.json)
-
-
-def is_wrong(problem: object) -> bool:
-    """Whether a row's problem is what `engine.check` says."""
-    return isinstance(problem, str) and problem.startswith("wrong ")
 
 
 def _trainer(config: BenchConfig, device: str, console: Console) -> None:

@@ -159,6 +159,11 @@ DEVICE_LOST = 75
 """Exit code of a process that ends because of `DeviceLost`: another one can go on."""
 
 
+def is_wrong(problem: object) -> bool:
+    """Whether a problem is one that `check` tells."""
+    return isinstance(problem, str) and problem.startswith("wrong ")
+
+
 class DeviceLost(RuntimeError):
     """Nothing runs on the device any more in this process, as after an illegal address on a GPU."""
 

@@ -18,9 +18,11 @@ from ..errors import UserError
 from ..ops import dispatch, registry, tuning
 from ..runtime import environment
 from ..runtime.memory import keep_freed_memory
+from ..sit.device import resolve_device
 from ..sit.files import write_json
 from .candidates import Entry, candidates_of, decide, function_of, measure, suite
 from .cases import Case
+from .engine import is_wrong
 from .report import new_table
 
 # Of a case, nearly all of it for torch.compile.
@@ -69,8 +71,7 @@ def plan(device: str, quick: bool) -> Plan:
         function, candidates = function_of(case), candidates_of(case)
         possible = [name for name, why in candidates.items() if why is None]
         if len(possible) > 1:
-            dtype = str(case.dtype).removeprefix("torch.")
-            key = (function, dtype, tuning.width_class(case.width))
+            key = (function, case.dtype_name, tuning.width_class(case.width))
             found.groups.setdefault(key, []).append((case, candidates))
             continue
         reasons = "".join(f"; {name}: {why}" for name, why in candidates.items() if why is not None)
@@ -157,7 +158,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if config.device == "cuda" and not torch.cuda.is_available():
         built = "is a build without CUDA" if torch.version.cuda is None else "sees no GPU"
         raise UserError(f"--device cuda: torch {torch.__version__} {built}; --device cpu tunes the CPU")
-    device = config.device if config.device != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device = resolve_device(config.device).type
     path = config.out or tuning.default_path(device)
     facts = ", ".join(f"{name} {value}" for name, value in tuning.identity(device).items())
     console.print(escape(f"{facts}, {torch.get_num_threads()} CPU threads"), highlight=False)
@@ -195,4 +196,4 @@ def _duration(seconds: float) -> str:
 
 def _wrong(entries: Iterable[Entry]) -> bool:
     results = (result for entry in entries for shape in entry.shapes for result in shape.candidates.values())
-    return any(result.problem is not None and result.problem.startswith("wrong") for result in results)
+    return any(is_wrong(result.problem) for result in results)

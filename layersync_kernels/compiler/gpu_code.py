@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 import os
 import re
-import shutil
 import subprocess
 import tempfile
 from collections.abc import Iterable
@@ -16,6 +14,7 @@ from typing import NamedTuple
 import torch
 
 from ..ops import native
+from ..runtime.machine import find_tool
 from .cards import Card
 from .pretended_card import machine_code, triton_sources
 
@@ -36,29 +35,18 @@ class Resources(NamedTuple):
     spilled: int
 
 
-@functools.cache
-def find_cuobjdump() -> str | None:
-    """CUDA's disassembler: the toolkit's, or the one that Triton's wheel brings; None where there is neither."""
-    triton = importlib.util.find_spec("triton")
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda"]
-    if triton is not None and triton.origin is not None:
-        homes.append(str(Path(triton.origin).parent / "backends" / "nvidia"))
-    tools = (Path(home) / "bin" / "cuobjdump" for home in homes if home)
-    return next((str(tool) for tool in tools if tool.exists()), shutil.which("cuobjdump"))
-
-
 def obstacle() -> str | None:
     """Why machine code cannot be read here, or None."""
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "TRITON_INTERPRET=1 has Triton interpret kernels, not compile them"
-    if find_cuobjdump() is None:
+    if find_tool("cuobjdump") is None:
         return "there is no cuobjdump, which CUDA's toolkit and Triton's wheel bring"
     return None
 
 
 def usage(binary: Path, card: Card | None = None) -> dict[str, tuple[int, int]]:
     """Kernel → (registers, bytes spilled) of a cubin, or of what a shared library holds for a card."""
-    tool = find_cuobjdump()
+    tool = find_tool("cuobjdump")
     assert tool is not None
     selection = [] if card is None else ["-arch", "sm_{}{}".format(*card.capability)]
     command = [tool, "--dump-resource-usage", *selection, str(binary)]

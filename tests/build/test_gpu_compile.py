@@ -7,14 +7,16 @@ from importlib.metadata import version
 
 import pytest
 
+from layersync_kernels.runtime.machine import find_tool
+
 from ..support import launches, occupancy
 from ..support.cards import CARDS
-from ..support.sass import Kernel, find_cuobjdump, inspect
+from ..support.sass import Kernel, inspect
 
 CAPABILITIES = (80, 90, 100)
 
 needs_cuobjdump = pytest.mark.skipif(
-    find_cuobjdump() is None, reason="no cuobjdump: neither a CUDA toolkit nor Triton's wheel is installed"
+    find_tool("cuobjdump") is None, reason="no cuobjdump: neither a CUDA toolkit nor Triton's wheel is installed"
 )
 
 

@@ -22,6 +22,7 @@ from layersync_kernels.errors import UserError
 from layersync_kernels.modules.block import AdaLNZeroBlock
 from layersync_kernels.modules.norm import Stream
 from layersync_kernels.ops import dispatch, native
+from layersync_kernels.runtime.machine import find_tool
 
 lowers = pytest.mark.skipif(pretended_gpu.obstacle() is not None, reason=f"{pretended_gpu.obstacle()}")
 
@@ -316,7 +317,7 @@ print(json.dumps([names[:1], found, ours, why]))
 
 
 @lowers
-@pytest.mark.skipif(gpu_code.find_cuobjdump() is None, reason="no cuobjdump")
+@pytest.mark.skipif(find_tool("cuobjdump") is None, reason="no cuobjdump")
 def test_registers_of_inductors_kernels_and_of_ours():
     # In a process of its own: Triton decides at import between compiler and interpreter.
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}

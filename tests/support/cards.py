@@ -18,6 +18,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from layersync_kernels.compiler.cards import find_card
+
 LANES = 32
 LATENCY = 1e-6  # seconds from a load to its use under load; 0.4 to 0.6 without
 
@@ -53,10 +55,15 @@ class Card(NamedTuple):
         return self.multiprocessors * self.special * self.clock / self.bandwidth
 
 
+def _card(name: str, clock: float, bandwidth: float, static_reserve: int) -> Card:
+    known = find_card(name)
+    return Card(name, known.multiprocessors, clock, bandwidth, known.shared_per_multiprocessor, static_reserve)
+
+
 CARDS = {
-    80: Card("A100", 108, 1.41e9, 2.039e12, 164 << 10, 1024),
-    90: Card("H100", 132, 1.98e9, 3.35e12, 228 << 10, 0),
-    100: Card("B200", 148, 1.965e9, 8e12, 228 << 10, 0),
+    80: _card("A100", 1.41e9, 2.039e12, 1024),
+    90: _card("H100", 1.98e9, 3.35e12, 0),
+    100: _card("B200", 1.965e9, 8e12, 0),
 }
 
 

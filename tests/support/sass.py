@@ -1,13 +1,11 @@
 """Reads back what the compilers made of a GPU kernel: registers, spills and the widths of its memory accesses."""
 
-import importlib.util
-import os
 import re
-import shutil
 import subprocess
 from collections import Counter
-from pathlib import Path
 from typing import NamedTuple
+
+from layersync_kernels.runtime.machine import find_tool
 
 
 class Kernel(NamedTuple):
@@ -21,14 +19,6 @@ class Kernel(NamedTuple):
     stores: Counter
     batch: int  # most loads of 128 bits that are issued with no arithmetic and no store between them
     sass: str  # as cuobjdump prints it
-
-
-def find_cuobjdump():
-    """The toolkit's, or the one that Triton's wheel brings; None where there is neither."""
-    triton = importlib.util.find_spec("triton")
-    homes = [os.environ.get("CUDA_HOME", ""), "/usr/local/cuda", *([Path(triton.origin).parent] if triton else [])]
-    folders = [folder for home in homes if home for folder in (Path(home) / "bin", Path(home) / "backends/nvidia/bin")]
-    return next((str(tool) for folder in folders if (tool := folder / "cuobjdump").exists()), shutil.which("cuobjdump"))
 
 
 def _widths(sass, instruction):
@@ -49,7 +39,7 @@ def _batch(sass):
 def inspect(binary, capability=None):
     """Every kernel of a cubin, or those that a shared library holds for the cards of `capability`."""
     selection = [] if capability is None else ["-arch", f"sm_{capability}"]
-    command = [find_cuobjdump(), "--dump-resource-usage", "--dump-sass", *selection, binary]
+    command = [find_tool("cuobjdump"), "--dump-resource-usage", "--dump-sass", *selection, binary]
     dump = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     usage = {
         name: (int(registers), int(shared), int(stack) + int(local))

@@ -16,10 +16,11 @@ import tyro
 from rich.console import Console
 
 from ...errors import UserError
+from ...runtime.machine import find_tool
 from ..report import new_table
 from .budget import BUDGET, load_figures
 from .build import ROOT
-from .facts import find_tool, identity
+from .facts import identity
 from .runner import FAILED, Runner, Stage
 from .stages import COMMON, WORK, Plan, plans
 

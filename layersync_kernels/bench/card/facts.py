@@ -8,9 +8,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from os import environ
 from pathlib import Path
 
+from ...runtime.machine import find_tool
 from ..machine import machine_facts
 
 _PASSING = ("date", "threads", "variables")  # what may differ between two calls that belong together
@@ -20,12 +20,6 @@ _QUERY = "name,driver_version,memory.total,clocks.max.sm,clocks.max.mem,power.li
 def identity(device: str) -> dict[str, str]:
     """Card, versions and source, by which results are kept apart."""
     return {name: value for name, value in machine_facts(device).items() if name not in _PASSING}
-
-
-def find_tool(name: str) -> str | None:
-    """A program of the CUDA toolkit: from CUDA_HOME, the usual place, or PATH."""
-    folders = [Path(home) / "bin" for home in (environ.get("CUDA_HOME"), "/usr/local/cuda") if home]
-    return next((str(folder / name) for folder in folders if (folder / name).exists()), shutil.which(name))
 
 
 def _output(*command: str) -> str:

@@ -11,11 +11,11 @@ from typing import Any
 
 import torch
 
+from ...runtime.machine import find_tool
 from ..cases import Case, cases
 from ..throughput import ROUNDS, STEPS
 from .budget import ASSUMED, Work, estimate, timing_seconds
 from .build import ROOT, stamp
-from .facts import find_tool
 from .runner import Stage
 from .state import ENVIRONMENT, RESULTS, TESTS, TUNING
 
@@ -84,7 +84,7 @@ def _timing(suite: Sequence[Case], per_case: Mapping[str, Mapping[str, int]], *,
 
 def case_key(case: Case) -> str:
     """Of the counts in benchmarks/card.json."""
-    return f"{case.op} {case.width} {str(case.dtype).removeprefix('torch.')}"
+    return f"{case.op} {case.width} {case.dtype_name}"
 
 
 def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list[Plan]:
@@ -106,9 +106,11 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
     timed += ["--providers", *_PROVIDERS]
     counts, per_case = figures["tests"], figures["cases"]
 
-    def tested(name: str) -> Work:
-        its = counts[name]
-        return Work(triton=its["triton"], tests=its["tests"], graphs=its["graphs"], collects=True, workers=workers)
+    def tests_plan(name: str, counted: str, *selection: str) -> Plan:
+        its = counts[counted]
+        work = Work(triton=its["triton"], tests=its["tests"], graphs=its["graphs"], collects=True, workers=workers)
+        collected = [*pytest, "--collect-only", "-qq", *selection]
+        return Plan(name, [*recorded, *selection], work, dry=collected, resumable=True)
 
     halves = {case for case in cases("cuda") if case.dtype == torch.bfloat16}
     headline = [case for case in cases("cuda", ops=_HEADLINE) if (case.rows, case.width) == _LARGE]
@@ -123,7 +125,6 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
     steps = contenders * (2 + STEPS["cuda"] * ROUNDS["cuda"])
     trained = steps * ASSUMED["training_step_s"] + trainers * ASSUMED["build_model_s"]
     tuning = ["layersync_kernels.cli", "tune", "--quick", "--device", "cuda", "--out", str(out / TUNING)]
-    no_tuning = None if importlib.util.find_spec("layersync_kernels.bench.tune") else "no command `layersync tune` here"
     large = ["--size", *map(str, _LARGE), "--dtypes", "bf16", "fp32"]
     return [
         Plan(
@@ -133,13 +134,7 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
             dry=[f"{_MODULE}.facts", "--out", str(out / ENVIRONMENT)],
         ),
         Plan("build", [f"{_MODULE}.build"], Work(build=True), product=stamp(ROOT)),
-        Plan(
-            "GPU tests",
-            [*recorded, "-m", "gpu", "tests"],
-            tested("gpu"),
-            dry=[*pytest, "--collect-only", "-qq", "-m", "gpu", "tests"],
-            resumable=True,
-        ),
+        tests_plan("GPU tests", "gpu", "-m", "gpu", "tests"),
         Plan(
             "headline benchmark",
             [*bench, "ops", "--ops", *_HEADLINE, *large, *timed],
@@ -157,14 +152,8 @@ def plans(out: Path, figures: Mapping[str, Any], *, retry: bool = False) -> list
             dry=[*bench, "trainer", "--quick", "--device", "cpu", "--json", results, "--resume"],
             resumable=True,
         ),
-        Plan("tuning", tuning, Work(processes=0, seconds=ASSUMED["tuning_s"]), missing=no_tuning),
-        Plan(
-            "op tests",
-            [*recorded, "tests/ops", "-k", "triton or cuda"],
-            tested("ops"),
-            dry=[*pytest, "--collect-only", "-qq", "tests/ops", "-k", "triton or cuda"],
-            resumable=True,
-        ),
+        Plan("tuning", tuning, Work(processes=0, seconds=ASSUMED["tuning_s"])),
+        tests_plan("op tests", "ops", "tests/ops", "-k", "triton or cuda"),
         *(
             Plan(
                 tool,
