@@ -23,15 +23,16 @@ PARTS = {
     **dict.fromkeys(["cli", "doctor"], 8),
 }
 ROOMS = {
-    **dict.fromkeys(["spec", "files", "console", "device"], 0),
+    **dict.fromkeys(["spec", "batch", "files", "console", "device"], 0),
     "config": 1,
-    **dict.fromkeys(["diffusion", "models", "data", "distributed"], 2),
-    "checkpoints": 3,
-    **dict.fromkeys(["teachers", "sampling"], 4),
-    **dict.fromkeys(["evaluation", "training"], 5),
-    "studies": 6,
-    "commands": 7,
-    "": 8,
+    **dict.fromkeys(["modality", "presets", "text"], 2),
+    **dict.fromkeys(["diffusion", "models", "data", "distributed"], 3),
+    "checkpoints": 4,
+    **dict.fromkeys(["teachers", "sampling"], 5),
+    **dict.fromkeys(["evaluation", "training"], 6),
+    "studies": 7,
+    "commands": 8,
+    "": 9,
 }
 # The dispersive loss compares the samples of all processes, of a group that its caller has made.
 PROCESS_GROUPS = ("sit.distributed", "functional.dispersive", "ops.dispersive")

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from ..integrate import apply_layersync_kernels
+from ..sit.batch import Batch
 from ..sit.config.loss import LayerSyncConfig
 from ..sit.config.model import ModelConfig
 from ..sit.config.optim import OptimConfig
@@ -24,6 +24,7 @@ from ..sit.data.base import SampleSet
 from ..sit.data.memory import MemorySet
 from ..sit.data.registry import load_data
 from ..sit.device import resolve_device
+from ..sit.modality.images import Latents
 from ..sit.spec import SampleSpec
 from ..sit.training.loop import Trainer
 from ..sit.training.state import TrainState
@@ -135,7 +136,7 @@ class _Contest:
 
     def __init__(self, trainers: Mapping[str, type[Trainer]], data: SampleSet | None) -> None:
         self._kinds, self._data = trainers, data
-        self._shared: dict[object, tuple[Trainer, Iterator[tuple[Tensor, ...]]]] = {}
+        self._shared: dict[object, tuple[Trainer, Iterator[Batch]]] = {}
         self._entered: dict[str, tuple[object, list[LossTerm]]] = {}
 
     def enter(self, name: str, config: TrainConfig, warmup: int) -> None:
@@ -152,7 +153,7 @@ class _Contest:
         trainer.state.terms = terms = others if layersync is None else [layersync, *others]
         self._entered[name] = key, terms
         for _ in range(warmup):
-            trainer.step(*next(batches))
+            trainer.step(next(batches))
 
     def turn(self, name: str, steps: int) -> float:
         """Images per second of some steps."""
@@ -163,7 +164,7 @@ class _Contest:
         _synchronize(trainer.device)
         began = time.perf_counter()
         for batch in ready:
-            trainer.step(*batch)
+            trainer.step(batch)
         _synchronize(trainer.device)
         rate = steps * trainer.config.optim.batch_size / (time.perf_counter() - began)
         trainer.check_finite()
@@ -305,7 +306,7 @@ def measure(
             spec=SampleSpec(4, (32, 32)),
             num_classes=1000,
             class_names=[str(label) for label in range(1000)],
-            latent=True,
+            modality=Latents(),
         )
         steps = STEPS[device]
         first = 1 + max((row["round"] for row in seen), default=-1)

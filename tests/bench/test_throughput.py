@@ -43,7 +43,7 @@ def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):
     seen = []
     step = Trainer.step
     monkeypatch.setattr(
-        Trainer, "step", lambda self, *batch: (seen.append(self.term(LayerSyncTerm) is None), step(self, *batch))
+        Trainer, "step", lambda self, batch: (seen.append(self.term(LayerSyncTerm) is None), step(self, batch))
     )
     configs = {name: provider_config(tiny_config(), name) for name in ("fused", "off")}
     measure_throughput(configs, steps=1, rounds=2, warmup=0, data=tiny_data())
@@ -64,7 +64,7 @@ def test_the_published_average_and_optimiser_give_the_same_weights():
             parameter.detach().normal_(std=0.1)
         batches = trainer.data.batches(trainer.config.optim.batch_size, seed=0)
         for _ in range(3):
-            trainer.step(*next(batches))
+            trainer.step(next(batches))
     for name in ("model", "ema"):
         states = [getattr(trainer, name).state_dict() for trainer in trainers]
         for key, value in states[0].items():
@@ -84,10 +84,10 @@ class FailsWhenBuilt(Trainer):
 
 
 class FailsLater(Trainer):
-    def step(self, *batch):
+    def step(self, batch):
         if self.steps_done == 2:
             raise torch.OutOfMemoryError("20 GiB")
-        return super().step(*batch)
+        return super().step(batch)
 
 
 FAILING = pytest.mark.parametrize(

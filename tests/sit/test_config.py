@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 
-from layersync_kernels.bench.demo import demo_config
 from layersync_kernels.errors import ConfigError, UserError
 from layersync_kernels.sit.commands.arguments import parse
 from layersync_kernels.sit.commands.train import TrainCommand, run_training
@@ -14,6 +13,7 @@ from layersync_kernels.sit.config.io import load_config, save_config
 from layersync_kernels.sit.config.loss import AlignScheduleConfig, LayerSyncConfig, ScheduleConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import TrainConfig
+from layersync_kernels.sit.presets.registry import PRESETS
 from layersync_kernels.sit.training.terms.layersync import build_loss
 
 from .tiny import tiny_config, tiny_data
@@ -76,7 +76,7 @@ def test_bad_settings_are_explained_before_a_folder_is_made(tmp_path, groups, me
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("config", [TrainConfig(), tiny_config(), demo_config()], ids=["default", "tiny", "demo"])
+@pytest.mark.parametrize("config", [TrainConfig(), tiny_config(), PRESETS["images"]], ids=["default", "tiny", "demo"])
 def test_config_file_round_trip(tmp_path, config):
     save_config(config, tmp_path / "c.json")
     assert load_config(tmp_path / "c.json") == config

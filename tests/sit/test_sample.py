@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from layersync_kernels.errors import CheckpointError, ConfigError, UserError
+from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.checkpoints.local import save_checkpoint
 from layersync_kernels.sit.commands.sample import SampleCommand, sample
 from layersync_kernels.sit.config.io import save_config
@@ -16,9 +17,9 @@ from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.run import CONFIG, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.diffusion.transport import create_transport
+from layersync_kernels.sit.modality.images import save_grid
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling.draw import draw
-from layersync_kernels.sit.sampling.grid import save_grid
 from layersync_kernels.sit.sampling.load import load_trained
 from layersync_kernels.sit.training.curves import save_curves
 
@@ -63,17 +64,17 @@ def transport():
 
 def test_seed_fixes_the_samples_and_batching_does_not_change_them(model):
     labels = torch.tensor([0, 1, 2, 0, 1])
-    first = draw(model, transport(), FAST, labels, seed=0)
+    first = draw(model, transport(), FAST, Condition(labels), seed=0)
     assert first.shape == (5, 1, 4, 4)
     assert first.dtype == torch.float32
-    torch.testing.assert_close(draw(model, transport(), FAST, labels, seed=0, batch_size=2), first)
-    assert not torch.allclose(draw(model, transport(), FAST, labels, seed=1), first)
+    torch.testing.assert_close(draw(model, transport(), FAST, Condition(labels), seed=0, batch_size=2), first)
+    assert not torch.allclose(draw(model, transport(), FAST, Condition(labels), seed=1), first)
 
 
 def test_drawing_leaves_the_global_generator_alone(model):
     before = torch.get_rng_state()
     sde = SamplingConfig(sampler="sde", solver="euler", sampling_steps=3)
-    draw(model, transport(), sde, torch.tensor([0]), seed=0)
+    draw(model, transport(), sde, Condition(torch.tensor([0])), seed=0)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -87,7 +88,13 @@ def test_sde_noise_is_not_the_starting_noise(model, monkeypatch):
 
     monkeypatch.setattr(torch, "randn", record)
     monkeypatch.setattr(torch, "randn_like", lambda x, **kwargs: record(x.shape, **kwargs))
-    draw(model, transport(), SamplingConfig(sampler="sde", solver="euler", sampling_steps=3), torch.tensor([0]), seed=0)
+    draw(
+        model,
+        transport(),
+        SamplingConfig(sampler="sde", solver="euler", sampling_steps=3),
+        Condition(torch.tensor([0])),
+        seed=0,
+    )
     assert len(drawn) > 1
     assert not any(torch.equal(drawn[0], noise) for noise in drawn[1:])
 
@@ -96,27 +103,27 @@ def test_sde_noise_is_not_the_starting_noise(model, monkeypatch):
 def test_sde_is_reproducible_and_differs_from_the_ode(model, solver):
     labels = torch.arange(3)
     sde = SamplingConfig(sampler="sde", solver=solver, sampling_steps=5)
-    first = draw(model, transport(), sde, labels, seed=0)
-    assert torch.equal(first, draw(model, transport(), sde, labels, seed=0))
-    assert not torch.allclose(first, draw(model, transport(), FAST, labels, seed=0))
+    first = draw(model, transport(), sde, Condition(labels), seed=0)
+    assert torch.equal(first, draw(model, transport(), sde, Condition(labels), seed=0))
+    assert not torch.allclose(first, draw(model, transport(), FAST, Condition(labels), seed=0))
 
 
 def test_guidance_moves_away_from_the_unconditional_prediction(model):
     """One Euler step from t = 0: x + v, so guidance is linear in its scale."""
     one = {"solver": "euler", "sampling_steps": 2}
     labels = torch.arange(3)
-    plain = draw(model, transport(), SamplingConfig(**one), labels, seed=0)
-    null = draw(model, transport(), SamplingConfig(**one), torch.full((3,), 3), seed=0)
-    guided = draw(model, transport(), SamplingConfig(**one, cfg_scale=3.0), labels, seed=0)
+    plain = draw(model, transport(), SamplingConfig(**one), Condition(labels), seed=0)
+    null = draw(model, transport(), SamplingConfig(**one), Condition(torch.full((3,), 3)), seed=0)
+    guided = draw(model, transport(), SamplingConfig(**one, cfg_scale=3.0), Condition(labels), seed=0)
     torch.testing.assert_close(guided, null + 3 * (plain - null), rtol=1e-4, atol=1e-4)
     late = SamplingConfig(**one, cfg_scale=3.0, guidance_interval=(0.5, 1.0))
-    torch.testing.assert_close(draw(model, transport(), late, labels, seed=0), plain)
+    torch.testing.assert_close(draw(model, transport(), late, Condition(labels), seed=0), plain)
 
 
 def test_guidance_without_null_label_is_an_error():
     model = SiT(4, 2, 1, hidden_size=16, depth=2, num_heads=4, num_classes=3, class_dropout_prob=0).eval()
     with pytest.raises(ConfigError, match="--class-dropout"):
-        draw(model, transport(), SamplingConfig(cfg_scale=2.0), torch.tensor([0]), seed=0)
+        draw(model, transport(), SamplingConfig(cfg_scale=2.0), Condition(torch.tensor([0])), seed=0)
 
 
 # From runs and files
@@ -130,7 +137,7 @@ def test_run_draws_with_averaged_weights_one_row_per_class(run, model):
     assert width > height  # three columns, two rows
     stored = np.load(run / "s.npz")
     assert stored["labels"].tolist() == [2, 2, 2, 0, 0, 0]
-    expected = draw(model, transport(), FAST, torch.tensor([2, 2, 2, 0, 0, 0]), seed=0)
+    expected = draw(model, transport(), FAST, Condition(torch.tensor([2, 2, 2, 0, 0, 0])), seed=0)
     np.testing.assert_allclose(stored["samples"], expected.numpy(), rtol=1e-5, atol=1e-5)
 
 

@@ -309,7 +309,7 @@ def test_latents_are_refused_unless_features_are_given(tmp_path):
         write_features(tmp_path / "f.safetensors", latents)
     write_features(tmp_path / "f.safetensors")
     trainer = Trainer(tiny_config(align={"features": tmp_path / "f.safetensors"}), latents)
-    trainer.step(*next(trainer.batches()))
+    trainer.step(next(trainer.batches()))
 
 
 # Files of features

@@ -148,5 +148,5 @@ def test_blocks_that_several_terms_want_are_captured_once(monkeypatch):
     monkeypatch.setattr(
         trainer.model, "forward", lambda x, t, y, capture=(): asked.append(capture) or forward(x, t, y, capture)
     )
-    trainer.step(*next(trainer.batches()))
+    trainer.step(next(trainer.batches()))
     assert asked == [[2, 4], [2, 4]]

@@ -70,7 +70,7 @@ def test_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path, st
     trainer = Trainer(tiny_config(log=log), run_dir=tmp_path / "parts")
     start_run(tmp_path / "parts", trainer.config, overwrite=False)
     step = trainer.step
-    trainer.step = lambda *batch: (step(*batch), trainer.steps_done == stop_at and os.kill(os.getpid(), signal.SIGTERM))
+    trainer.step = lambda batch: (step(batch), trainer.steps_done == stop_at and os.kill(os.getpid(), signal.SIGTERM))
     assert trainer.fit().ended == "interrupted"
     run_training(tiny_config(log=log), tmp_path / "parts", resume=True)
     timed = ("seconds", "images_per_second")
@@ -120,7 +120,7 @@ def test_accumulation_gives_the_gradient_of_the_whole_batch():
         optim = {"accumulate": accumulate, "batch_size": 6}
         trainer = Trainer(tiny_config(optim=optim, model={"class_dropout": 0.0}), tiny_data())
         trainer.transport = FixedNoise(trainer.transport)
-        trainer.step(*next(trainer.data.batches(6, seed=0)))
+        trainer.step(next(trainer.data.batches(6, seed=0)))
         results.append(trainer.state.optimizer.state_dict()["state"])
     for number, state in results[0].items():
         torch.testing.assert_close(results[1][number]["exp_avg"], state["exp_avg"], rtol=1e-4, atol=1e-6)
@@ -132,7 +132,7 @@ def test_ema_is_the_decayed_sum_of_all_weights_so_far():
     expected = trainer.model.state_dict()[name].clone()
     batches = trainer.data.batches(5, seed=0)
     for _ in range(5):
-        trainer.step(*next(batches))
+        trainer.step(next(batches))
         expected = 0.75 * expected + 0.25 * trainer.model.state_dict()[name]
     torch.testing.assert_close(trainer.ema.state_dict()[name], expected)
     assert not torch.equal(expected, trainer.model.state_dict()[name])
@@ -141,7 +141,7 @@ def test_ema_is_the_decayed_sum_of_all_weights_so_far():
 def test_ema_warmup_forgets_the_initial_weights_early():
     trainer = Trainer(tiny_config(optim={"ema_decay": 0.9999, "ema_warmup": True}), tiny_data())
     before = trainer.ema.state_dict()["final_layer.linear.weight"].clone()
-    trainer.step(*next(trainer.data.batches(5, seed=0)))
+    trainer.step(next(trainer.data.batches(5, seed=0)))
     after, now = (m.state_dict()["final_layer.linear.weight"] for m in (trainer.ema, trainer.model))
     torch.testing.assert_close(after, torch.lerp(before, now, 1 - 1 / 10))
 
@@ -188,7 +188,7 @@ def test_off_is_plain_sit_and_captures_nothing(monkeypatch):
     batches = [batch for _, batch in zip(range(3), trainer.data.batches(5, seed=0), strict=False)]
     torch.manual_seed(1)
     for batch in batches:
-        trainer.step(*batch)
+        trainer.step(batch)
     optimizer = torch.optim.AdamW(plain.state.weights, lr=config.optim.lr, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(1)
@@ -225,7 +225,7 @@ def test_nothing_is_captured_in_steps_that_layersync_skips(monkeypatch):
     monkeypatch.setattr(trainer.model, "forward", spy)
     batches = trainer.data.batches(5, seed=0)
     for _ in range(7):
-        trainer.step(*next(batches))
+        trainer.step(next(batches))
     captures = trainer.term(LayerSyncTerm).module.captures
     assert asked == [captures, (), captures, (), captures, (), ()]
 

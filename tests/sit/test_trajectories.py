@@ -22,6 +22,7 @@ from layersync_kernels import cli
 from layersync_kernels.bench.machine import machine_facts
 from layersync_kernels.ops import native
 from layersync_kernels.sit import create_transport
+from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.sampling.draw import draw
@@ -93,7 +94,7 @@ def compute():
         runs = {name: train(root, name, flags) for name, flags in RUNS.items()}
         model, transport = load_trained(root / "fused").model, create_transport()
         labels = torch.arange(5) % 3
-        drawn = {name: draw(model, transport, sampling, labels, seed=3) for name, sampling in DRAWS.items()}
+        drawn = {name: draw(model, transport, sampling, Condition(labels), seed=3) for name, sampling in DRAWS.items()}
     draws = {name: {"digest": digest({"": x}), "some": x.flatten()[::40].tolist()} for name, x in drawn.items()}
     return {"facts": facts(), "runs": runs, "draws": draws}
 

@@ -9,6 +9,9 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..config.io import build
+from ..modality.base import Modality
+from ..modality.images import Images, Latents
+from ..modality.registry import build_modality
 from ..spec import SampleSpec
 from .local import STATE, read_state
 
@@ -21,13 +24,19 @@ class DataFacts:
         shape: of a sample, (C, ...).
         num_classes: labels lie in [0, num_classes).
         class_names: one a class.
-        latent: whether samples are latents of an autoencoder.
+        variable: whether samples have lengths, up to the first size.
+        modality: what samples stand for, as `modality_facts` gives it.
+        lengths: typical ones of each class, or empty.
+        latent: what stood there before there were modalities: whether samples are latents of an autoencoder.
     """
 
     shape: tuple[int, ...]
     num_classes: int
     class_names: tuple[str, ...]
-    latent: bool
+    variable: bool = False
+    modality: dict[str, Any] | None = None
+    lengths: tuple[tuple[int, ...], ...] = ()
+    latent: bool = False
 
     def __post_init__(self) -> None:
         if len(self.shape) < 2:
@@ -35,11 +44,23 @@ class DataFacts:
         SampleSpec.of(self.shape)
         if not self.num_classes >= 1:
             raise ValueError(f"num_classes is {self.num_classes}; expected at least 1")
+        if self.lengths and len(self.lengths) != self.num_classes:
+            raise ValueError(f"lengths are those of {len(self.lengths)} classes; expected {self.num_classes}")
+        if not all(1 <= length <= self.shape[1] for own in self.lengths for length in own):
+            raise ValueError(f"lengths go beyond 1 to {self.shape[1]}")
+        _ = self.what
 
     @property
     def spec(self) -> SampleSpec:
         """The shape of a sample."""
-        return SampleSpec.of(self.shape)
+        return SampleSpec.of(self.shape, variable=self.variable)
+
+    @property
+    def what(self) -> Modality:
+        """What samples stand for."""
+        if self.modality is None:
+            return Latents() if self.latent else Images()
+        return build_modality(self.modality)
 
 
 @dataclass(frozen=True)

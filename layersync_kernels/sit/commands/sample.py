@@ -18,8 +18,7 @@ from ..console import start_logging
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
 from ..files import atomic_path
-from ..sampling.draw import draw
-from ..sampling.grid import save_grid
+from ..sampling.draw import conditions, draw
 from ..sampling.load import load_trained
 from .arguments import parse_of_run
 
@@ -66,12 +65,12 @@ def sample(command: SampleCommand) -> Path:
     for flag, value in {"per-class": command.per_class, "batch-size": command.batch_size}.items():
         if value < 1:
             raise ConfigError(f"--{flag} {value}: expected at least 1")
-    labels = torch.tensor(classes).repeat_interleave(command.per_class).to(device)
+    condition = conditions(torch.tensor(classes).repeat_interleave(command.per_class), trained.lengths)
     samples = draw(
         trained.model.to(device),
         build_transport(command.transport),
         command.sampling,
-        labels,
+        condition.to(device),
         seed=command.seed,
         autocast_dtype=resolve_precision(command.precision, device),
         batch_size=command.batch_size,
@@ -83,8 +82,10 @@ def sample(command: SampleCommand) -> Path:
     try:
         if command.array is not None:
             with atomic_path(command.array) as temporary, temporary.open("wb") as file:
-                np.savez(file, samples=samples.cpu().numpy(), labels=labels.cpu().numpy())
-        return save_grid(samples, command.out or default, columns=command.per_class, latent=trained.latent)
+                np.savez(file, samples=samples.cpu().numpy(), labels=condition.labels.numpy())
+        stem = (command.out or default).with_suffix("")
+        columns, lengths = command.per_class, condition.lengths
+        return trained.modality.overview(samples, stem, columns=columns, lengths=lengths)[0]
     except OSError as error:
         raise CheckpointError(f"cannot write the samples: {error}") from error
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from . import at_least
+from .audio import AudioConfig
+from .motion import MotionConfig
+from .video import VideoConfig
 
 
 @dataclass(frozen=True)
@@ -32,6 +35,9 @@ class DataConfig:
     latents that take more are refused. 0: stream all images."""
     workers: int = 4
     """Decoding threads or processes."""
+    audio: AudioConfig = field(default_factory=AudioConfig)
+    motion: MotionConfig = field(default_factory=MotionConfig)
+    video: VideoConfig = field(default_factory=VideoConfig)
 
     def validate(self) -> None:
         """Checks ranges.
@@ -41,3 +47,5 @@ class DataConfig:
         """
         at_least(0, memory_limit_gb=self.memory_limit_gb, workers=self.workers)
         at_least(1, image_size=self.image_size)
+        for group in (self.audio, self.motion, self.video):
+            group.validate()

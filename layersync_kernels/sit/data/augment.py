@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
+
+from ..batch import Batch
 
 
 def mirror(samples: Tensor) -> Tensor:
@@ -11,16 +15,14 @@ def mirror(samples: Tensor) -> Tensor:
     return samples.flip(-1)
 
 
-def random_mirror(samples: Tensor, *, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-    """Mirrors each sample with a chance of one half.
+def random_mirror(batch: Batch, *, generator: torch.Generator | None = None) -> Batch:
+    """Mirrors each sample along its last axis with a chance of one half, and notes which.
 
     Args:
-        samples: (B, C, ..., W).
+        batch: of samples (B, C, ..., W).
         generator: draws one number a sample; on their device.
-
-    Returns:
-        The samples, and which of them are mirrored: bool (B, 1, ..., 1), what `Features.tokens` takes.
     """
+    samples = batch.samples
     shape = (len(samples), *[1] * (samples.ndim - 1))
     mirrored = torch.rand(shape, device=samples.device, generator=generator) < 0.5
-    return torch.where(mirrored, mirror(samples), samples), mirrored
+    return dataclasses.replace(batch, samples=torch.where(mirrored, mirror(samples), samples), mirrored=mirrored)

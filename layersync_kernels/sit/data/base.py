@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..files import atomic_path
+from ..modality.base import Modality
+from ..modality.images import Images, Latents
 from ..spec import SampleSpec
 
 logger = logging.getLogger(__name__)
@@ -59,39 +62,44 @@ class EpochShuffle:
 
 @dataclass(kw_only=True)
 class SampleSet(ABC):
-    """Samples of one shape with integer labels.
+    """Samples of one shape. A subclass gives `__len__` and `take`.
 
     Attributes:
         spec: the shape of one sample.
         num_classes: labels lie in [0, num_classes).
         class_names: one name per class.
-        latent: True when samples are VAE latents rather than pixels in [-1, 1].
+        modality: what samples stand for.
         broken: what could not be read, by file name, with the reason.
     """
 
     spec: SampleSpec
     num_classes: int
     class_names: list[str]
-    latent: bool = False
+    modality: Modality = field(default_factory=Images)
     broken: dict[str, str] = field(default_factory=dict)
 
     @abstractmethod
     def __len__(self) -> int: ...
 
     @abstractmethod
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Endless batches from position `start` of the stream: float32 (B, C, H, W) and int64 (B,)."""
+    def take(self, index: Tensor) -> Batch:
+        """The samples of these numbers, int64 (B,) on the CPU, which is the `index` of what it returns."""
 
-    @abstractmethod
-    def take(self, index: Tensor) -> Tensor:
-        """The samples of these numbers, int64 (B,) on the CPU: float32 (B, C, H, W)."""
-
-    def numbers(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Tensor]:
-        """The numbers of the samples that `batches` gives, int64 (B,) on the CPU."""
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
+        """Endless batches from position `start` of the shuffled stream of that seed."""
         shuffle = EpochShuffle(len(self), seed)
         while True:
-            yield shuffle.indices(start, batch_size)
+            yield self.take(shuffle.indices(start, batch_size))
             start += batch_size
+
+    @property
+    def latent(self) -> bool:
+        """Whether samples are latents of an autoencoder, of which there are no pixels."""
+        return isinstance(self.modality, Latents)
+
+    def typical_lengths(self) -> tuple[tuple[int, ...], ...]:
+        """Lengths to draw samples with, some for each class; empty where samples are all full."""
+        return ()
 
 
 def write_broken(folder: Path, broken: Mapping[str, str]) -> None:

@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
+from ..batch import Batch, Condition
 from ..config.data import DataConfig
+from ..modality.images import Images, Latents, pixels_to_unit
 from ..spec import SampleSpec
 from .base import SampleSet
-from .pixels import chunk_length, pixels_to_unit
+from .pixels import chunk_length
 
 INTEGERS = {getattr(torch, f"{sign}int{bits}") for sign in ("", "u") for bits in (8, 16, 32, 64)}
 STREAMED = ", or give images in a folder, which are read as training goes"
@@ -76,15 +78,12 @@ class MemorySet(SampleSet):
         self.samples, self.labels = self.samples.to(device), self.labels.to(device)
         return self
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """See `SampleSet.batches`; the batches are on the device of the samples."""
-        for index in self.numbers(batch_size, seed=seed, start=start):
-            yield self.take(index), self.labels[index.to(self.labels.device)]
-
-    def take(self, index: Tensor) -> Tensor:
-        """See `SampleSet.take`; on the device of the samples."""
-        samples = self.samples[index.to(self.samples.device)]
-        return pixels_to_unit(samples) if samples.dtype == torch.uint8 else samples.float() * self.scale
+    def take(self, index: Tensor) -> Batch:
+        """See `SampleSet.take`; on the device of the samples, but for the index."""
+        there = index.to(self.samples.device)
+        samples = self.samples[there]
+        values = pixels_to_unit(samples) if samples.dtype == torch.uint8 else samples.float() * self.scale
+        return Batch(values, Condition(self.labels[there]), index)
 
 
 def memory_set(
@@ -111,7 +110,7 @@ def memory_set(
         spec=SampleSpec.of(samples.shape[1:]),
         num_classes=num_classes,
         class_names=class_names or [str(c) for c in range(num_classes)],
-        latent=latent,
+        modality=Latents() if latent else Images(),
         broken=broken or {},
         samples=samples,
         labels=checked,

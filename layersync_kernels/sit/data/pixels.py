@@ -20,16 +20,6 @@ def chunk_length(shape: Sequence[int]) -> int:
     return max(1, CHUNK_VALUES // math.prod(shape[1:]))
 
 
-def pixels_to_unit(pixels: Tensor) -> Tensor:
-    """uint8 0..255 to float32 in [-1, 1]."""
-    return pixels.float().div_(127.5).sub_(1.0)
-
-
-def unit_to_pixels(images: Tensor) -> Tensor:
-    """Floats in [-1, 1] (clamped) to uint8 0..255."""
-    return images.float().add(1.0).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
-
-
 def center_square(images: Tensor) -> Tensor:
     """The largest centred square of (..., H, W)."""
     height, width = images.shape[-2:]

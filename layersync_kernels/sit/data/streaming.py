@@ -15,8 +15,10 @@ from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
 
 from ...errors import DataError
+from ..batch import Batch, Condition
+from ..modality.images import pixels_to_unit
 from .base import EpochShuffle, SampleSet
-from .pixels import image_to_tensor, pixels_to_unit
+from .pixels import image_to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -57,19 +59,23 @@ def all_broken_message(broken: dict[str, str]) -> str:
     return f"none of the {len(broken)} image files can be read ({first}); check the files"
 
 
-class DecodedImages(TorchDataset[tuple[Tensor, int, dict[str, str]]]):
+_Item = tuple[int, Tensor, int, dict[str, str]]
+"""Number, image, label, and what was broken on the way to it."""
+
+
+class DecodedImages(TorchDataset[_Item]):
     """Decodes on demand; a broken file is replaced by the next readable one and reported beside it."""
 
     def __init__(self, source: ImageSource, size: int, channels: int) -> None:
         self.source, self.size, self.channels = source, size, channels
 
-    def __getitem__(self, index: int) -> tuple[Tensor, int, dict[str, str]]:
+    def __getitem__(self, index: int) -> _Item:
         broken: dict[str, str] = {}
         for shift in range(len(self.source)):
             i = (index + shift) % len(self.source)
             try:
                 image, label = self.source.load(i)
-                return image_to_tensor(image, self.size, self.channels), label, broken
+                return index, image_to_tensor(image, self.size, self.channels), label, broken
             except DataError:
                 raise
             except DECODE_ERRORS as error:
@@ -88,12 +94,12 @@ class _StreamSampler(Sampler[int]):
             position += 1024
 
 
-def _collate(items: list[tuple[Tensor, int, dict[str, str]]]) -> tuple[Tensor, Tensor, dict[str, str]]:
-    images, labels, broken = zip(*items, strict=True)
+def _collate(items: list[_Item]) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
+    index, images, labels, broken = zip(*items, strict=True)
     found: dict[str, str] = {}
     for one in broken:
         found |= one
-    return torch.stack(images), torch.tensor(labels), found
+    return torch.tensor(index), torch.stack(images), torch.tensor(labels), found
 
 
 @dataclass(kw_only=True)
@@ -106,7 +112,7 @@ class StreamingSet(SampleSet):
     def __len__(self) -> int:
         return len(self.source)
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
         """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU."""
         loader: DataLoader[Any] = DataLoader(
             DecodedImages(self.source, self.spec.side, self.spec.channels),
@@ -118,18 +124,19 @@ class StreamingSet(SampleSet):
             # A worker must not die of the Ctrl-C that asks the trainer to save.
             worker_init_fn=_ignore_interrupt,
         )
-        for images, labels, broken in loader:
+        for index, images, labels, broken in loader:
             for name, reason in broken.items():
                 if name not in self.broken:
                     self.broken[name] = reason
                     logger.warning("skipped broken file %s (%s); %d so far", name, reason, len(self.broken))
-            yield pixels_to_unit(images), labels
+            yield Batch(pixels_to_unit(images), Condition(labels), index)
 
-    def take(self, index: Tensor) -> Tensor:
+    def take(self, index: Tensor) -> Batch:
         """See `SampleSet.take`. A broken file is replaced as in `batches`."""
         decoded = DecodedImages(self.source, self.spec.side, self.spec.channels)
         with ThreadPoolExecutor(max_workers=max(self.workers, 1)) as pool:
-            return pixels_to_unit(torch.stack([image for image, _, _ in pool.map(decoded.__getitem__, index.tolist())]))
+            _, images, labels, _ = _collate(list(pool.map(decoded.__getitem__, index.tolist())))
+        return Batch(pixels_to_unit(images), Condition(labels), index)
 
 
 def _ignore_interrupt(_worker: int) -> None:

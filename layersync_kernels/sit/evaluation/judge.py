@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..batch import Condition
 from ..config.sampling import SamplingConfig
 from ..data.base import SampleSet
 from ..diffusion.transport import Transport
@@ -54,9 +55,9 @@ class Judge:
         if network is None:
             return
         chunks = list(take(train, reference))
-        labels = torch.cat([y for _, y in chunks])
-        self._labels = labels.repeat(-(-samples // len(labels)))[:samples].to(device)
-        self._real = RealSamples(torch.cat([x for x, _ in chunks]), network, device)
+        given = Condition.cat([batch.condition for batch in chunks])
+        self._condition = given[torch.arange(samples, device=given.labels.device) % len(given)].to(device)
+        self._real = RealSamples(torch.cat([batch.samples for batch in chunks]), network, device)
         self.floor = self._real.distance(self._held_out.images[:samples])
 
     def validation_loss(self, model: SiT) -> float:
@@ -71,7 +72,7 @@ class Judge:
             model,
             self._transport,
             self._sampling,
-            self._labels,
+            self._condition,
             seed=0,  # the same noise for every model
             autocast_dtype=self._autocast_dtype,
             batch_size=CHUNK,

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..batch import Batch
 from ..data.base import SampleSet
 from ..data.memory import MemorySet
 from ..diffusion.transport import Transport
@@ -40,12 +41,12 @@ def subset(data: MemorySet, index: Tensor) -> MemorySet:
     return dataclasses.replace(data, samples=data.samples[index], labels=data.labels[index])
 
 
-def take(data: SampleSet, count: int) -> Iterator[tuple[Tensor, Tensor]]:
+def take(data: SampleSet, count: int) -> Iterator[Batch]:
     """The first `count` samples of the shuffled stream of seed 0, or all there are, in chunks."""
     left = min(count, len(data))
-    for samples, labels in data.batches(min(CHUNK, left), seed=0):
-        yield samples[:left], labels[:left]
-        left -= len(samples)
+    for batch in data.batches(min(CHUNK, left), seed=0):
+        yield batch[:left]
+        left -= len(batch)
         if left <= 0:
             return
 
@@ -65,22 +66,23 @@ class HeldOut:
         times = ((torch.arange(count) + 0.5) / count).split(CHUNK)  # every time equally often, not at random
         self._device = device
         self._chunks = []
-        for (x, y), t in zip(take(data, count), times, strict=True):
-            noise = torch.randn(x.shape, generator=generator)
-            self._chunks.append(tuple(tensor.to(device) for tensor in (x, y, noise, t)))
+        for batch, t in zip(take(data, count), times, strict=True):
+            noise = torch.randn(batch.samples.shape, generator=generator)
+            self._chunks.append((batch.to(device), noise.to(device), t.to(device)))
 
     @property
     def images(self) -> Tensor:
-        """The samples (N, C, H, W)."""
-        return torch.cat([x for x, *_ in self._chunks])
+        """The samples (N, C, ...)."""
+        return torch.cat([batch.samples for batch, *_ in self._chunks])
 
     @torch.no_grad()
     def loss(self, model: SiT, transport: Transport, autocast_dtype: torch.dtype | None) -> float:
         """The mean training loss of `transport`, without alignment; in fp32 if `autocast_dtype` is None."""
         total = torch.zeros((), dtype=torch.float64, device=self._device)
         low, high = transport.interval(transport.train_eps)
-        for x, y, noise, t in self._chunks:
+        for batch, noise, t in self._chunks:
             with torch.autocast(self._device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                terms = transport.training_losses(model, x, {"y": y}, t=low + (high - low) * t, x0=noise)
+                given = batch.condition.keywords()
+                terms = transport.training_losses(model, batch.samples, given, t=low + (high - low) * t, x0=noise)
             total += terms["loss"].double().sum()
-        return float(total) / sum(len(x) for x, *_ in self._chunks)
+        return float(total) / sum(len(batch) for batch, *_ in self._chunks)

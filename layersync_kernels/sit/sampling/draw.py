@@ -2,39 +2,63 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..batch import Condition
 from ..config.sampling import SamplingConfig
 from ..diffusion.sampler import Sampler
 from ..diffusion.transport import Transport
 from ..models.sit import SiT
 
 
+def conditions(labels: Tensor, lengths: Sequence[Sequence[int]] = ()) -> Condition:
+    """Conditions of samples to draw.
+
+    Args:
+        labels: int64 (N,).
+        lengths: typical ones of each class, which the samples of a class take in turn; empty: all are full.
+    """
+    if not lengths:
+        return Condition(labels)
+    turn: dict[int, int] = {}
+    chosen = []
+    for label in labels.tolist():
+        own = lengths[label] or (max(map(max, filter(None, lengths))),)
+        number = turn[label] = turn.get(label, -1) + 1
+        chosen.append(own[number % len(own)])
+    return Condition(labels, lengths=torch.tensor(chosen, device=labels.device))
+
+
 def draw(
     model: SiT,
     transport: Transport,
     sampling: SamplingConfig,
-    labels: Tensor,
+    condition: Condition,
     *,
     seed: int,
     autocast_dtype: torch.dtype | None = None,
     batch_size: int = 256,
 ) -> Tensor:
-    """Draws one sample per label; a seed gives the same noise on every device, and leaves the global generators alone.
+    """Draws one sample per label and length.
+
+    A seed gives the same noise on every device, and leaves the global generators alone.
 
     Args:
         model: in evaluation mode.
         transport: the one that the model was trained with.
         sampling: solver and guidance.
-        labels: int64 (N,), on the model's device.
+        condition: of N samples, on the model's device.
         seed: of the noise.
         autocast_dtype: None for fp32.
         batch_size: samples drawn at once.
 
     Returns:
-        float32 (N, C, H, W).
+        float32 (N, C, ...), zeros beyond lengths.
 
     Raises:
         ConfigError: sampler settings that do not exist, or guidance from a model without a null label.
@@ -43,7 +67,8 @@ def draw(
     if guided and model.y_embedder.dropout_prob == 0:
         raise ConfigError("--cfg-scale needs a model that was trained with --class-dropout above 0")
     # Another seed than that of the starting noise, or the first step of an SDE would add the same noise again.
-    generator = torch.Generator(labels.device).manual_seed(seed + 2**31)  # a CPU generator takes 32 bits
+    device = condition.labels.device
+    generator = torch.Generator(device).manual_seed(seed + 2**31)  # a CPU generator takes 32 bits
     sampler = Sampler(transport)
     try:
         if sampling.sampler == "ode":
@@ -58,20 +83,26 @@ def draw(
             )
     except ValueError as error:
         raise ConfigError(str(error)) from error
-    noise = torch.randn(len(labels), *model.spec.shape, generator=torch.Generator().manual_seed(seed)).to(labels.device)
+    noise = torch.randn(len(condition), *model.spec.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     interval = None if sampling.guidance_interval == (0.0, 1.0) else sampling.guidance_interval
     drawn = []
-    with torch.autocast(labels.device.type, autocast_dtype, enabled=autocast_dtype is not None):
-        for z, y in zip(noise.split(batch_size), labels.split(batch_size), strict=True):
+    with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
+        for z, part in zip(noise.split(batch_size), condition.split(batch_size), strict=True):
             if guided:
                 both = solve(
                     torch.cat([z, z]),
                     model.forward_with_cfg,
-                    y=torch.cat([y, torch.full_like(y, model.num_classes)]),
+                    **_guided(part, model.num_classes).keywords(),
                     cfg_scale=sampling.cfg_scale,
                     guidance_interval=interval,
                 )
                 drawn.append(both[: len(z)])
             else:
-                drawn.append(solve(z, model, y=y))
+                drawn.append(solve(z, model, **part.keywords()))
     return torch.cat(drawn).float()
+
+
+def _guided(condition: Condition, null_label: int) -> Condition:
+    """The batch twice, the second half without its labels."""
+    free = dataclasses.replace(condition, labels=torch.full_like(condition.labels, null_label))
+    return Condition.cat([condition, free])

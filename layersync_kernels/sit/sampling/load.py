@@ -14,6 +14,8 @@ from ..checkpoints.weights import Weights, fill_model, find_weights, load_weight
 from ..config.io import load_config
 from ..config.model import ModelConfig
 from ..config.run import CONFIG
+from ..modality.base import Modality
+from ..modality.images import Images, Latents
 from ..models.registry import build_model, known_heads
 from ..models.sit import SiT
 from ..spec import SampleSpec
@@ -27,13 +29,15 @@ class Trained:
         model: on the CPU, in evaluation mode, without gradients.
         spec: of its samples.
         num_classes: its labels are 0..num_classes-1, and the null label where it has one.
-        latent: True when its samples are latents of an autoencoder; a lone file with 4 channels is taken for one.
+        modality: what samples stand for; of a lone file with 4 channels latents, else images.
+        lengths: typical ones, see `SampleSet.typical_lengths`.
     """
 
     model: SiT
     spec: SampleSpec
     num_classes: int
-    latent: bool
+    modality: Modality
+    lengths: tuple[tuple[int, ...], ...] = ()
 
 
 def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) -> Trained:
@@ -54,15 +58,17 @@ def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) 
     run = run_of(found) if found.is_dir() else None
     if run is None:
         model = _model_from_shapes(weights, num_heads)
-        spec, latent = model.spec, model.in_channels == 4
+        spec = model.spec
+        lengths: tuple[tuple[int, ...], ...] = ()
+        modality: Modality = Latents() if model.in_channels == 4 else Images()
     else:
         data = read_run_state(found).data
-        spec, latent, num_classes = data.spec, data.latent, data.num_classes
+        spec, modality, num_classes, lengths = data.spec, data.what, data.num_classes, data.lengths
         config = load_config(run / CONFIG).model
         _check_sizes(weights, config, spec, num_classes)
         model = build_model(config, spec, num_classes)
     fill_model(model, weights)
-    return Trained(model.eval().requires_grad_(False), spec, model.num_classes, latent)
+    return Trained(model.eval().requires_grad_(False), spec, model.num_classes, modality, lengths)
 
 
 class _Sizes(NamedTuple):

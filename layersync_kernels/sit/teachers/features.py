@@ -21,8 +21,8 @@ from ..console import console
 from ..data.augment import mirror
 from ..data.base import SampleSet
 from ..data.memory import first_not_finite
-from ..data.pixels import unit_to_pixels
 from ..files import atomic_path
+from ..modality.images import unit_to_pixels
 from .base import Teacher, not_finite
 
 PRINTED_SAMPLES = 256
@@ -116,7 +116,7 @@ class Features:
 def fingerprint(data: SampleSet) -> str:
     """A hash of the shape, the number of samples, and some of the samples."""
     index = torch.linspace(0, len(data) - 1, min(PRINTED_SAMPLES, len(data)), dtype=torch.float64).round().long()
-    pixels = unit_to_pixels(data.take(index)).cpu().contiguous()
+    pixels = unit_to_pixels(data.take(index).samples).cpu().contiguous()
     return hashlib.sha256(json.dumps([*data.spec.shape, len(data)]).encode() + pixels.numpy().tobytes()).hexdigest()
 
 
@@ -151,12 +151,12 @@ def compute_features(
     if data.latent:
         raise DataError(latent_message(source))
     device = teacher.device
-    width = teacher.width(data.take(torch.arange(1)).to(device))
+    width = teacher.width(data.take(torch.arange(1)).samples.to(device))
     names = ("features", "mirrored") if flip else ("features",)
     tensors: dict[str, Tensor] = {}
     for start in track(range(0, len(data), batch_size), "features", console=console, disable=not console.is_terminal):
         index = torch.arange(start, min(start + batch_size, len(data)))
-        samples = data.take(index).to(device)
+        samples = data.take(index).samples.to(device)
         for name in names:
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
                 tokens = teacher(samples if name == "features" else mirror(samples)).half().cpu()

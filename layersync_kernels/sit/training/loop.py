@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 import math
 import time
@@ -16,22 +17,24 @@ from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError, TrainingDiverged
 from ...runtime.memory import keep_freed_memory
+from ..batch import Batch
 from ..checkpoints.local import list_checkpoints
 from ..checkpoints.weights import fill_model, load_weights
 from ..config.run import SAMPLES, TrainConfig
+from ..data.augment import random_mirror
 from ..data.base import SampleSet
 from ..data.registry import load_data
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
+from ..modality.registry import modality_facts
 from ..models.registry import build_model
-from ..sampling.draw import draw
-from ..sampling.grid import save_grid
+from ..sampling.draw import conditions, draw
 from .runlog import Meter, RunLog, surviving_full_disk
 from .signals import stop_signals
 from .state import TrainState
 from .step import train_step
 from .terms import TERMS, build_terms
-from .terms.base import Batch, LossTerm, Setting, TermBuilder
+from .terms.base import LossTerm, Setting, TermBuilder
 
 logger = logging.getLogger(__name__)
 
@@ -154,18 +157,15 @@ class Trainer:
             rate *= 0.5 * (1 + math.cos(math.pi * self.fraction))
         return rate
 
-    def step(self, samples: Tensor, labels: Tensor, index: Tensor | None = None) -> None:
+    def step(self, batch: Batch) -> None:
         """One optimiser step; nothing is read from the device, except where precomputed features of flipped samples
         are looked up.
 
         Args:
-            samples: float32 (B, C, H, W), B a multiple of `accumulate`.
-            labels: int64 (B,).
-            index: int64 (B,) numbers of the samples, for precomputed features.
+            batch: on the device but for its index; its size is a multiple of `accumulate`.
         """
-        batch = Batch(samples, labels, index)
         if self.config.data.flip:
-            batch = batch.flipped(self.state.generator)
+            batch = random_mirror(batch, generator=self.state.generator)
         loss = train_step(
             self.state,
             batch,
@@ -218,9 +218,11 @@ class Trainer:
             "meter": self.meter.state_dict(),
             "data": {
                 "shape": self.data.spec.shape,
+                "variable": self.data.spec.variable,
                 "num_classes": self.num_classes,
                 "class_names": self.data.class_names,
-                "latent": self.data.latent,
+                "modality": modality_facts(self.data.modality),
+                "lengths": self.data.typical_lengths(),
             },
         }
         return self.state.save(self.run_dir, facts, keep=self.config.log.keep)
@@ -296,23 +298,21 @@ class Trainer:
         self._stop_clock()
         return Outcome(self.steps_done, "finished" if done else "interrupted", self.seconds, metrics)
 
-    def batches(self) -> Iterator[tuple[Tensor, ...]]:
+    def batches(self) -> Iterator[Batch]:
         """What `step` takes, from where the run stands."""
-        stream = {"seed": self.config.seed, "start": self.state.samples_seen}
-        numbers = self.data.numbers(self.config.optim.batch_size, **stream)
-        with_numbers = any(term.wants_index for term in self.state.terms)
-        for samples, labels in self.data.batches(self.config.optim.batch_size, **stream):
-            batch = samples.to(self.device, non_blocking=True), labels.to(self.device, non_blocking=True)
-            yield (*batch, next(numbers)) if with_numbers else batch
+        size, start = self.config.optim.batch_size, self.state.samples_seen
+        for batch in self.data.batches(size, seed=self.config.seed, start=start):
+            moved = batch.to(self.device, non_blocking=True)
+            yield dataclasses.replace(moved, index=batch.index)  # only ever read on the host
 
-    def _step(self, batch: tuple[Tensor, ...], last: int) -> None:
+    def _step(self, batch: Batch, last: int) -> None:
         """A step on what `batches` gives; terms measure what they like before a record, and in step `last`."""
         number = self.steps_done + 1
         with contextlib.ExitStack() as stack:
             if number % self.config.log.log_every == 0 or number == last:
                 for term in self.state.terms:
                     stack.enter_context(term.measured())
-            self.step(*batch)
+            self.step(batch)
 
     def _record(self, means: dict[str, float], images_per_second: float) -> dict[str, Any]:
         record: dict[str, Any] = {
@@ -337,18 +337,19 @@ class Trainer:
         """Draws a grid with the averaged weights, one row per class, always from the same noise."""
         log = self.config.log
         classes = torch.arange(min(log.grid_classes, self.num_classes))
-        labels = classes.repeat_interleave(log.grid_columns).to(self.device)
+        condition = conditions(classes.repeat_interleave(log.grid_columns), self.data.typical_lengths())
         samples = draw(
             self.ema,
             self.transport,
             self.config.sampling,
-            labels,
+            condition.to(self.device),
             seed=self.config.seed,
             autocast_dtype=self.autocast_dtype,
         )
         if self.run_dir is None:
             return None
-        path = self.run_dir / SAMPLES / f"step_{self.steps_done:08d}.png"
-        with surviving_full_disk(str(path)):
-            return save_grid(samples, path, columns=log.grid_columns, latent=self.data.latent)
+        stem = self.run_dir / SAMPLES / f"step_{self.steps_done:08d}"
+        lengths = condition.lengths
+        with surviving_full_disk(str(stem)):
+            return self.data.modality.overview(samples, stem, columns=log.grid_columns, lengths=lengths)[0]
         return None

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..batch import Batch
 from ..diffusion.transport import Transport
 from ..models.sit import Capture
 from .runlog import Meter
 from .state import TrainState
-from .terms.base import Batch, LossTerm
+from .terms.base import LossTerm
 
 
 def train_step(
@@ -44,12 +45,12 @@ def train_step(
     targets = [term.targets(batch, optim.accumulate) for term in terms]
     device = batch.samples.device
     step_loss = torch.zeros((), device=device)
-    for x, y in zip(batch.samples.chunk(optim.accumulate), batch.labels.chunk(optim.accumulate), strict=True):
-        inputs: dict[str, Any] = {"y": y}
+    for part in batch.split(len(batch) // optim.accumulate):
+        inputs: dict[str, Any] = part.condition.keywords()
         if capture:
             inputs["capture"] = capture
         with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            output = transport.training_losses(state.model, x, inputs, generator=state.generator)
+            output = transport.training_losses(state.model, part.samples, inputs, generator=state.generator)
             total = flow = output["loss"].mean()
             meter.add("loss", flow)
             for term, target in zip(terms, targets, strict=True):

@@ -19,7 +19,7 @@ from ...console import console
 from ...data.base import SampleSet
 from ...data.registry import load_data
 from ...device import resolve_device, resolve_precision
-from ...diffusion.interpolants import Interpolant
+from ...diffusion.interpolants import Interpolant, per_sample
 from ...diffusion.transport import build_transport
 from ...evaluation.probes import linear_cka, linear_probe
 from ...files import write_json
@@ -88,16 +88,17 @@ def measure(
     starts = range(0, count, batch_size)
     batches = zip(starts, data.batches(batch_size, seed=seed), strict=False)  # the stream has no end
     quiet = not console.is_terminal
-    for start, (x1, y) in track(batches, "measuring", len(starts), console=console, transient=True, disable=quiet):
+    for start, batch in track(batches, "measuring", len(starts), console=console, transient=True, disable=quiet):
         x0 = noise[start : start + batch_size].to(device)
-        x1 = x1[: len(x0)].to(device)  # the last batch reaches into the next epoch
-        labels.append(y[: len(x0)].cpu())
-        y = torch.full((len(x0),), label, device=device)
+        batch = batch[: len(x0)]  # the last one reaches into the next epoch
+        labels.append(batch.labels.cpu())
+        x1, given = batch.samples.to(device), batch.condition.to(device)
+        inputs = {**given.keywords(), "y": torch.full_like(given.labels, label)}
         for piece, time in zip(pieces, times, strict=True):
             t = torch.full((len(x0),), time, device=device)
-            x_t, _ = interpolant.interpolate(t.view(-1, 1, 1, 1), x0, x1)
+            x_t, _ = interpolant.interpolate(per_sample(t, x1), x0, x1)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                _, states = model(x_t, t, y, capture=blocks)
+                _, states = model(x_t, t, **inputs, capture=blocks)
             hidden = torch.stack([states[block].float() for block in blocks])
             piece.append(hidden.mean(2).cpu())
             unit = F.normalize(hidden, dim=-1, eps=1e-6).flatten(1, 2).transpose(0, 1)

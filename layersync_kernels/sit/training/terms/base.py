@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import itertools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,32 +15,10 @@ from torch import Tensor, nn
 
 from ....losses.layersync import LayerSyncLoss
 from ....losses.representation import RepresentationAlignmentLoss
+from ...batch import Batch
 from ...config.run import TrainConfig
-from ...data.augment import random_mirror
 from ...data.base import SampleSet
 from ...models.sit import Capture, SiT
-
-
-@dataclass(frozen=True)
-class Batch:
-    """What one optimiser step is made of.
-
-    Attributes:
-        samples: float32 (B, C, ...).
-        labels: int64 (B,).
-        index: int64 (B,) numbers of the samples; None where they are not known.
-        mirrored: bool (B, 1, ...), the samples that have been mirrored; None where none ever is.
-    """
-
-    samples: Tensor
-    labels: Tensor
-    index: Tensor | None = None
-    mirrored: Tensor | None = None
-
-    def flipped(self, generator: torch.Generator) -> Batch:
-        """With half of the samples mirrored along their last axis."""
-        samples, mirrored = random_mirror(self.samples, generator=generator)
-        return dataclasses.replace(self, samples=samples, mirrored=mirrored)
 
 
 @dataclass(frozen=True)
@@ -62,13 +39,11 @@ class LossTerm(ABC):
         module: what is trained with the model, or None.
         file: stem of the module's file in a checkpoint, and prefix of its parameters in that of the optimiser; None
             where nothing is to be kept.
-        wants_index: whether `targets` needs the numbers of the samples.
     """
 
     name: str
     module: nn.Module | None = None
     file: str | None = None
-    wants_index: bool = False
 
     def active(self, step: int) -> bool:
         """Whether the term counts in a step; where it does not, only `cause` is called."""

@@ -13,13 +13,14 @@ from torch import Tensor
 
 from ....errors import ConfigError, DataError, TeacherError
 from ....losses.representation import RepresentationAlignmentLoss
+from ...batch import Batch
 from ...config.loss import AlignConfig
 from ...models.sit import SiT
 from ...teachers.base import Teacher, not_finite
 from ...teachers.clock import TeacherClock
 from ...teachers.features import Features, latent_message
 from ...teachers.networks import load_teacher
-from .base import AlignmentTerm, Batch, Setting
+from .base import AlignmentTerm, Setting
 
 
 class RepaTerm(AlignmentTerm):
@@ -40,7 +41,6 @@ class RepaTerm(AlignmentTerm):
 
     def __init__(self, loss: RepresentationAlignmentLoss, teacher: Teacher | Features, device: torch.device) -> None:
         self.module, self.teacher, self._device = loss, teacher, device
-        self.wants_index = isinstance(teacher, Features)
         self.clock = TeacherClock(device)
         self._sums: list[Tensor] = []  # of the tokens of each pass since the last check, still on the device
 
@@ -67,14 +67,12 @@ class RepaTerm(AlignmentTerm):
             grid = data.spec.side // setting.model.patch_size
             teacher = load_teacher(align.teacher, size=align.teacher_size, grid=grid, weights=align.teacher_weights)
             teacher.to(device)
-            width = teacher.width(data.take(torch.arange(min(2, len(data)))).to(device))
+            width = teacher.width(data.take(torch.arange(min(2, len(data)))).samples.to(device))
         return cls(build_loss(align, setting.model, teacher.name, width).to(device), teacher, device)
 
     def targets(self, batch: Batch, passes: int) -> Iterator[Tensor]:
         """The teacher's tokens (B / passes, N, T)."""
         if isinstance(self.teacher, Features):
-            if batch.index is None:
-                raise ValueError("Trainer.step: precomputed features need the numbers of the samples; give index=")
             with self.clock.measure():
                 tokens = self.teacher.tokens(batch.index, batch.mirrored).to(self._device, non_blocking=True)
             yield from tokens.chunk(passes)

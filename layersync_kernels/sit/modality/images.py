@@ -1,0 +1,105 @@
+"""Images, and latents of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..files import atomic_path
+from .base import Modality
+
+GRID_CELL = 56
+"""Smaller samples are enlarged to about this many pixels, so that a digit of 14 pixels can be seen."""
+
+
+def pixels_to_unit(pixels: Tensor) -> Tensor:
+    """uint8 0..255 to float32 in [-1, 1]."""
+    return pixels.float().div_(127.5).sub_(1.0)
+
+
+def unit_to_pixels(images: Tensor) -> Tensor:
+    """Floats in [-1, 1] (clamped) to uint8 0..255."""
+    return images.float().add(1.0).mul(127.5).round_().clamp_(0, 255).to(torch.uint8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Images(Modality):
+    """Pixels in [-1, 1]: (1 or 3, H, W)."""
+
+    kind: ClassVar[str] = "images"
+
+    def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
+        """A grid as PNG."""
+        return [save_grid(samples, _png(stem), columns=columns)]
+
+    def save(self, sample: Tensor, stem: Path) -> Path:
+        """A PNG."""
+        return save_picture(unit_to_pixels(sample.cpu()), _png(stem))
+
+    def arrays(self, samples: Tensor, lengths: Tensor | None = None) -> dict[str, np.ndarray]:
+        """uint8 (N, H, W, C) under "arr_0": the layout of ADM's evaluation suite."""
+        return {"arr_0": unit_to_pixels(samples.cpu()).permute(0, 2, 3, 1).contiguous().numpy()}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Latents(Modality):
+    """Latents of an autoencoder, (C, H, W) or of other extents, drawn as what they are, as nobody decodes them."""
+
+    kind: ClassVar[str] = "latents"
+
+    def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
+        """The first three channels as a grid: not what a decoder would show."""
+        return [save_grid(samples, _png(stem), columns=columns, latent=True)]
+
+    def save(self, sample: Tensor, stem: Path) -> Path:
+        """As .npy."""
+        path = stem.with_name(f"{stem.name}.npy")
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, self.restore(sample[None].float().cpu())[0].numpy())
+        return path
+
+
+def _png(stem: Path) -> Path:
+    return stem.with_name(f"{stem.name}.png")
+
+
+def save_picture(pixels: Tensor, path: Path) -> Path:
+    """Writes uint8 (1 or 3, H, W) as PNG."""
+    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
+    with atomic_path(path) as temporary:
+        Image.fromarray(array).save(temporary, format="PNG")
+    return path
+
+
+def save_grid(samples: Tensor, path: Path, *, columns: int, latent: bool = False) -> Path:
+    """Writes samples (N, C, H, W) as one picture, row by row.
+
+    Args:
+        samples: in [-1, 1]. 1 channel is drawn grey, else the first three are red, green and blue.
+        path: of the picture.
+        columns: samples per row.
+        latent: VAE latents: three channels, each stretched over its own range. Not what a decoder would show.
+    """
+    samples = samples.detach().float().cpu()
+    if samples.shape[1] == 2:
+        samples = samples[:, :1]
+    samples = samples[:, :3]
+    if latent:
+        low, high = samples.amin((0, 2, 3), keepdim=True), samples.amax((0, 2, 3), keepdim=True)
+        samples = (samples - low) / (high - low).clamp_min(1e-6) * 2 - 1
+    pixels = unit_to_pixels(samples)
+    factor = max(1, GRID_CELL // pixels.shape[-1])
+    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
+    count, channels, height, width = pixels.shape
+    rows, gap = -(-count // columns), 2
+    grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 128, dtype=torch.uint8)
+    for i, picture in enumerate(pixels):
+        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
+        grid[:, top : top + height, left : left + width] = picture
+    return save_picture(grid, path)

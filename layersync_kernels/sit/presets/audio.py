@@ -1,0 +1,7 @@
+"""Audio."""
+
+from __future__ import annotations
+
+from ..config.run import TrainConfig
+
+PRESETS: dict[str, TrainConfig] = {}

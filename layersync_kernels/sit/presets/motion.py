@@ -1,0 +1,7 @@
+"""Motion."""
+
+from __future__ import annotations
+
+from ..config.run import TrainConfig
+
+PRESETS: dict[str, TrainConfig] = {}

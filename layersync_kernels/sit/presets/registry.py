@@ -1,0 +1,12 @@
+"""Presets by name."""
+
+from __future__ import annotations
+
+from ..config.run import TrainConfig
+from .audio import PRESETS as AUDIO
+from .images import PRESETS as IMAGES
+from .motion import PRESETS as MOTION
+from .video import PRESETS as VIDEO
+
+PRESETS: dict[str, TrainConfig] = {**IMAGES, **AUDIO, **MOTION, **VIDEO}
+"""Settings by name. That of a modality alone is for two cores and minutes, the others are for cards."""
