@@ -19,9 +19,13 @@ class DataConfig:
     data: str = "mnist"
     """mnist | torchvision:NAME | a folder of class folders | FILE.npz | FILE.safetensors (latents)."""
     data_root: Path = Path("data")
-    """Where torchvision keeps its files."""
+    """Where torchvision and the named sets keep their files."""
     download: bool = False
-    """Let torchvision download what is missing."""
+    """Download what is missing of a named set."""
+    split: Literal["all", "train", "test"] = "all"
+    """train or test: the published split where there is one, else nine tenths and one, the same ones always."""
+    text_encoder: str | None = None
+    """What turns captions into embeddings: hashed | transformers/NAME. None: captions are not read."""
     image_size: int | None = None
     """Side of the square samples in pixels; None keeps that of the data. mnist: 28, or 14 (exact 2x2 averages)."""
     channels: Literal[1, 3] | None = None

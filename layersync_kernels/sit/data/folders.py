@@ -6,7 +6,6 @@ import inspect
 import logging
 import os
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from ..spec import SampleSpec
 from .base import SampleSet
+from .media import read_all
 from .memory import check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
 from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message, describe
@@ -157,26 +157,14 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
             workers=config.workers,
         )
 
-    def decode(i: int) -> tuple[Tensor, int] | str:
-        try:
-            image, label = source.load(i)
-            return image_to_tensor(image, size, channels), label
-        except DataError:
-            raise
-        except DECODE_ERRORS as error:
-            return describe(error)
+    def decode(i: int) -> tuple[Tensor, int]:
+        image, label = source.load(i)
+        return image_to_tensor(image, size, channels), label
 
-    with ThreadPoolExecutor(max_workers=max(config.workers, 1)) as pool:  # Pillow decodes without the GIL
-        decoded = list(pool.map(decode, range(len(source))))
-    good = [item for item in decoded if not isinstance(item, str)]
-    broken = {source.name(i): item for i, item in enumerate(decoded) if isinstance(item, str)}
-    if not good:
-        raise DataError(all_broken_message(broken))
-    for name, reason in broken.items():
-        logger.warning("skipped broken file %s (%s)", name, reason)
-    if broken:
-        logger.warning("%d of %d image files are broken and were skipped", len(broken), len(source))
-    samples, labels = torch.stack([image for image, _ in good]), torch.tensor([label for _, label in good])
+    names = [source.name(i) for i in range(len(source))]
+    good, broken = read_all(names, decode, what="image files", workers=config.workers)  # Pillow decodes without the GIL
+    samples = torch.stack([image for image, _ in good.values()])
+    labels = torch.tensor([label for _, label in good.values()])
     return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,15 +55,30 @@ def check_fits(what: str, size: int, config: DataConfig, *, instead: str = STREA
         )
 
 
+TYPICAL = 8
+"""How many typical lengths there are of each class."""
+_CONDITION = tuple(f.name for f in dataclasses.fields(Condition))
+
+
 @dataclass(kw_only=True)
 class MemorySet(SampleSet):
     """All samples in one tensor, on the training device when it fits there: a batch is one gather.
 
     uint8 samples are pixels 0..255 and become [-1, 1]; floating samples are handed out as they are, times `scale`.
+
+    Attributes:
+        samples: (N, C, ...); zeros beyond a sample's length.
+        labels, lengths, text, text_lengths: of all samples, see `Condition`.
+        test: bool (N,), the samples of a published test split; None where there is none.
+        scale: factor on floating samples.
     """
 
     samples: Tensor
     labels: Tensor
+    lengths: Tensor | None = None
+    text: Tensor | None = None
+    text_lengths: Tensor | None = None
+    test: Tensor | None = None
     scale: float = 1.0
 
     def __len__(self) -> int:
@@ -73,17 +89,40 @@ class MemorySet(SampleSet):
         if device.type == "cuda":
             free, _ = torch.cuda.mem_get_info(device)
             if self.samples.nbytes > free // 4:
-                self.samples, self.labels = self.samples.pin_memory(), self.labels.pin_memory()
+                self._move(Tensor.pin_memory)
                 return self
-        self.samples, self.labels = self.samples.to(device), self.labels.to(device)
+        self._move(lambda tensor: tensor.to(device))
         return self
+
+    def _move(self, move: Callable[[Tensor], Tensor]) -> None:
+        for name in ("samples", *_CONDITION):
+            if (tensor := getattr(self, name)) is not None:
+                setattr(self, name, move(tensor))
+
+    def subset(self, index: Tensor) -> MemorySet:
+        """The samples of these numbers, of the same classes."""
+        index = index.to(self.samples.device)
+        parts = {name: getattr(self, name) for name in ("samples", *_CONDITION)}
+        chosen = {name: None if tensor is None else tensor[index] for name, tensor in parts.items()}
+        return dataclasses.replace(self, **chosen, test=None if self.test is None else self.test[index.cpu()])
+
+    def typical_lengths(self) -> tuple[tuple[int, ...], ...]:
+        """See `SampleSet.typical_lengths`: quantiles."""
+        if self.lengths is None:
+            return ()
+        typical: list[tuple[int, ...]] = []
+        for label in range(self.num_classes):
+            own = self.lengths[self.labels == label].sort().values.tolist()
+            typical.append(tuple(own[(2 * i + 1) * len(own) // (2 * TYPICAL)] for i in range(TYPICAL)) if own else ())
+        return tuple(typical)
 
     def take(self, index: Tensor) -> Batch:
         """See `SampleSet.take`; on the device of the samples, but for the index."""
         there = index.to(self.samples.device)
         samples = self.samples[there]
         values = pixels_to_unit(samples) if samples.dtype == torch.uint8 else samples.float() * self.scale
-        return Batch(values, Condition(self.labels[there]), index)
+        condition = {name: None if (t := getattr(self, name)) is None else t[there] for name in _CONDITION}
+        return Batch(values, Condition(**condition), index)
 
 
 def memory_set(

@@ -62,6 +62,22 @@ def load_data(config: DataConfig, device: torch.device | None = None) -> SampleS
             break
     else:
         raise DataError(f"no data named {config.data!r}: expected {', or '.join(kind.expected for kind in KINDS)}")
+    if config.split != "all":
+        data = _split(data, config)
     if isinstance(data, MemorySet) and device is not None:
         data.to(device)
     return data
+
+
+def _split(data: SampleSet, config: DataConfig) -> SampleSet:
+    if not isinstance(data, MemorySet):
+        raise DataError(f"--split {config.split}: the data is streamed; raise --memory-limit-gb, or split its folder")
+    test = data.test
+    if test is None:  # a tenth
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
+        test = torch.zeros(len(data), dtype=torch.bool)
+        test[order[: len(data) // 10]] = True
+    wanted = (test if config.split == "test" else ~test).nonzero().flatten()
+    if not len(wanted):
+        raise DataError(f"--split {config.split}: none of the {len(data)} samples of {config.data} are in it")
+    return data.subset(wanted)

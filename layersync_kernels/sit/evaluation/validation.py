@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 
 import torch
@@ -32,13 +31,7 @@ def hold_out(data: SampleSet, count: int) -> tuple[SampleSet, SampleSet]:
     if not 0 < count < len(data):
         raise ConfigError(f"--held-out {count}: the data has {len(data)} samples; expected 1 to {len(data) - 1}")
     order = torch.randperm(len(data), generator=torch.Generator().manual_seed(0))
-    return subset(data, order[count:].sort().values), subset(data, order[:count])
-
-
-def subset(data: MemorySet, index: Tensor) -> MemorySet:
-    """The samples of these numbers, of the same classes."""
-    index = index.to(data.samples.device)
-    return dataclasses.replace(data, samples=data.samples[index], labels=data.labels[index])
+    return data.subset(order[count:].sort().values), data.subset(order[:count])
 
 
 def take(data: SampleSet, count: int) -> Iterator[Batch]:

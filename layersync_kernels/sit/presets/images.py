@@ -11,8 +11,8 @@ from ..config.sampling import SamplingConfig
 PRESETS = {
     # Two CPU cores learn to draw recognisable digits in five minutes. On this budget steps count: a small model, small
     # batches and a high rate. Velocity loss on fixed noise and times after 150 CPU seconds: width 96 0.300; width 128
-    # 0.317, with batches of 32 0.333, and at half the rate too 0.354. Depth 4 gets lower still (0.287), yet what depth 6
-    # draws looks better.
+    # 0.317, with batches of 32 0.333, and at half the rate too 0.354. Depth 4 gets lower still (0.287), yet depth 6
+    # draws better.
     "images": TrainConfig(
         data=DataConfig(data="mnist", image_size=14),
         model=ModelConfig(model="SiT-P/2", hidden_size=96, num_heads=3),
