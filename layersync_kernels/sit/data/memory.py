@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -103,7 +104,7 @@ class MemorySet(SampleSet):
         """The samples of these numbers, of the same classes."""
         index = index.to(self.samples.device)
         parts = {name: getattr(self, name) for name in ("samples", *_CONDITION)}
-        chosen = {name: None if tensor is None else tensor[index] for name, tensor in parts.items()}
+        chosen: dict[str, Any] = {name: None if tensor is None else tensor[index] for name, tensor in parts.items()}
         return dataclasses.replace(self, **chosen, test=None if self.test is None else self.test[index.cpu()])
 
     def typical_lengths(self) -> tuple[tuple[int, ...], ...]:
@@ -121,7 +122,9 @@ class MemorySet(SampleSet):
         there = index.to(self.samples.device)
         samples = self.samples[there]
         values = pixels_to_unit(samples) if samples.dtype == torch.uint8 else samples.float() * self.scale
-        condition = {name: None if (t := getattr(self, name)) is None else t[there] for name in _CONDITION}
+        condition: dict[str, Any] = {
+            name: None if (t := getattr(self, name)) is None else t[there] for name in _CONDITION
+        }
         return Batch(values, Condition(**condition), index)
 
 
