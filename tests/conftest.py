@@ -57,3 +57,11 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(skip)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_node_collection_finished(node, ids):
+    """Groups that have no effect cost a third of the time, and nothing else shows it."""
+    grouped = [test for test in ids if test.startswith(_TOGETHER)]
+    if node.config.getoption("dist") == "loadgroup" and not all("@" in test for test in grouped):
+        pytest.exit("pytest-xdist does not group tests under this pytest: pip install 'pytest<9.2'", returncode=4)

@@ -10,6 +10,7 @@ import torchvision
 from PIL import Image
 
 from layersync_kernels.errors import DataError
+from layersync_kernels.sit.batch import Batch, Condition
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import arrays as sit_data
 from layersync_kernels.sit.data import registry
@@ -56,7 +57,7 @@ def test_batches_of_one_epoch_hold_every_sample_once():
         samples=torch.zeros(9, 1, 2, 2),
         labels=torch.arange(9),
     )
-    labels = torch.cat([labels for _, labels in itertools.islice(data.batches(3, seed=0), 3)])
+    labels = torch.cat([batch.labels for batch in itertools.islice(data.batches(3, seed=0), 3)])
     assert sorted(labels.tolist()) == list(range(9))
 
 
@@ -68,8 +69,7 @@ def test_batches_larger_than_the_data_set_wrap_around():
         samples=torch.zeros(3, 1, 2, 2),
         labels=torch.arange(3),
     )
-    _, labels = first_batch(data, 8)
-    assert torch.bincount(labels).tolist() in ([2, 3, 3], [3, 2, 3], [3, 3, 2])
+    assert torch.bincount(first_batch(data, 8).labels).tolist() in ([2, 3, 3], [3, 2, 3], [3, 3, 2])
 
 
 # mnist
@@ -78,11 +78,11 @@ def test_batches_larger_than_the_data_set_wrap_around():
 def test_mnist_has_5000_digits_in_the_unit_range():
     data = load_data(DataConfig())
     assert (len(data), data.spec.shape, data.num_classes) == (5000, (1, 28, 28), 10)
-    samples, labels = first_batch(data, 256)
-    assert samples.dtype == torch.float32
-    assert labels.dtype == torch.int64
-    assert samples.min() == -1
-    assert samples.max() == 1
+    batch = first_batch(data, 256)
+    assert batch.samples.dtype == torch.float32
+    assert batch.labels.dtype == torch.int64
+    assert batch.samples.min() == -1
+    assert batch.samples.max() == 1
     assert torch.bincount(data.labels).tolist() == [500] * 10
 
 
@@ -111,8 +111,8 @@ def test_image_folder_gives_classes_by_name_and_values_by_colour(image_folder):
     assert data.class_names == ["a", "b"]
     assert data.spec.shape == (3, 4, 4)
     assert data.broken == {}
-    samples, labels = first_batch(data, 6)
-    assert torch.equal(samples.mean((1, 2, 3)), labels * 2.0 - 1)
+    batch = first_batch(data, 6)
+    assert torch.equal(batch.samples.mean((1, 2, 3)), batch.labels * 2.0 - 1)
 
 
 @pytest.mark.parametrize("memory_limit", [4.0, 0.0], ids=["memory", "streaming"])
@@ -121,8 +121,8 @@ def test_broken_files_are_named_skipped_and_counted(image_folder, caplog, memory
     (image_folder / "b" / "0.png").write_bytes(b"")
     data = load_data(DataConfig(data=str(image_folder), image_size=4, memory_limit_gb=memory_limit, workers=1))
     assert isinstance(data, StreamingSet) == (memory_limit == 0)
-    for samples, labels in itertools.islice(data.batches(4, seed=0), 6):
-        assert torch.equal(samples.mean((1, 2, 3)), labels * 2.0 - 1)
+    for batch in itertools.islice(data.batches(4, seed=0), 6):
+        assert torch.equal(batch.samples.mean((1, 2, 3)), batch.labels * 2.0 - 1)
     assert sorted(data.broken) == [str(image_folder / "a" / "1.png"), str(image_folder / "b" / "0.png")]
     assert "1.png" in caplog.text
     assert "0.png" in caplog.text
@@ -139,17 +139,19 @@ def test_folder_with_nothing_but_broken_files_stops(image_folder, memory_limit):
 
 def test_streaming_goes_on_where_it_was_left(image_folder):
     data = load_data(DataConfig(data=str(image_folder), image_size=4, memory_limit_gb=0, workers=2))
-    labels = [batch[1] for batch in itertools.islice(data.batches(2, seed=0), 5)]
-    later = [batch[1] for batch in itertools.islice(data.batches(2, seed=0, start=4), 3)]
+    labels = [batch.labels for batch in itertools.islice(data.batches(2, seed=0), 5)]
+    later = [batch.labels for batch in itertools.islice(data.batches(2, seed=0, start=4), 3)]
     assert torch.equal(torch.cat(labels[2:]), torch.cat(later))
 
 
 @pytest.mark.parametrize("memory_limit", [0, 1])
 def test_numbers_are_those_of_the_samples_in_the_batches(image_folder, memory_limit):
     data = load_data(DataConfig(data=str(image_folder), image_size=4, memory_limit_gb=memory_limit, workers=0))
-    stream = zip(data.batches(2, seed=3, start=1), data.numbers(2, seed=3, start=1), strict=True)
-    for (samples, _), index in itertools.islice(stream, 4):
-        assert torch.equal(data.take(index), samples)
+    for batch in itertools.islice(data.batches(2, seed=3, start=1), 4):
+        again = data.take(batch.index)
+        assert torch.equal(again.samples, batch.samples)
+        assert torch.equal(again.labels, batch.labels)
+        assert torch.equal(again.index, batch.index)
 
 
 def test_folder_without_class_folders_is_explained(tmp_path):
@@ -161,7 +163,7 @@ def test_folder_without_class_folders_is_explained(tmp_path):
 def test_sixteen_bit_grey_keeps_its_brightness(tmp_path):
     (tmp_path / "a").mkdir()
     Image.fromarray(np.full((4, 4), 32768, dtype=np.uint16)).save(tmp_path / "a" / "0.png")
-    samples, _ = first_batch(load_data(DataConfig(data=str(tmp_path))), 1)
+    samples = first_batch(load_data(DataConfig(data=str(tmp_path))), 1).samples
     assert samples.abs().max() < 0.01  # the middle of the range, not white
 
 
@@ -173,9 +175,9 @@ def test_torchvision_set_by_name():
     assert isinstance(data, StreamingSet)
     assert data.spec.shape == (3, 8, 8)
     assert data.num_classes == 10
-    samples, labels = first_batch(data, 4)
-    assert samples.shape == (4, 3, 8, 8)
-    assert labels.max() < 10
+    batch = first_batch(data, 4)
+    assert batch.samples.shape == (4, 3, 8, 8)
+    assert batch.labels.max() < 10
 
 
 def test_unknown_torchvision_set_lists_what_there_is():
@@ -211,8 +213,8 @@ def test_npz_accepts_every_image_layout(tmp_path, layout):
     data = load_data(DataConfig(data=str(tmp_path / "d.npz")))
     assert data.spec.shape == (channels, 4, 4)
     assert data.num_classes == 5
-    samples, labels = first_batch(data)
-    np.testing.assert_allclose(samples.numpy(), images[labels] / 127.5 - 1, atol=1e-6)
+    batch = first_batch(data)
+    np.testing.assert_allclose(batch.samples.numpy(), images[batch.labels] / 127.5 - 1, atol=1e-6)
 
 
 @pytest.mark.parametrize(("value", "other", "expected"), [(1.0, 0.0, 1.0), (0.0, 1.0, -1.0), (-1.0, 1.0, -1.0)])
@@ -279,8 +281,8 @@ def test_cached_latents_are_scaled(tmp_path):
     data = load_data(DataConfig(data=str(tmp_path / "l.safetensors"), latent_scale=0.18215))
     assert data.latent
     assert data.spec.shape == (4, 8, 8)
-    samples, labels = first_batch(data, 6)
-    torch.testing.assert_close(samples, latents[labels].float() * 0.18215)
+    batch = first_batch(data, 6)
+    torch.testing.assert_close(batch.samples, latents[batch.labels].float() * 0.18215)
 
 
 def test_latents_are_not_resized(tmp_path):
@@ -306,7 +308,7 @@ def test_a_new_kind_of_data_takes_one_entry(monkeypatch):
 
     kind = registry.DataKind("constant:VALUE", lambda name: name.startswith("constant:"), load)
     monkeypatch.setattr(registry, "KINDS", [*registry.KINDS, kind])
-    samples, _ = first_batch(load_data(DataConfig(data="constant:7")))
+    samples = first_batch(load_data(DataConfig(data="constant:7"))).samples
     assert torch.equal(samples, torch.full((4, 2, 3), 7.0))
     with pytest.raises(DataError, match=r"torchvision:NAME, or .*constant:VALUE"):
         load_data(DataConfig(data="imagenet"))
@@ -315,10 +317,17 @@ def test_a_new_kind_of_data_takes_one_entry(monkeypatch):
 # Augmentation
 
 
+def mirrored_at_random(samples, generator):
+    numbers = torch.arange(len(samples))
+    batch = random_mirror(Batch(samples, Condition(numbers), numbers), generator=generator)
+    assert torch.equal(batch.labels, numbers)
+    return batch.samples, batch.mirrored
+
+
 @pytest.mark.parametrize("shape", [(64, 3, 4, 5), (64, 2, 7), (64, 1, 2, 3, 4)])
 def test_half_of_the_samples_are_mirrored_and_named(shape):
     samples = torch.randn(shape)
-    found, mirrored = random_mirror(samples, generator=torch.Generator().manual_seed(0))
+    found, mirrored = mirrored_at_random(samples, torch.Generator().manual_seed(0))
     assert mirrored.shape == (64, *[1] * (len(shape) - 1))
     assert 16 < mirrored.sum() < 48
     for sample, image, flipped in zip(samples, found, mirrored.flatten().tolist(), strict=True):
@@ -329,7 +338,7 @@ def test_mirrored_samples_are_those_that_the_trainer_has_always_drawn():
     samples = torch.randn(32, 3, 4, 4)
     drawn, again = torch.Generator().manual_seed(3), torch.Generator().manual_seed(3)
     expected = torch.rand(len(samples), 1, 1, 1, generator=drawn) < 0.5
-    found, mirrored = random_mirror(samples, generator=again)
+    found, mirrored = mirrored_at_random(samples, again)
     assert torch.equal(mirrored, expected)
     assert torch.equal(found, torch.where(expected, samples.flip(3), samples))
     assert torch.equal(drawn.get_state(), again.get_state())

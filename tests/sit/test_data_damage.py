@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from layersync_kernels.errors import DataError
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.console import start_logging
-from layersync_kernels.sit.data import folders, memory, pixels
+from layersync_kernels.sit.data import media, memory, pixels
 from layersync_kernels.sit.data.base import BROKEN, write_broken
 from layersync_kernels.sit.data.registry import load_data
 
@@ -79,7 +79,7 @@ def test_latents_of_either_byte_order_are_the_same(tmp_path, order, kind):
     np.savez(tmp_path / "l.npz", latents=latents, labels=np.arange(3, dtype=order + "i4"))
     data = load(tmp_path / "l.npz")
     assert data.labels.tolist() == [0, 1, 2]
-    np.testing.assert_array_equal(data.take(torch.arange(3)).numpy(), latents.astype("f4"))
+    np.testing.assert_array_equal(data.take(torch.arange(3)).samples.numpy(), latents.astype("f4"))
 
 
 @pytest.mark.parametrize(
@@ -213,8 +213,8 @@ def test_tiff_that_raises_anything_is_one_broken_file(image_folder, memory_limit
         image.load()
     assert not isinstance(error.value, (OSError, SyntaxError, ValueError, EOFError))
     data = load(image_folder, image_size=4, memory_limit_gb=memory_limit, workers=0)
-    for samples, labels in itertools.islice(data.batches(7, seed=0), 3):
-        assert torch.equal(samples.mean((1, 2, 3)), labels * 2.0 - 1)
+    for batch in itertools.islice(data.batches(7, seed=0), 3):
+        assert torch.equal(batch.samples.mean((1, 2, 3)), batch.labels * 2.0 - 1)
     assert list(data.broken) == [str(path)]
 
 
@@ -250,7 +250,7 @@ def messages(monkeypatch):
     for each in (*logging.getLogger("layersync_kernels").handlers, handler):
         if type(each).__module__.partition(".")[0] != "_pytest":
             apart.addHandler(each)
-    monkeypatch.setattr(folders, "logger", apart)
+    monkeypatch.setattr(media, "logger", apart)
     return seen
 
 

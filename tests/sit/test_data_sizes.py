@@ -141,8 +141,8 @@ def test_an_image_file_that_declares_too_much_is_skipped(image_folder, caplog, s
     size = 64 if streamed else 4
     data = load_data(DataConfig(data=str(image_folder), image_size=size, memory_limit_gb=limit, workers=0))
     assert isinstance(data, StreamingSet) == streamed
-    for samples, labels in itertools.islice(data.batches(4, seed=0), 3):
-        assert torch.equal(samples.mean((1, 2, 3)), labels * 2.0 - 1)
+    for batch in itertools.islice(data.batches(4, seed=0), 3):
+        assert torch.equal(batch.samples.mean((1, 2, 3)), batch.labels * 2.0 - 1)
     assert list(data.broken) == [str(image_folder / "a" / "1.png")]
     assert "9000x9000" in caplog.text
     assert "--memory-limit-gb" in caplog.text

@@ -147,12 +147,12 @@ def test_cosine_and_features_are_those_of_the_blocks(kernels):
     )
     options = {"samples": 20, "times": (0.3, 0.8), "seed": 1, "device": torch.device("cpu")}
     states = measure(model, LinearInterpolant(), data, batch_size=6, **options)
-    x1, labels = next(data.batches(20, seed=1))
+    batch = next(data.batches(20, seed=1))
     x0 = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(1))
-    assert torch.equal(states.labels, labels)
+    assert torch.equal(states.labels, batch.labels)
     expected = torch.zeros(3, 3)
     for i, t in enumerate((0.3, 0.8)):
-        x = t * x1 + (1 - t) * x0
+        x = t * batch.samples + (1 - t) * x0
         _, hidden = model(x, torch.full((20,), t), torch.full((20,), 3), capture=(1, 2, 3))
         for a in range(3):
             torch.testing.assert_close(states.features[i, a], hidden[a + 1].mean(1), rtol=1e-4, atol=1e-5)

@@ -17,7 +17,7 @@ from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.run import CONFIG, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.diffusion.transport import create_transport
-from layersync_kernels.sit.modality.images import save_grid
+from layersync_kernels.sit.modality.images import Latents, save_grid
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling.draw import draw
 from layersync_kernels.sit.sampling.load import load_trained
@@ -165,7 +165,7 @@ def test_published_file_tells_its_own_size(tmp_path, null_label):
     trained = load_trained(tmp_path / "0001.pt")
     assert trained.spec.shape == (4, 8, 8)
     assert trained.num_classes == 5
-    assert trained.latent
+    assert isinstance(trained.modality, Latents)
     assert trained.model.num_heads == 6
     x, t, y = torch.randn(2, 4, 8, 8), torch.rand(2), torch.tensor([0, 4])
     assert torch.equal(trained.model(x, t, y), made(x, t, y))
