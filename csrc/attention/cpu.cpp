@@ -4,6 +4,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <cmath>
+#include <optional>
 #include <vector>
 
 #include "../common/cpu/cpu.h"
@@ -25,7 +26,19 @@ AttentionArgs arguments(const Rows& qkv, const Tensor& tensor, int64_t heads) {
                   "layersync_kernels: qkv must be (B, N, 3 * heads * head_dim)");
   const int64_t head_dim = qkv.width / (3 * heads);
   const float scale = float(1 / std::sqrt(double(head_dim)));
-  return {qkv.data, qkv.layout, nullptr, {}, nullptr, tensor.size(1), heads, head_dim, scale};
+  return {qkv.data, qkv.layout, nullptr, {}, nullptr, nullptr, tensor.size(1), heads, head_dim, scale};
+}
+
+// The tokens that are there of each sample; kernels rely on their range.
+void set_lengths(AttentionArgs& args, const std::optional<Tensor>& lengths, int64_t batch) {
+  if (!lengths.has_value()) return;
+  STD_TORCH_CHECK(lengths->dim() == 1 && lengths->size(0) == batch && lengths->is_contiguous() && lengths->is_cpu() &&
+                      lengths->scalar_type() == ScalarType::Long,
+                  "layersync_kernels: lengths must be contiguous int64 (B,) on the CPU");
+  args.lengths = static_cast<const int64_t*>(lengths->data_ptr());
+  for (int64_t i = 0; i < batch; ++i)
+    STD_TORCH_CHECK(args.lengths[i] >= 0 && args.lengths[i] <= args.tokens, "layersync_kernels: lengths[", i, "] is ",
+                    args.lengths[i], "; expected 0 to ", args.tokens, " tokens");
 }
 
 void run(AttentionKernel kernel, const AttentionArgs& args, int64_t batch) {
@@ -37,9 +50,10 @@ void run(AttentionKernel kernel, const AttentionArgs& args, int64_t batch) {
   });
 }
 
-Tensor forward(const Tensor& qkv, int64_t heads) {
+Tensor forward(const Tensor& qkv, std::optional<Tensor> lengths, int64_t heads) {
   const Rows in = as_rows(qkv);
   AttentionArgs args = arguments(in, qkv, heads);
+  set_lengths(args, lengths, qkv.size(0));
   const AttentionKernel kernel = kernels(in.dtype).forward[type_index(in.dtype)];
   Tensor out = new_output(qkv, {qkv.size(0), args.tokens, heads * args.head_dim});
   if (out.numel() == 0) return out;
@@ -49,9 +63,10 @@ Tensor forward(const Tensor& qkv, int64_t heads) {
   return out;
 }
 
-Tensor backward(const Tensor& d_out, const Tensor& qkv, int64_t heads) {
+Tensor backward(const Tensor& d_out, const Tensor& qkv, std::optional<Tensor> lengths, int64_t heads) {
   const Rows in = as_rows(qkv), gradient = as_rows(d_out);
   AttentionArgs args = arguments(in, qkv, heads);
+  set_lengths(args, lengths, qkv.size(0));
   STD_TORCH_CHECK(d_out.dim() == 3 && d_out.size(0) == qkv.size(0) && d_out.size(1) == args.tokens &&
                       gradient.width == heads * args.head_dim,
                   "layersync_kernels: d_out must be (B, N, heads * head_dim)");

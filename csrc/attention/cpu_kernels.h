@@ -14,8 +14,11 @@ struct AttentionArgs {
   const void* d_out;  // (B, N, heads * head_dim), or null in the forward pass
   RowLayout d_out_rows;
   void* out;  // contiguous: like d_out in the forward pass, like qkv in the backward pass
+  const int64_t* lengths;  // (B,) tokens of each sample that are there, 0 to N, or null: all are
   int64_t tokens, heads, head_dim;
   float scale;
+
+  int64_t length(int64_t head) const { return lengths == nullptr ? tokens : lengths[head / heads]; }
 };
 
 // Rows that a product has in registers, rows that are worked on at a time, and columns that a product's right-hand side

@@ -194,7 +194,7 @@ struct HeadRows {
       : first(static_cast<const T*>(data) + layout.offset(head / args.heads * args.tokens) +
               (part * args.heads + head % args.heads) * args.head_dim),
         stride(layout.inner_stride),
-        tokens(args.tokens),
+        tokens(args.length(head)),
         head_dim(args.head_dim) {}
 
   const T* operator[](int64_t token) const { return first + token * stride; }
@@ -238,23 +238,29 @@ void finish_row(const float* from, int64_t count, float factor, T* to) {
   for (int64_t i = 0; i < count; i += Vec::size) store_part(to + i, mul(load(from + i), broadcast(factor)), count - i);
 }
 
+template <class T>
+void zero_row(T* to, int64_t count) {
+  std::fill_n(to, count, T{});
+}
+
 template <class T, class Words>
 void forward(const AttentionArgs& args, int64_t begin, int64_t end, float* memory) {
   using Word = typename Words::Word;
-  const int64_t tokens = args.tokens, head_dim = args.head_dim;
-  const int64_t columns = whole_panels(tokens), channels = whole_panels(head_dim);
-  const int64_t channel_steps = steps_of<Words>(head_dim), token_steps = steps_of<Words>(tokens);
-  Scratch scratch(memory);
-  const Panels<Words> keys{scratch.take<Word>(channel_steps * columns), channel_steps};
-  const Panels<Words> values{scratch.take<Word>(token_steps * channels), token_steps};
-  Word* const queries = scratch.take<Word>(kTileRows * channel_steps);
-  float* const scores = scratch.take<float>(kTileRows * columns);
-  Word* const weights = scratch.take<Word>(kTileRows * columns / Words::values);
-  float* const sums = scratch.take<float>(kTileRows * channels);
+  const int64_t head_dim = args.head_dim, channels = whole_panels(head_dim), channel_steps = steps_of<Words>(head_dim);
   for (int64_t i = begin; i < end; ++i) {
+    const int64_t tokens = args.length(i);
+    const int64_t columns = whole_panels(tokens);
+    const int64_t token_steps = steps_of<Words>(tokens);
+    Scratch scratch(memory);
+    const Panels<Words> keys{scratch.take<Word>(channel_steps * columns), channel_steps};
+    const Panels<Words> values{scratch.take<Word>(token_steps * channels), token_steps};
+    Word* const queries = scratch.take<Word>(kTileRows * channel_steps);
+    float* const scores = scratch.take<float>(kTileRows * columns);
+    Word* const weights = scratch.take<Word>(kTileRows * columns / Words::values);
+    float* const sums = scratch.take<float>(kTileRows * channels);
     const auto part = [&](int64_t which) { return HeadRows<T>(args.qkv, args.qkv_rows, args, i, which); };
     const HeadRows<T> q = part(0);
-    T* const out = static_cast<T*>(args.out) + (i / args.heads * tokens * args.heads + i % args.heads) * head_dim;
+    T* const out = static_cast<T*>(args.out) + (i / args.heads * args.tokens * args.heads + i % args.heads) * head_dim;
     part(1).put_columns(keys);
     part(2).put_steps(values);
     q.prefetch(0, kTileRows);
@@ -272,39 +278,41 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, float* memor
       for (int64_t r = 0; r < count; ++r)
         finish_row(sums + r * channels, head_dim, 1 / total[r], out + (token + r) * args.heads * head_dim);
     }
+    for (int64_t token = tokens; token < args.tokens; ++token) zero_row(out + token * args.heads * head_dim, head_dim);
   }
 }
 
 template <class T, class Words>
 void backward(const AttentionArgs& args, int64_t begin, int64_t end, float* memory) {
   using Word = typename Words::Word;
-  const int64_t tokens = args.tokens, head_dim = args.head_dim;
-  const int64_t columns = whole_panels(tokens), channels = whole_panels(head_dim);
-  const int64_t channel_steps = steps_of<Words>(head_dim), token_steps = steps_of<Words>(tokens);
+  const int64_t head_dim = args.head_dim, channels = whole_panels(head_dim), channel_steps = steps_of<Words>(head_dim);
   constexpr int64_t kBlockSteps = kBlockRows / Words::values;
-  Scratch scratch(memory);
-  const Panels<Words> key_columns{scratch.take<Word>(channel_steps * columns), channel_steps};
-  const Panels<Words> value_columns{scratch.take<Word>(channel_steps * columns), channel_steps};
-  const Panels<Words> key_steps{scratch.take<Word>(token_steps * channels), token_steps};
-  float* const d_keys = scratch.take<float>((tokens + kTileRows - 1) * channels);
-  float* const d_values = scratch.take<float>((tokens + kTileRows - 1) * channels);
-  float* const scores = scratch.take<float>(kBlockRows * columns);
-  float* const d_scores = scratch.take<float>(kBlockRows * columns);
-  Word* const queries = scratch.take<Word>(kBlockRows * channel_steps);
-  Word* const gradients = scratch.take<Word>(kBlockRows * channel_steps);
-  Word* const query_steps = scratch.take<Word>(kBlockSteps * channels);
-  Word* const gradient_steps = scratch.take<Word>(kBlockSteps * channels);
-  float* const d_queries = scratch.take<float>(kBlockRows * channels);
   // Floats are words as they are; bf16 pairs are made for products over tokens, and over the queries of a block.
   constexpr bool kPairs = Words::values > 1;
-  Word* const d_rows = kPairs ? scratch.take<Word>(kBlockRows * columns / 2) : reinterpret_cast<Word*>(d_scores);
-  Word* const p_steps = kPairs ? scratch.take<Word>(kBlockSteps * columns) : reinterpret_cast<Word*>(scores);
-  Word* const d_steps = kPairs ? scratch.take<Word>(kBlockSteps * columns) : reinterpret_cast<Word*>(d_scores);
   for (int64_t i = begin; i < end; ++i) {
+    const int64_t tokens = args.length(i);
+    const int64_t columns = whole_panels(tokens);
+    const int64_t token_steps = steps_of<Words>(tokens);
+    Scratch scratch(memory);
+    const Panels<Words> key_columns{scratch.take<Word>(channel_steps * columns), channel_steps};
+    const Panels<Words> value_columns{scratch.take<Word>(channel_steps * columns), channel_steps};
+    const Panels<Words> key_steps{scratch.take<Word>(token_steps * channels), token_steps};
+    float* const d_keys = scratch.take<float>((tokens + kTileRows - 1) * channels);
+    float* const d_values = scratch.take<float>((tokens + kTileRows - 1) * channels);
+    float* const scores = scratch.take<float>(kBlockRows * columns);
+    float* const d_scores = scratch.take<float>(kBlockRows * columns);
+    Word* const queries = scratch.take<Word>(kBlockRows * channel_steps);
+    Word* const gradients = scratch.take<Word>(kBlockRows * channel_steps);
+    Word* const query_steps = scratch.take<Word>(kBlockSteps * channels);
+    Word* const gradient_steps = scratch.take<Word>(kBlockSteps * channels);
+    float* const d_queries = scratch.take<float>(kBlockRows * channels);
+    Word* const d_rows = kPairs ? scratch.take<Word>(kBlockRows * columns / 2) : reinterpret_cast<Word*>(d_scores);
+    Word* const p_steps = kPairs ? scratch.take<Word>(kBlockSteps * columns) : reinterpret_cast<Word*>(scores);
+    Word* const d_steps = kPairs ? scratch.take<Word>(kBlockSteps * columns) : reinterpret_cast<Word*>(d_scores);
     const auto part = [&](int64_t which) { return HeadRows<T>(args.qkv, args.qkv_rows, args, i, which); };
     const HeadRows<T> q = part(0), d_out(args.d_out, args.d_out_rows, args, i, 0);
     const auto out = [&](int64_t token, int64_t which) {
-      const int64_t row = (i / args.heads * tokens + token) * 3 + which;
+      const int64_t row = (i / args.heads * args.tokens + token) * 3 + which;
       return static_cast<T*>(args.out) + (row * args.heads + i % args.heads) * head_dim;
     };
     part(1).put_columns(key_columns);
@@ -353,6 +361,8 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, float* memo
       finish_row(d_keys + token * channels, head_dim, 1, out(token, 1));
       finish_row(d_values + token * channels, head_dim, 1, out(token, 2));
     }
+    for (int64_t token = tokens; token < args.tokens; ++token)
+      for (int64_t which = 0; which < 3; ++which) zero_row(out(token, which), head_dim);
   }
 }
 

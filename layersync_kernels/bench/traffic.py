@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -71,14 +72,14 @@ def training_step(
     network = sit_models[model](depth=depth, kernels=provider.kernels, recompute=provider.recompute, **options).train()
     transport = create_transport()
     alignment = LayerSyncLoss([default_pair(depth)]) if provider.aligned else None
-    samples = torch.randn(batch, network.in_channels, network.input_size, network.input_size)
+    samples = torch.randn(batch, *network.spec.shape)
     inputs: dict[str, Any] = {"y": torch.arange(batch) % network.num_classes}
     if alignment is not None:
         inputs["capture"] = alignment.captures if provider.kernels == "fused" else alignment.layers
     if provider.repa:
         inputs["capture"] = (1,)
         projector = mlp(network.hidden_size, *[_PROJECTOR_WIDTH] * 2, _TEACHER_WIDTH)
-        features = torch.randn(batch, network.pos_embed.shape[1], _TEACHER_WIDTH)
+        features = torch.randn(batch, math.prod(network.grid), _TEACHER_WIDTH)
 
     def forward() -> Tensor:
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
@@ -112,7 +113,7 @@ def measure(model: str, batch: int, precision: str) -> list[dict[str, object]]:
     autocast = PRECISIONS[precision]
     with torch.device("meta"):
         network = sit_models[model](input_size=LATENT[1])
-    elements = batch * network.pos_embed[0].numel()
+    elements = batch * math.prod(network.grid) * network.hidden_size
     steps = {
         name: count_step(training_step(provider, model, batch, autocast, network.depth))
         for name, provider in PROVIDERS.items()

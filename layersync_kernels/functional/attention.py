@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops import dispatch
-from ..ops.attention import SelfAttention, UnpackHeads, self_attention_reference
+from ..ops.attention import SelfAttention, UnpackHeads, masked_attention, self_attention_reference
 from ..ops.autograd import transform
-from .checks import check_tokens
+from .checks import check_lengths, check_tokens
 
 
-def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor:
-    """Multi-head self-attention, softmax(q·kᵀ / √E)·v over all tokens, without mask or dropout.
+def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto", *, lengths: Tensor | None = None) -> Tensor:
+    """Multi-head self-attention, softmax(q·kᵀ / √E)·v over all tokens, or over the first ones of each sample.
 
     Args:
         qkv: (B, N, 3·H·E), laid out [3, H, E] in the last dimension as a joint projection leaves it; any strides;
@@ -21,13 +20,18 @@ def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor
         num_heads: H.
         backend: "auto" takes the C++ kernels where they are the faster ones; "cpp" takes them; "reference" is torch's
             `scaled_dot_product_attention`. There are no kernels for a GPU.
+        lengths: int64 (B,), tokens of each sample that are there, 0 to N. The others are not attended to, and their
+            rows of the result and of the gradient are 0. None: all are there. On a GPU the lengths become a mask, with
+            which torch takes its memory-efficient kernel, and not FlashAttention.
 
     Returns:
         (B, N, H·E) of qkv's dtype.
 
     Raises:
-        ValueError: qkv that is not three-dimensional, or whose last dimension is not a multiple of 3·H.
-        TypeError: a tensor that is not dense or not floating point.
+        ValueError: qkv that is not three-dimensional, or whose last dimension is not a multiple of 3·H; lengths of
+            another shape or device, or out of range (checked by the C++ kernels alone: elsewhere it would cost a
+            synchronisation).
+        TypeError: a tensor that is not dense or not floating point; lengths that are not int64.
         RuntimeError: a backend that was asked for and cannot run; double backward.
     """
     check_tokens("self_attention", "qkv", qkv)
@@ -38,11 +42,14 @@ def self_attention(qkv: Tensor, num_heads: int, backend: str = "auto") -> Tensor
             f"self_attention: the last dimension of qkv must be 3 · {num_heads} heads · head width, got "
             f"{qkv.shape[-1]} in {tuple(qkv.shape)}"
         )
+    if lengths is not None:
+        check_lengths("self_attention", lengths, qkv)
     name = dispatch.resolve("self_attention", backend, qkv.device.type, qkv.dtype, tokens=qkv, parts=3)
     if name == "reference":
         if transform() is not None:
             with sdpa_kernel(SDPBackend.MATH):  # the others have neither a batching rule nor forward derivatives
-                return self_attention_reference(qkv, num_heads)
-        out = F.scaled_dot_product_attention(*UnpackHeads.run(qkv, num_heads))
+                return self_attention_reference(qkv, num_heads, lengths)
+        q, k, v = UnpackHeads.run(qkv, num_heads)
+        out = masked_attention(q, k, v, lengths, lengths)
         return out.transpose(1, 2).flatten(2)
-    return SelfAttention.run(qkv, num_heads, name)
+    return SelfAttention.run(qkv, lengths, num_heads, name)

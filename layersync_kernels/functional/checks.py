@@ -128,6 +128,16 @@ def check_tokens(op: str, name: str, tensor: Tensor, like: Tensor | None = None,
         raise ValueError(f"{op}: {name} is on {tensor.device} and {other} on {like.device}; move one of them")
 
 
+def check_lengths(op: str, lengths: Tensor, tokens: Tensor) -> None:
+    """Raises TypeError for what is no dense int64, ValueError for other than one length for each of tokens (B, ...)."""
+    check_dense(op, "lengths", lengths, (torch.int64,), "int64")
+    if lengths.shape != tokens.shape[:1] or lengths.device != tokens.device:
+        raise ValueError(
+            f"{op}: lengths are {tuple(lengths.shape)} on {lengths.device}; expected ({tokens.shape[0]},), one for "
+            f"each sample, on {tokens.device}"
+        )
+
+
 def check_mask(op: str, mask: Tensor, advice: str = "") -> None:
     """Raises TypeError for what is no dense tensor of bool."""
     check_dense(op, "mask", mask, (torch.bool,), "bool (True counts)", advice)

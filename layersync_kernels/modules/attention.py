@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional import self_attention
+from ..ops.attention import masked_attention
 from .norm import HeadNorm
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over all tokens, optionally with RMS-normed queries and keys and rotary positions.
+    """Multi-head self-attention, optionally with RMS-normed queries and keys and rotary positions.
 
     Args:
         hidden_size: D.
@@ -24,58 +26,116 @@ class Attention(nn.Module):
 
     def __init__(self, hidden_size: int, num_heads: int, *, qk_norm: bool = False) -> None:
         super().__init__()
-        if hidden_size % num_heads:
-            raise ValueError(f"Attention: num_heads={num_heads} does not divide hidden_size={hidden_size}")
-        self.num_heads = num_heads
+        self.num_heads = _checked_heads("Attention", hidden_size, num_heads)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
         self.q_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
         self.k_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None) -> Tensor:
         """Tokens (B, N, D) → (B, N, D).
 
         Args:
             x: tokens.
-            rope: cosines and sines (N, D / heads) of rotary positions, as `rope_2d` makes them.
+            rope: cosines and sines (N, D / heads) of rotary positions, as `rotary_positions` makes them.
+            lengths: int64 (B,), tokens of each sample that are there, see `self_attention`; None: all.
         """
         qkv = self.qkv(x)
         if self.q_norm is None and rope is None:
-            return self.proj(self_attention(qkv, self.num_heads))
+            return self.proj(self_attention(qkv, self.num_heads, lengths=lengths))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        return self.proj(masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2))
 
 
-def rope_2d(grid: int, head_width: int, *, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """Cosines and sines of rotary positions for a square grid of tokens, row after row.
-
-    Half of a head's channels turn with the row, half with the column; neighbouring channels are a pair.
+class CrossAttention(nn.Module):
+    """Multi-head attention of tokens to words, by torch's `scaled_dot_product_attention`; at first it returns 0.
 
     Args:
-        grid: side of the grid; N = grid².
-        head_width: channels of a head, a multiple of 4.
+        hidden_size: D.
+        num_heads: heads, which divide D.
+
+    Raises:
+        ValueError: heads that do not divide D.
+
+    Source: PixArt-alpha (Chen et al. 2023, arXiv:2310.00426), whose parameters have these names.
+    """
+
+    def __init__(self, hidden_size: int, num_heads: int) -> None:
+        super().__init__()
+        self.num_heads = _checked_heads("CrossAttention", hidden_size, num_heads)
+        self.q_linear = nn.Linear(hidden_size, hidden_size)
+        self.kv_linear = nn.Linear(hidden_size, 2 * hidden_size)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+        nn.init.zeros_(self.proj.weight)
+        nn.init.zeros_(self.proj.bias)
+
+    def forward(
+        self, x: Tensor, text: Tensor, *, lengths: Tensor | None = None, text_lengths: Tensor | None = None
+    ) -> Tensor:
+        """Tokens x (B, N, D) and words text (B, L, D) → (B, N, D).
+
+        Args:
+            x: tokens.
+            text: words.
+            lengths: int64 (B,), tokens of each sample that are there; None: all.
+            text_lengths: int64 (B,), the same of the words.
+        """
+        q = self.q_linear(x).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        k, v = self.kv_linear(text).unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return self.proj(masked_attention(q, k, v, lengths, text_lengths).transpose(1, 2).flatten(2))
+
+
+def _checked_heads(module: str, hidden_size: int, num_heads: int) -> int:
+    if hidden_size % num_heads:
+        raise ValueError(f"{module}: num_heads={num_heads} does not divide hidden_size={hidden_size}")
+    return num_heads
+
+
+def rotary_positions(
+    extent: Sequence[int], head_width: int, *, base: float = 10_000.0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of rotary positions for tokens in one, two or three dimensions, the last one fastest.
+
+    Each dimension turns as many of a head's channels, the first ones also what does not divide; neighbouring channels
+    are a pair.
+
+    Args:
+        extent: tokens along each dimension; N is their product.
+        head_width: channels of a head, a multiple of 2, and with two dimensions of 4.
         base: of the geometric frequencies.
+        device: of the results.
 
     Returns:
         two (N, head_width) fp32 tensors.
 
     Raises:
-        ValueError: a head width that is no multiple of 4.
+        ValueError: a head width that does not fit.
 
-    Source: Su et al. 2021, arXiv:2104.09864, in two dimensions as in EVA-02 (Fang et al. 2023, arXiv:2303.11331).
+    Source: Su et al. 2021, arXiv:2104.09864, in several dimensions as in EVA-02 (Fang et al. 2023, arXiv:2303.11331).
     """
-    if head_width % 4:
-        raise ValueError(f"rope_2d: head_width={head_width}; expected a multiple of 4")
-    frequency = base ** -(torch.arange(0, head_width // 2, 2, dtype=torch.float32) / (head_width // 2))
-    angle = (torch.arange(grid, dtype=torch.float32)[:, None] * frequency).repeat_interleave(2, dim=1)
-    row, column = angle[:, None].expand(-1, grid, -1), angle[None].expand(grid, -1, -1)
-    angles = torch.cat([row, column], dim=-1).flatten(0, 1)
-    return angles.cos(), angles.sin()
+    dimensions = len(extent)
+    unit = 4 if dimensions == 2 else 2
+    if head_width % unit or head_width < 2 * dimensions:
+        raise ValueError(
+            f"rotary_positions: head_width={head_width}; expected a multiple of {unit}, at least {2 * dimensions}, for "
+            f"{dimensions} dimensions"
+        )
+    pairs = [head_width // 2 // dimensions + (i < head_width // 2 % dimensions) for i in range(dimensions)]
+    angles = []
+    for i, (size, count) in enumerate(zip(extent, pairs, strict=True)):
+        frequency = base ** -(torch.arange(count, dtype=torch.float32, device=device) / count)
+        angle = (torch.arange(size, dtype=torch.float32, device=device)[:, None] * frequency).repeat_interleave(
+            2, dim=1
+        )
+        shape = [size if j == i else 1 for j in range(dimensions)]
+        angles.append(angle.view(*shape, -1).expand(*extent, -1))
+    turned = torch.cat(angles, dim=-1).flatten(0, -2)
+    return turned.cos(), turned.sin()
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

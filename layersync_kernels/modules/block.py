@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from ..compiler.recompute import check_mode, recomputed
 from ..functional.seam import Tap, gated_residual
-from .attention import Attention
+from .attention import Attention, CrossAttention
 from .mlp import GeluMlp, SwiGluMlp
 from .norm import ModulatedNorm, Stream
 
@@ -43,6 +44,7 @@ class AdaLNZeroBlock(nn.Module):
         norm: "layer", or "rms" with a weight.
         qk_norm: RMSNorm of queries and keys.
         mlp: "gelu", or "swiglu" (two thirds of the inner width, as LightningDiT has it).
+        cross: attention to the words of a text between self-attention and MLP, as PixArt has it.
         recompute: what the backward pass computes again, see `recompute.recomputed`.
 
     Raises:
@@ -58,6 +60,7 @@ class AdaLNZeroBlock(nn.Module):
         norm: str = "layer",
         qk_norm: bool = False,
         mlp: str = "gelu",
+        cross: bool = False,
         recompute: str = "none",
     ) -> None:
         super().__init__()
@@ -67,6 +70,7 @@ class AdaLNZeroBlock(nn.Module):
         inner = int(hidden_size * mlp_ratio)
         self.norm1 = ModulatedNorm(hidden_size, norm)
         self.attn = Attention(hidden_size, num_heads, qk_norm=qk_norm)
+        self.cross_attn = CrossAttention(hidden_size, num_heads) if cross else None
         self.norm2 = ModulatedNorm(hidden_size, norm)
         self.mlp = GeluMlp(hidden_size, inner) if mlp == "gelu" else SwiGluMlp(hidden_size, int(2 / 3 * inner))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
@@ -79,6 +83,9 @@ class AdaLNZeroBlock(nn.Module):
         *,
         student: Tap | None = None,
         tap: bool = False,
+        lengths: Tensor | None = None,
+        text: Tensor | None = None,
+        text_lengths: Tensor | None = None,
     ) -> Tensor | BlockOutput:
         """Run the block.
 
@@ -88,19 +95,37 @@ class AdaLNZeroBlock(nn.Module):
             rope: cosines and sines of rotary positions, see `Attention`.
             student: tap of a shallower hidden state, to be aligned with this block's entrance (streams only).
             tap: whether this block's entrance is a student itself (streams only).
+            lengths: int64 (B,), tokens of each sample that are there: attention is among those. None: all.
+            text: (B, L, D), words for a block with `cross`.
+            text_lengths: int64 (B,), words that are there; None: all.
 
         Returns:
             tokens for tokens, a `BlockOutput` for a stream.
         """
-        return recomputed(self.recompute, self._forward, x, c, rope, student, tap)
+        words = None if text is None else (text, text_lengths)
+        return recomputed(self.recompute, self._forward, x, c, rope, student, tap, lengths, words)
 
     def _forward(
-        self, x: Tensor | Stream, c: Tensor, rope: tuple[Tensor, Tensor] | None, student: Tap | None, tap: bool
+        self,
+        x: Tensor | Stream,
+        c: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        student: Tap | None,
+        tap: bool,
+        lengths: Tensor | None,
+        words: tuple[Tensor, Tensor | None] | None,
     ) -> Tensor | BlockOutput:
         stream = x if isinstance(x, Stream) else Stream(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         hidden, normed, cosine, own_tap = self.norm1.enter(stream, shift1, scale1, student, tap)
-        after_attention = Stream(hidden, self.attn(normed, rope), gate1)
+        branch = self.attn(normed, rope, lengths=lengths)
+        if self.cross_attn is not None:
+            assert words is not None, "a block with cross=True needs text"
+            attended = gated_residual(hidden, branch, gate1)
+            branch = self.cross_attn(attended, words[0], lengths=lengths, text_lengths=words[1])
+            after_attention = Stream(attended, branch, torch.ones_like(gate1))
+        else:
+            after_attention = Stream(hidden, branch, gate1)
         residual, normed, _, _ = self.norm2.enter(after_attention, shift2, scale2, None, False)
         branch = self.mlp(normed)
         if not isinstance(x, Stream):

@@ -6,6 +6,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..compiler.recompute import recomputed
+from ..ops.attention import masked_attention
+from .attention import CrossAttention, rotate
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
@@ -22,10 +24,12 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (N, T, D) → (N, T, D)."""
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, lengths: Tensor | None = None) -> Tensor:
+        """Tokens (N, T, D) → (N, T, D), as `modules.Attention`."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2))
+        if rope is not None:
+            q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
+        return self.proj(masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
@@ -47,20 +51,43 @@ class SiTBlock(nn.Module):
     The published block in plain PyTorch, op by op: what `AdaLNZeroBlock` computes in single passes.
     """
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, *, recompute: str = "none") -> None:
+    def __init__(
+        self, hidden_size: int, num_heads: int, mlp_ratio: float = 4.0, *, cross: bool = False, recompute: str = "none"
+    ) -> None:
         super().__init__()
         self.recompute = recompute
         self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.attn = Attention(hidden_size, num_heads)
+        self.cross_attn = CrossAttention(hidden_size, num_heads) if cross else None
         self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
         self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        """Tokens x (N, T, D) and condition c (N, D) → (N, T, D)."""
-        return recomputed(self.recompute, self._forward, x, c)
+    def forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        text: Tensor | None = None,
+        text_lengths: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens x (N, T, D) and condition c (N, D) → (N, T, D), as `AdaLNZeroBlock`."""
+        words = None if text is None else (text, text_lengths)
+        return recomputed(self.recompute, self._forward, x, c, rope, lengths, words)
 
-    def _forward(self, x: Tensor, c: Tensor) -> Tensor:
+    def _forward(
+        self,
+        x: Tensor,
+        c: Tensor,
+        rope: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | None,
+        words: tuple[Tensor, Tensor | None] | None,
+    ) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
-        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1))
+        x = x + gate1.unsqueeze(1) * self.attn(modulate(self.norm1(x), shift1, scale1), rope, lengths)
+        if self.cross_attn is not None:
+            assert words is not None, "a block with cross=True needs text"
+            x = x + self.cross_attn(x, words[0], lengths=lengths, text_lengths=words[1])
         return x + gate2.unsqueeze(1) * self.mlp(modulate(self.norm2(x), shift2, scale2))

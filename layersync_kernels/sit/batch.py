@@ -95,8 +95,3 @@ class Batch(_Parts):
     def labels(self) -> Tensor:
         """Int64 (B,)."""
         return self.condition.labels
-
-
-def length_mask(lengths: Tensor, size: int) -> Tensor:
-    """What lies within lengths (B,) of `size` positions: bool (B, size)."""
-    return torch.arange(size, device=lengths.device) < lengths[:, None]

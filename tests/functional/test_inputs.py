@@ -35,7 +35,7 @@ TENSORS = {
     "modulated_layer_norm": MODULATED,
     "modulated_rms_norm": MODULATED,
     "projected_alignment_loss": {"hidden": TOKENS, "weight": (D, D), "bias": (D,), "teacher": TOKENS, **ROWS},
-    "self_attention": {"qkv": (2, 4, 3 * D)},
+    "self_attention": {"qkv": (2, 4, 3 * D), "lengths": torch.tensor([4, 2])},
     "spatial_norm": {"x": TOKENS},
 }
 OPTIONS = {"self_attention": {"num_heads": 2}}
@@ -93,7 +93,9 @@ def refused():
     for op, tensors in TENSORS.items():
         for name, given in tensors.items():
             for kind in REFUSED:
-                lacking = NO_BOOL if isinstance(given, Tensor) else NO_VECTOR if len(given) == 1 else ()
+                lacking = NO_BOOL if isinstance(given, Tensor) else set()
+                vector = given.dim() == 1 if isinstance(given, Tensor) else len(given) == 1
+                lacking = lacking | NO_VECTOR if vector else lacking
                 if kind not in lacking:
                     yield pytest.param(op, name, kind, id=f"{op}-{name}-{kind}")
 

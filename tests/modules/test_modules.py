@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layersync_kernels import layersync_loss
 from layersync_kernels.compiler.recompute import RECOMPUTE
-from layersync_kernels.modules.attention import Attention, rope_2d
+from layersync_kernels.modules.attention import Attention, rotary_positions
 from layersync_kernels.modules.block import AdaLNZeroBlock, BlockOutput
 from layersync_kernels.modules.norm import ModulatedNorm, Stream
 from layersync_kernels.modules.published import SiTBlock, modulate
@@ -135,7 +135,7 @@ def batch(size=2):
 def test_results_and_gradients_are_those_of_plain_pytorch(kind, rope, call, autocast):
     fused, plain = blocks(kind, 2)
     inputs, grad = batch()
-    options = {"rope": rope_2d(GRID, WIDTH // HEADS) if rope else None}
+    options = {"rope": rotary_positions((GRID, GRID), WIDTH // HEADS) if rope else None}
     actual = run(call, fused, inputs, grad, autocast=autocast, **options)
     baseline = run(one_by_one, plain, inputs, grad, autocast=autocast, **options)
     truth = run(one_by_one, plain, inputs, grad, dtype=torch.float64, **options)
@@ -270,7 +270,7 @@ def test_block_compiles_to_one_graph_that_serves_every_batch(kind, recompute):
     torch.compiler.reset()
     (block,), _ = blocks(kind, recompute=recompute)
     compiled = torch.compile(block, fullgraph=True, backend="aot_eager", dynamic=True)
-    rope = rope_2d(GRID, WIDTH // HEADS) if kind == "lightning" else None
+    rope = rotary_positions((GRID, GRID), WIDTH // HEADS) if kind == "lightning" else None
     with torch._dynamo.config.patch(error_on_recompile=True):
         for size in (2, 5):
             inputs, grad = batch(size)
@@ -308,7 +308,7 @@ def test_a_block_returns_what_it_was_given():
 
 
 def test_rope_turns_by_differences_of_positions_only():
-    cos, sin = rope_2d(4, 8)
+    cos, sin = rotary_positions((4, 4), 8)
     q, k = torch.randn(2, 1, 8).expand(2, 16, 8).unbind()
     scores = (rotate(q, cos, sin) @ rotate(k, cos, sin).t()).reshape(4, 4, 4, 4)
     for row, column in itertools.product(range(3), repeat=2):
@@ -340,7 +340,7 @@ def test_modulated_norm(norm):
             "unknown recompute='some'; expected one of none, light, full",
         ),
         (lambda: Attention(32, 5), "num_heads=5 does not divide hidden_size=32"),
-        (lambda: rope_2d(4, 6), "head_width=6; expected a multiple of 4"),
+        (lambda: rotary_positions((4, 4), 6), "head_width=6; expected a multiple of 4"),
     ],
 )
 def test_bad_arguments_are_explained(make, match):

@@ -19,17 +19,17 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 needs_cpp = pytest.mark.skipif(not native.cpp().loaded, reason=f"the C++ extension is {native.cpp().reason}")
 
 
-def run(qkv, heads, backend, grad):
+def run(qkv, heads, backend, grad, lengths=None):
     """Output and gradient of one call, on a fresh leaf that keeps the strides."""
     leaf = qkv.detach().requires_grad_()
-    out = self_attention(leaf, heads, backend)
+    out = self_attention(leaf, heads, backend, lengths=lengths)
     return out.detach(), *torch.autograd.grad(out, leaf, grad)
 
 
-def check(qkv, heads, grad):
-    actual = run(qkv, heads, "cpp", grad)
-    baseline = run(qkv, heads, "reference", grad)
-    truth = run(qkv.double(), heads, "reference", grad.double())
+def check(qkv, heads, grad, lengths=None):
+    actual = run(qkv, heads, "cpp", grad, lengths)
+    baseline = run(qkv, heads, "reference", grad, lengths)
+    truth = run(qkv.double(), heads, "reference", grad.double(), lengths)
     assert actual[0].dtype == actual[1].dtype == qkv.dtype
     assert actual[0].is_contiguous()
     assert actual[1].is_contiguous()
@@ -60,6 +60,55 @@ def check(qkv, heads, grad):
 def test_cpp_values_and_gradients(dtype, batch, tokens, heads, width, poisoned_memory):
     qkv = torch.randn(batch, tokens, 3 * heads * width).to(dtype)
     check(qkv, heads, torch.randn(batch, tokens, heads * width).to(dtype))
+
+
+@needs_cpp
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize(
+    ("tokens", "lengths"), [(9, (9, 0, 1, 5)), (70, (64, 65, 3, 70)), (130, (24, 25, 129, 100)), (1, (1, 0, 1, 0))]
+)
+def test_cpp_values_of_lengths(dtype, tokens, lengths, poisoned_memory):
+    qkv = torch.randn(4, tokens, 3 * 2 * 10).to(dtype)
+    check(qkv, 2, torch.randn(4, tokens, 20).to(dtype), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])
+def test_lengths_cut_samples_off(backend, dtype):
+    """What lies beyond is as if it were not there: it changes nothing, and gets zeros, and a gradient of zeros."""
+    qkv, grad = torch.randn(3, 12, 3 * 2 * 8).to(dtype), torch.randn(3, 12, 16).to(dtype)
+    lengths = torch.tensor([12, 7, 0])
+    for sample, length in enumerate(lengths.tolist()):
+        qkv[sample, length:] = float("nan") if backend == "cpp" else 30.0
+    for result, width in zip(run(qkv, 2, backend, grad, lengths), (16, 48), strict=True):
+        assert result.shape[-1] == width
+        for sample, length in enumerate(lengths.tolist()):
+            assert not result[sample, length:].any()
+    tolerance = {"rtol": 2 * torch.finfo(dtype).eps, "atol": 4 * torch.finfo(dtype).eps}
+    for sample, length in enumerate(lengths.tolist()[:2]):
+        cut = run(qkv[sample : sample + 1, :length], 2, backend, grad[sample : sample + 1, :length])
+        for whole, alone in zip(run(qkv, 2, backend, grad, lengths), cut, strict=True):
+            torch.testing.assert_close(whole[sample : sample + 1, :length], alone, **tolerance)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "error", "match"),
+    [
+        (torch.tensor([3.0, 1.0]), TypeError, "lengths must be int64"),
+        (torch.tensor([3]), ValueError, r"lengths are \(1,\).*expected \(2,\)"),
+        (torch.tensor([[3, 1]]), ValueError, r"expected \(2,\)"),
+    ],
+)
+def test_lengths_that_do_not_fit_are_explained(lengths, error, match):
+    with pytest.raises(error, match=match):
+        self_attention(torch.randn(2, 5, 24), 2, lengths=lengths)
+
+
+@needs_cpp
+@pytest.mark.parametrize("length", [-1, 6])
+def test_cpp_refuses_lengths_out_of_range(length):
+    with pytest.raises(RuntimeError, match=rf"lengths\[1\] is {length}; expected 0 to 5"):
+        self_attention(torch.randn(2, 5, 24), 2, "cpp", lengths=torch.tensor([5, length]))
 
 
 @needs_cpp
@@ -156,35 +205,46 @@ CALLS = {"self_attention": lambda x, backend: self_attention(torch.cat([x, 2 * x
 def raw_samples(backend):
     """Arguments of every raw op, for test_registry.py."""
     qkv, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 8)
-    yield "attention_forward", (qkv, 2)
-    yield "attention_backward", (grad, qkv, 2)
+    yield "attention_forward", (qkv, None, 2)
+    yield "attention_forward", (qkv, torch.tensor([5, 2]), 2)
+    yield "attention_backward", (grad, qkv, torch.tensor([5, 2]), 2)
 
 
 @needs_cpp
 def test_cpp_raw_ops_refuse_inputs_that_the_edge_would_have_caught():
     qkv, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 8)
-    for args in ((qkv, 3), (qkv, 0), (qkv[0], 2), (qkv.double(), 2)):
+    one, short = torch.tensor([5]), torch.tensor([5, 2], dtype=torch.int32)
+    for args in (
+        (qkv, None, 3),
+        (qkv, None, 0),
+        (qkv[0], None, 2),
+        (qkv.double(), None, 2),
+        (qkv, one, 2),
+        (qkv, short, 2),
+    ):
         with pytest.raises(RuntimeError, match="layersync_kernels"):
             op.FORWARD["cpp"](*args)
     for bad in (grad[:1], grad[..., :4], grad.bfloat16(), grad[0]):
         with pytest.raises(RuntimeError, match="layersync_kernels"):
-            op.BACKWARD["cpp"](bad, qkv, 2)
+            op.BACKWARD["cpp"](bad, qkv, None, 2)
 
 
 @needs_cpp
+@pytest.mark.parametrize("with_lengths", [False, True])
 @pytest.mark.parametrize("backend", ["cpp", "auto"])
-def test_fullgraph_compile_equals_eager_and_does_not_recompile(backend):
+def test_fullgraph_compile_equals_eager_and_does_not_recompile(backend, with_lengths):
     torch._dynamo.reset()
 
     @functools.partial(torch.compile, fullgraph=True, backend="aot_eager", dynamic=True)
-    def step(qkv):
-        return self_attention(2 * qkv, 2, backend)
+    def step(qkv, lengths):
+        return self_attention(2 * qkv, 2, backend, lengths=lengths)
 
     with torch._dynamo.config.patch(error_on_recompile=True):
         for batch, tokens in ((2, 3), (4, 5), (6, 700)):
             qkv = torch.randn(batch, tokens, 24, requires_grad=True)
             grad = torch.randn(batch, tokens, 8)
-            compiled, eager = step(qkv), self_attention(2 * qkv, 2, backend)
+            lengths = torch.randint(1, tokens, (batch,)) if with_lengths else None
+            compiled, eager = step(qkv, lengths), self_attention(2 * qkv, 2, backend, lengths=lengths)
             assert torch.equal(compiled, eager)
             a, e = (torch.autograd.grad(out, qkv, grad)[0] for out in (compiled, eager))
             assert torch.equal(a, e)
@@ -217,12 +277,15 @@ def test_cpp_second_derivatives_are_an_error():
 
 
 @needs_cpp
-def test_cpp_saves_its_input_alone():
+def test_cpp_saves_its_inputs_alone():
     qkv = torch.randn(2, 6, 24, requires_grad=True)
     saved = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
         self_attention(qkv, 2, "cpp")
     assert saved == [qkv.data_ptr()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.data_ptr()) or x, lambda x: x):
+        self_attention(qkv, 2, "cpp", lengths=(lengths := torch.tensor([6, 3])))
+    assert saved[1:] == [qkv.data_ptr(), lengths.data_ptr()]
 
 
 @pytest.mark.threads

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from layersync_kernels.errors import DataError
-from layersync_kernels.sit.batch import Batch, Condition, length_mask
+from layersync_kernels.ops.attention import length_mask
+from layersync_kernels.sit.batch import Batch, Condition
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import registry
 from layersync_kernels.sit.data.media import class_files, holds, read_all

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -75,9 +76,11 @@ class Staged(nn.Module):
 
     def __init__(self, null_label=True):
         super().__init__()
-        self.y_embedder = nn.Module()
-        self.y_embedder.dropout_prob = 0.1 * null_label
+        self.guidable = null_label
         self.told = set()
+
+    def without(self, condition):
+        return dataclasses.replace(condition, labels=torch.full_like(condition.labels, self.num_classes))
 
     def forward(self, x, t, y, capture):
         self.told |= set(y.tolist())

@@ -7,6 +7,8 @@ and writes the gradient of qkv itself, where autograd would stack three gradient
 
     P = softmax(q·kᵀ·scale),  dS = scale·P ∘ (dP − Σ P ∘ dP),  dP = d_out·vᵀ
     dq = dS·k,  dk = dSᵀ·q,  dv = Pᵀ·d_out
+
+Of a sample with a length, tokens beyond it are neither read nor worked on: their rows are zeros.
 """
 
 from __future__ import annotations
@@ -46,43 +48,45 @@ register(
 )
 
 
-def _fake_forward(qkv: Tensor, heads: int) -> Tensor:
+def _fake_forward(qkv: Tensor, lengths: Tensor | None, heads: int) -> Tensor:
     batch, tokens, width = qkv.shape
     return qkv.new_empty((batch, tokens, width // 3))
 
 
-def _fake_backward(d_out: Tensor, qkv: Tensor, heads: int) -> Tensor:
+def _fake_backward(d_out: Tensor, qkv: Tensor, lengths: Tensor | None, heads: int) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
-# qkv: (B, N, 3·heads·E) at any stride. Returns the attention (B, N, heads·E), contiguous.
+# qkv: (B, N, 3·heads·E) at any stride; lengths: contiguous int64 (B,), 0 to N. Returns the attention (B, N, heads·E),
+# contiguous.
 FORWARD = raw_op.declare("attention_forward", _fake_forward, kind="attention", backends=("cpp",), kept=True)
 # d_out: (B, N, heads·E) of qkv's dtype, at any stride. Returns the gradient of qkv, contiguous.
 BACKWARD = raw_op.declare("attention_backward", _fake_backward, kind="attention", backends=("cpp",))
 
 
 class SelfAttention(FusedFunction):
-    """The fused op with its gradient. Saves its input alone."""
+    """The fused op with its gradient. Saves its inputs alone."""
 
     @staticmethod
-    def forward(qkv: Tensor, heads: int, backend: str) -> Tensor:
+    def forward(qkv: Tensor, lengths: Tensor | None, heads: int, backend: str) -> Tensor:
         """The raw op."""
-        return FORWARD[backend](qkv, heads)
+        return FORWARD[backend](qkv, lengths, heads)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         """Keep what the backward pass reads."""
-        qkv, ctx.heads, ctx.backend = inputs
+        qkv, lengths, ctx.heads, ctx.backend = inputs
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(qkv)
+        ctx.save_for_backward(qkv, lengths)
 
     @staticmethod
-    def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, None, None]:
+    def backward(ctx: Any, d_out: Tensor | None) -> tuple[Tensor | None, None, None, None]:
         """Gradient of qkv."""
         if d_out is None:
-            return None, None, None
-        (qkv,) = ctx.saved_tensors
-        return differentiable_once(BACKWARD[ctx.backend](d_out, qkv, ctx.heads), d_out, qkv), None, None
+            return None, None, None, None
+        qkv, lengths = ctx.saved_tensors
+        d_qkv = BACKWARD[ctx.backend](d_out, qkv, lengths, ctx.heads)
+        return differentiable_once(d_qkv, d_out, qkv), None, None, None
 
 
 class UnpackHeads(FusedFunction):

@@ -27,6 +27,7 @@ class DataFacts:
         variable: whether samples have lengths, up to the first size.
         modality: what samples stand for, as `modality_facts` gives it.
         lengths: typical ones of each class, or empty.
+        text_width: channels of the words of texts; None: there are none.
         latent: what stood there before there were modalities: whether samples are latents of an autoencoder.
     """
 
@@ -36,6 +37,7 @@ class DataFacts:
     variable: bool = False
     modality: dict[str, Any] | None = None
     lengths: tuple[tuple[int, ...], ...] = ()
+    text_width: int | None = None
     latent: bool = False
 
     def __post_init__(self) -> None:

@@ -101,6 +101,11 @@ class SampleSet(ABC):
         """Whether samples are latents of an autoencoder, of which there are no pixels."""
         return isinstance(self.modality, Latents)
 
+    @property
+    def text_width(self) -> int | None:
+        """Channels of the words of texts; None: there are none."""
+        return None
+
     def typical_lengths(self) -> tuple[tuple[int, ...], ...]:
         """Lengths to draw samples with, some for each class; empty where samples are all full."""
         return ()

@@ -107,6 +107,11 @@ class MemorySet(SampleSet):
         chosen: dict[str, Any] = {name: None if tensor is None else tensor[index] for name, tensor in parts.items()}
         return dataclasses.replace(self, **chosen, test=None if self.test is None else self.test[index.cpu()])
 
+    @property
+    def text_width(self) -> int | None:
+        """See `SampleSet.text_width`."""
+        return None if self.text is None else self.text.shape[2]
+
     def typical_lengths(self) -> tuple[tuple[int, ...], ...]:
         """See `SampleSet.typical_lengths`: quantiles."""
         if self.lengths is None:

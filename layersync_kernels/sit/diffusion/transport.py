@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...ops.attention import length_mask
 from ..config.sampling import TransportConfig
 from .checks import check_prediction, choose
 from .interpolants import INTERPOLANTS, Interpolant, per_sample
@@ -50,7 +51,8 @@ class Transport:
                 ``(prediction, states)``.
             x1: (B, ...) data, floating point. Half types are interpolated, and their losses computed, in fp32; the
                 model gets x_t in the dtype of `x1` and the times in fp32.
-            model_kwargs: keywords of the model, such as labels.
+            model_kwargs: keywords of the model, such as labels. Where ``lengths`` (B,) are among them, the loss of a
+                sample is the mean over so much of its first dimension.
             generator: draws the noise, then the times; on the device of `x1`.
             t: (B,) times to use instead of random ones, for a validation loss without that noise.
             x0: noise to use instead of random noise, shaped like `x1`.
@@ -93,7 +95,8 @@ class Transport:
             square = (self.interpolant.rate(time) / self.interpolant.sigma(time)[0]).square() * square
         elif self.loss_weight == "likelihood":
             square = self.interpolant.rate(time) / self.interpolant.sigma(time)[0].square() * square
-        terms = {"loss": square.mean(dim=tuple(range(1, x1.ndim))), "pred": prediction}
+        lengths = (model_kwargs or {}).get("lengths")
+        terms = {"loss": _mean(square, lengths), "pred": prediction}
         return terms if states is None else {**terms, "states": states}
 
     def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:
@@ -110,6 +113,15 @@ class Transport:
         if self.prediction == "noise":
             return prediction / -self.interpolant.sigma(time)[0]
         return self.interpolant.score_from_velocity(prediction, x, time)
+
+
+def _mean(square: Tensor, lengths: Tensor | None) -> Tensor:
+    """The mean of each sample (B, C, L, ...) over what is there: (B,)."""
+    if lengths is None:
+        return square.mean(dim=tuple(range(1, square.ndim)))
+    inside = length_mask(lengths, square.shape[2]).view(len(square), 1, -1, *[1] * (square.ndim - 3))
+    total = torch.where(inside, square, 0).flatten(1).sum(1)
+    return total / (lengths * (square[0].numel() // square.shape[2]))
 
 
 def create_transport(

@@ -1,4 +1,4 @@
-"""Conditions: time and class label."""
+"""Conditions: time, class label and words."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import math
 
 import torch
 from torch import Tensor, nn
+
+from ...ops.attention import length_mask
 
 
 class TimestepEmbedder(nn.Module):
@@ -49,3 +51,35 @@ class LabelEmbedder(nn.Module):
             null = f"{self.num_classes} is the null label" if self.dropout_prob > 0 else "there is no null label"
             last = self.embedding_table.num_embeddings - 1
             raise ValueError(f"SiT: labels run from {y.min()} to {y.max()}; expected 0..{last} ({null})") from error
+
+
+class TextEmbedder(nn.Module):
+    """Embeds the words of a text; a learnt word stands for a text of none, which a share of them becomes in training.
+
+    Args:
+        text_width: E, channels of the words.
+        hidden_size: D.
+        dropout_prob: share of texts that are left out while training.
+        pooled: whether the words are averaged into one vector.
+    """
+
+    def __init__(self, text_width: int, hidden_size: int, dropout_prob: float, *, pooled: bool) -> None:
+        super().__init__()
+        self.null = nn.Parameter(torch.empty(text_width))
+        self.mlp = nn.Sequential(nn.Linear(text_width, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size))
+        self.dropout_prob, self.pooled = dropout_prob, pooled
+
+    def forward(self, text: Tensor, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Words (N, L, E), of which `lengths` (N,) are there → (N, L, D), or pooled (N, D); and how many there are."""
+        if lengths is None:
+            lengths = torch.full((text.shape[0],), text.shape[1], device=text.device)
+        if self.training and self.dropout_prob > 0:
+            dropped = torch.rand(text.shape[0], device=text.device) < self.dropout_prob
+            lengths = torch.where(dropped, 0, lengths)
+        without = lengths == 0
+        words = torch.where(without[:, None, None], self.null, text.to(self.null.dtype))
+        lengths = torch.where(without, 1, lengths)
+        if self.pooled:
+            there = length_mask(lengths, text.shape[1])[..., None]
+            return self.mlp(torch.where(there, words, 0).sum(1) / lengths[:, None]), lengths
+        return self.mlp(words), lengths

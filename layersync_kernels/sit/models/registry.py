@@ -35,8 +35,14 @@ def known_heads(hidden_size: int, depth: int) -> int | None:
     return next((heads for width, blocks, heads in _SIZES.values() if (width, blocks) == (hidden_size, depth)), None)
 
 
-def build_model(config: ModelConfig, spec: SampleSpec, num_classes: int) -> SiT:
+def build_model(config: ModelConfig, spec: SampleSpec, num_classes: int, text_width: int | None = None) -> SiT:
     """The SiT that `config` names, for samples of that shape.
+
+    Args:
+        config: of the model.
+        spec: of the samples.
+        num_classes: of the labels.
+        text_width: channels of the words of their texts; None: there are none.
 
     Raises:
         ConfigError: unknown name (the message lists the known ones), or sizes that do not go together.
@@ -48,14 +54,24 @@ def build_model(config: ModelConfig, spec: SampleSpec, num_classes: int) -> SiT:
         for name in ("patch_size", "hidden_size", "depth", "num_heads")
         if (value := getattr(config, name)) is not None
     }
+    if config.patch_size is not None and len(config.patch_size) == 1:
+        overrides["patch_size"] = config.patch_size[0]
+    condition = config.condition
+    if condition == "auto":
+        condition = "class" if text_width is None else "cross"
+    if condition in ("embedding", "cross") and text_width is None:
+        raise ConfigError(f"--condition {condition}: the data has no texts; give --text-encoder, or --condition class")
     try:
         return sit_models[config.model](
-            input_size=spec.side,
+            input_size=spec.extent,
             in_channels=spec.channels,
             num_classes=num_classes,
             class_dropout_prob=config.class_dropout,
             kernels=config.kernels,
             recompute=config.recompute,
+            positions=config.positions,
+            condition=condition,
+            text_width=text_width,
             **overrides,
         )
     except ValueError as error:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError
+from ...ops.attention import length_mask
 from ..batch import Condition
 from ..config.sampling import SamplingConfig
 from ..diffusion.sampler import Sampler
@@ -64,7 +64,7 @@ def draw(
         ConfigError: sampler settings that do not exist, or guidance from a model without a null label.
     """
     guided = sampling.cfg_scale != 1.0
-    if guided and model.y_embedder.dropout_prob == 0:
+    if guided and not model.guidable:
         raise ConfigError("--cfg-scale needs a model that was trained with --class-dropout above 0")
     # Another seed than that of the starting noise, or the first step of an SDE would add the same noise again.
     device = condition.labels.device
@@ -84,6 +84,10 @@ def draw(
     except ValueError as error:
         raise ConfigError(str(error)) from error
     noise = torch.randn(len(condition), *model.spec.shape, generator=torch.Generator().manual_seed(seed)).to(device)
+    inside = None
+    if condition.lengths is not None:
+        inside = length_mask(condition.lengths, noise.shape[2]).view(len(noise), 1, -1, *[1] * (noise.ndim - 3))
+        noise = torch.where(inside, noise, 0)
     interval = None if sampling.guidance_interval == (0.0, 1.0) else sampling.guidance_interval
     drawn = []
     with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
@@ -92,17 +96,12 @@ def draw(
                 both = solve(
                     torch.cat([z, z]),
                     model.forward_with_cfg,
-                    **_guided(part, model.num_classes).keywords(),
+                    **Condition.cat([part, model.without(part)]).keywords(),
                     cfg_scale=sampling.cfg_scale,
                     guidance_interval=interval,
                 )
                 drawn.append(both[: len(z)])
             else:
                 drawn.append(solve(z, model, **part.keywords()))
-    return torch.cat(drawn).float()
-
-
-def _guided(condition: Condition, null_label: int) -> Condition:
-    """The batch twice, the second half without its labels."""
-    free = dataclasses.replace(condition, labels=torch.full_like(condition.labels, null_label))
-    return Condition.cat([condition, free])
+    samples = torch.cat(drawn).float()
+    return samples if inside is None else torch.where(inside, samples, 0)  # an SDE adds noise everywhere

@@ -66,7 +66,7 @@ def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) 
         spec, modality, num_classes, lengths = data.spec, data.what, data.num_classes, data.lengths
         config = load_config(run / CONFIG).model
         _check_sizes(weights, config, spec, num_classes)
-        model = build_model(config, spec, num_classes)
+        model = build_model(config, spec, num_classes, data.text_width)
     fill_model(model, weights)
     return Trained(model.eval().requires_grad_(False), spec, model.num_classes, modality, lengths)
 
@@ -76,22 +76,23 @@ class _Sizes(NamedTuple):
 
     hidden_size: int
     channels: int
-    patch_size: int
-    extent: tuple[int, int]
+    patch_size: tuple[int, ...]
+    tokens: int | None
+    """None where no positions are kept."""
     depth: int
-    rows: int
-    """Of the table of labels: a row more than classes, the null label, unless the model has none."""
+    rows: int | None
+    """Of the table of labels: a row more than classes, the null label, unless the model has none. None: no table."""
     outputs: int
 
 
 def _sizes(weights: Weights) -> _Sizes:
     tensors = weights.tensors
     try:
-        hidden_size, channels, patch_size, _ = tensors["x_embedder.proj.weight"].shape
-        side = math.isqrt(tensors["pos_embed"].shape[1]) * patch_size
-        extent = side, side
+        hidden_size, channels, *patch_size = tensors["x_embedder.proj.weight"].shape
+        tokens = tensors["pos_embed"].shape[1] if "pos_embed" in tensors else None
         depth = 1 + max(int(name.split(".")[1]) for name in tensors if name.startswith("blocks."))
-        rows = tensors["y_embedder.embedding_table.weight"].shape[0]
+        table = tensors.get("y_embedder.embedding_table.weight")
+        rows = None if table is None else table.shape[0]
         outputs = tensors["final_layer.linear.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{weights.path} is no SiT checkpoint: {error!r}") from error
@@ -101,18 +102,25 @@ def _sizes(weights: Weights) -> _Sizes:
             f"{weights.path} is no SiT checkpoint: {depth} blocks of width {hidden_size} have at least {least} "
             f"weights, it has {there}"
         )
-    return _Sizes(hidden_size, channels, patch_size, extent, depth, rows, outputs)
+    return _Sizes(hidden_size, channels, tuple(patch_size), tokens, depth, rows, outputs)
 
 
 def _check_sizes(weights: Weights, config: ModelConfig, spec: SampleSpec, num_classes: int) -> None:
     """Compares what two JSON files say with the weights, before a model of that size is built."""
     sizes = _sizes(weights)
     wanted: dict[str, tuple[Any, ...]] = {
-        "extent": (spec.extent,),
         "channels": (spec.channels,),
-        "rows": (num_classes, num_classes + 1),
-        **{n: (size,) for n in ("hidden_size", "depth", "patch_size") if (size := getattr(config, n)) is not None},
+        "rows": (num_classes, num_classes + 1, None),
+        **{n: (size,) for n in ("hidden_size", "depth") if (size := getattr(config, n)) is not None},
     }
+    if config.patch_size is not None:
+        patch = config.patch_size
+        wanted["patch_size"] = (patch * len(spec.extent) if len(patch) == 1 else patch,)
+    if len(sizes.patch_size) == len(spec.extent):
+        steps = zip(spec.extent, sizes.patch_size, strict=True)
+        wanted["tokens"] = (math.prod(size // step for size, step in steps), None)
+    else:
+        wanted["patch_size"] = (tuple(spec.extent),)
     for name, accepted in wanted.items():
         if getattr(sizes, name) not in accepted:
             raise CheckpointError(
@@ -122,7 +130,12 @@ def _check_sizes(weights: Weights, config: ModelConfig, spec: SampleSpec, num_cl
 
 
 def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
-    hidden_size, channels, patch_size, (side, _), depth, rows, outputs = _sizes(weights)
+    hidden_size, channels, patch_size, tokens, depth, rows, outputs = _sizes(weights)
+    if tokens is None or rows is None or len(patch_size) != 2 or patch_size[0] != patch_size[1]:
+        raise CheckpointError(
+            f"{weights.path} is no file of a published SiT: of any other model, give the folder of its run, which says "
+            "what it is"
+        )
     heads = num_heads or known_heads(hidden_size, depth)
     if heads is None:
         raise CheckpointError(
@@ -133,7 +146,7 @@ def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
     null_label = weights.args.get("num_classes") != rows
     try:
         return SiT(
-            input_size=side,
+            input_size=math.isqrt(tokens) * patch_size[0],
             patch_size=patch_size,
             in_channels=channels,
             hidden_size=hidden_size,
@@ -141,7 +154,7 @@ def _model_from_shapes(weights: Weights, num_heads: int | None) -> SiT:
             num_heads=heads,
             class_dropout_prob=0.1 if null_label else 0.0,
             num_classes=rows - 1 if null_label else rows,
-            learn_sigma=outputs == 2 * channels * patch_size**2,
+            learn_sigma=outputs == 2 * channels * patch_size[0] ** 2,
         )
     except ValueError as error:
         raise CheckpointError(f"{weights.path}: {error}") from error

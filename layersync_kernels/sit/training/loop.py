@@ -100,7 +100,7 @@ class Trainer:
         if self.num_classes < self.data.num_classes:
             raise ConfigError(f"--num-classes {self.num_classes}: the data has {self.data.num_classes}")
         torch.manual_seed(config.seed)
-        model = build_model(config.model, self.data.spec, self.num_classes)
+        model = build_model(config.model, self.data.spec, self.num_classes, self.data.text_width)
         if config.model.init is not None:
             fill_model(model, load_weights(config.model.init))
         model.to(self.device).train()
@@ -223,6 +223,7 @@ class Trainer:
                 "class_names": self.data.class_names,
                 "modality": modality_facts(self.data.modality),
                 "lengths": self.data.typical_lengths(),
+                "text_width": self.data.text_width,
             },
         }
         return self.state.save(self.run_dir, facts, keep=self.config.log.keep)

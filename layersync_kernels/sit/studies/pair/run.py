@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from rich.progress import track
 from torch import Tensor
 
 from ....errors import CheckpointError, ConfigError, DataError
+from ....ops.attention import length_mask
 from ...checkpoints.local import run_of
 from ...checkpoints.weights import find_weights
 from ...console import console
@@ -80,7 +82,6 @@ def measure(
     """
     count, depth = min(samples, len(data)), model.depth
     blocks = tuple(range(1, depth + 1))
-    label = model.num_classes if model.y_embedder.dropout_prob > 0 else 0
     noise = torch.randn(count, *data.spec.shape, generator=torch.Generator().manual_seed(seed))
     pieces: list[list[Tensor]] = [[] for _ in times]
     labels: list[Tensor] = []
@@ -93,15 +94,28 @@ def measure(
         batch = batch[: len(x0)]  # the last one reaches into the next epoch
         labels.append(batch.labels.cpu())
         x1, given = batch.samples.to(device), batch.condition.to(device)
-        inputs = {**given.keywords(), "y": torch.full_like(given.labels, label)}
+        free = (
+            model.without(given)
+            if model.guidable
+            else dataclasses.replace(given, labels=torch.zeros_like(given.labels))
+        )
+        mask = None
+        if given.lengths is not None:
+            mask = length_mask(model.token_lengths(given.lengths), math.prod(model.grid))[None, ..., None]
         for piece, time in zip(pieces, times, strict=True):
             t = torch.full((len(x0),), time, device=device)
             x_t, _ = interpolant.interpolate(per_sample(t, x1), x0, x1)
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                _, states = model(x_t, t, **inputs, capture=blocks)
+                _, states = model(x_t, t, **free.keywords(), capture=blocks)
             hidden = torch.stack([states[block].float() for block in blocks])
-            piece.append(hidden.mean(2).cpu())
-            unit = F.normalize(hidden, dim=-1, eps=1e-6).flatten(1, 2).transpose(0, 1)
+            unit = F.normalize(hidden, dim=-1, eps=1e-6)
+            if mask is None:
+                piece.append(hidden.mean(2).cpu())
+                unit = unit.flatten(1, 2)
+            else:
+                piece.append((hidden * mask).sum(2).div(mask.sum(2)).cpu())
+                unit = unit[:, mask[0, ..., 0]]
+            unit = unit.transpose(0, 1)
             # Token by token: one product over all of them puts 5e-5 of rounding on a cosine of 1.
             cosine += (unit @ unit.mT).sum(0).cpu()
             tokens += len(unit)
@@ -194,7 +208,7 @@ def probe(command: ProbeCommand) -> Path:
     report = analyse(
         states,
         times=command.times,
-        null_label=trained.model.y_embedder.dropout_prob > 0,
+        null_label=trained.model.guidable,
         checkpoint=str(find_weights(command.source)),
     )
     print_report(report)

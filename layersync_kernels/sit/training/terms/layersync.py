@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import math
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -11,7 +12,10 @@ from torch import Tensor
 from ....errors import ConfigError
 from ....losses.layersync import LayerSyncLoss
 from ....losses.pairs import default_pair
+from ....ops.attention import length_mask
+from ...batch import Batch
 from ...config.loss import LayerSyncConfig
+from ...models.sit import SiT
 from .base import AlignmentTerm, Setting
 
 
@@ -20,22 +24,35 @@ class LayerSyncTerm(AlignmentTerm):
 
     Args:
         loss: has no parameters.
+        model: whose tokens it compares.
     """
 
     name = "align"
+    module: LayerSyncLoss
 
-    def __init__(self, loss: LayerSyncLoss) -> None:
-        self.module = loss
+    def __init__(self, loss: LayerSyncLoss, model: SiT) -> None:
+        self.module, self._model = loss, model
 
     @classmethod
     def build(cls, setting: Setting) -> LayerSyncTerm | None:
         """That of ``config.layersync``; None for "off". Raises as `build_loss`."""
         loss = build_loss(setting.config.layersync, len(setting.model.blocks))
-        return None if loss is None else cls(loss)
+        return None if loss is None else cls(loss, setting.model)
 
-    def loss(self, states: Mapping[Any, Tensor], target: None, step: int) -> Tensor:
+    def targets(self, batch: Batch, passes: int) -> Iterator[Tensor | None]:
+        """Which tokens are there: bool (B / passes, N), or None for all."""
+        extent = batch.samples.shape[2:]
+        for part in batch.split(len(batch) // passes):
+            lengths = part.condition.lengths
+            if lengths is None:
+                yield None
+            else:
+                count = math.prod(self._model.grid_of(extent))
+                yield length_mask(self._model.token_lengths(lengths, extent), count)
+
+    def loss(self, states: Mapping[Any, Tensor], target: Tensor | None, step: int) -> Tensor:
         """The weighted sum over pairs."""
-        return self.module(states, step=step)
+        return self.module(states, step=step, mask=target)
 
 
 def build_loss(config: LayerSyncConfig, depth: int) -> LayerSyncLoss | None:

@@ -64,7 +64,7 @@ class RepaTerm(AlignmentTerm):
             raise DataError(latent_message(config.data.data))
         else:
             assert align.teacher is not None  # `validate` has seen to that
-            grid = data.spec.side // setting.model.patch_size
+            grid = data.spec.side // setting.model.patch_size[0]
             teacher = load_teacher(align.teacher, size=align.teacher_size, grid=grid, weights=align.teacher_weights)
             teacher.to(device)
             width = teacher.width(data.take(torch.arange(min(2, len(data)))).samples.to(device))
