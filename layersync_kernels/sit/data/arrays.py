@@ -6,20 +6,18 @@ import gzip
 import importlib.util
 import io
 import logging
-import math
-import zipfile
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.lib import format as npy
 
 from ...errors import DataError
 from ..config.data import DataConfig
 from .latents import from_latents
 from .memory import MemorySet, check_fits, memory_set, naming
+from .npz import read_arrays
 from .pixels import chunk_length, resize_pixels
 
 logger = logging.getLogger(__name__)
@@ -27,75 +25,35 @@ logger = logging.getLogger(__name__)
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "arr_1")
-MAX_HEADER = 2**16
-"""Bytes in which an array's header has to end."""
 MNIST_MEMBER = Path("data", "data", "mnist_5k.csv.gz")
-_READ_HEADER = {(1, 0): npy.read_array_header_1_0, (2, 0): npy.read_array_header_2_0}
 
 
 def load_npz(config: DataConfig) -> MemorySet:
     """An .npz file: images under one of `IMAGE_KEYS` or latents under ``latents``, labels under one of `LABEL_KEYS`.
 
-    The headers of the two arrays that are wanted are read first, and their sizes counted against
-    `config.memory_limit_gb`; other arrays are not looked at.
+    Read as `read_arrays` does.
 
     Raises:
         DataError: it holds neither images nor latents, more than the limit, or less than it declares; names the file.
     """
     path = Path(config.data)
+
+    def choose(names: Collection[str]) -> list[str]:
+        sample_key = _first(("latents", *IMAGE_KEYS), names)
+        if sample_key is None:
+            raise DataError(f"holds {list(names)}; expected images under one of {IMAGE_KEYS} or 'latents'")
+        label_key = _first(LABEL_KEYS, names)
+        return [sample_key] if label_key is None else [sample_key, label_key]
+
+    arrays = read_arrays(path, choose, config)
+    samples, *labels = arrays.values()
     with naming(path):
-        try:
-            with zipfile.ZipFile(path) as archive:
-                members = {member.filename.removesuffix(".npy"): member for member in archive.infolist()}
-                sample_key = _first(("latents", *IMAGE_KEYS), members)
-                label_key = _first(LABEL_KEYS, members)
-                if sample_key is None:
-                    raise DataError(f"holds {list(members)}; expected images under one of {IMAGE_KEYS} or 'latents'")
-                wanted = [members[key] for key in (sample_key, label_key) if key is not None]
-                declared = [_declared(archive, member) for member in wanted]
-                check_fits(" and ".join(what for what, _, _ in declared), sum(size for _, size, _ in declared), config)
-                for what, size, there in declared:
-                    if size > there:
-                        raise DataError(f"{what}, {size} bytes, and holds {there}; it is damaged")
-                samples, *labels = [_read(archive, member) for member in wanted]
-        except DataError:
-            raise
-        except Exception as error:  # on damaged files zipfile, the decompressors and numpy raise anything
-            raise DataError(f"cannot be read: {str(error) or type(error).__name__}") from error
-        convert = _from_latent_array if sample_key == "latents" else from_pixels
+        convert = _from_latent_array if "latents" in arrays else from_pixels
         return convert(samples, labels[0] if labels else None, config)
 
 
 def _first(wanted: Sequence[str], keys: Collection[str]) -> str | None:
     return next((key for key in wanted if key in keys), None)
-
-
-def _declared(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> tuple[str, int, int]:
-    """What the header of an array says, the bytes that it takes by that, and the bytes that the archive says it has."""
-    if member.compress_type not in (
-        zipfile.ZIP_STORED,
-        zipfile.ZIP_DEFLATED,
-    ):  # the others need memory that a file sets
-        raise DataError(f"{member.filename} is compressed in a way that NumPy does not write")
-    with archive.open(member) as packed:
-        file = io.BytesIO(packed.read(MAX_HEADER))
-        version = npy.read_magic(file)
-        if version not in _READ_HEADER:  # 3.0 is for names of fields beyond Latin-1
-            raise DataError(f"{member.filename} has .npy version {version}; expected one of {list(_READ_HEADER)}")
-        shape, _, dtype = _READ_HEADER[version](file)
-        there = member.file_size - file.tell()
-    what = f"{member.filename} declares {dtype} {shape}"
-    if dtype.hasobject:
-        raise DataError(f"{what}: Python objects, which are never unpickled; expected numbers")
-    if any(n < 0 for n in shape):
-        raise DataError(f"{what}, which cannot be")
-    return what, math.prod(shape) * dtype.itemsize, there
-
-
-def _read(archive: zipfile.ZipFile, member: zipfile.ZipInfo) -> np.ndarray:
-    with archive.open(member) as file:
-        array = npy.read_array(file, allow_pickle=False)
-    return array.astype(array.dtype.newbyteorder("="), copy=False)
 
 
 def _from_latent_array(latents: np.ndarray, labels: np.ndarray | None, config: DataConfig) -> MemorySet:

@@ -70,6 +70,8 @@ class SampleSet(ABC):
         class_names: one name per class.
         modality: what samples stand for.
         broken: what could not be read, by file name, with the reason.
+        captions: some that the samples have, to draw others with.
+        text_encoder: what their embeddings are made with; None where there are none.
     """
 
     spec: SampleSpec
@@ -77,6 +79,8 @@ class SampleSet(ABC):
     class_names: list[str]
     modality: Modality = field(default_factory=Images)
     broken: dict[str, str] = field(default_factory=dict)
+    captions: tuple[str, ...] = ()
+    text_encoder: str | None = None
 
     @abstractmethod
     def __len__(self) -> int: ...

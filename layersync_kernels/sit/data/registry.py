@@ -16,6 +16,11 @@ from .base import SampleSet
 from .folders import TORCHVISION, load_folder, load_torchvision
 from .latents import load_safetensors
 from .memory import MemorySet
+from .motion_bvh import is_bvh, load_bvh
+from .motion_cmu import NAME as CMU_MOCAP
+from .motion_cmu import load_cmu_mocap
+from .motion_humanml3d import is_humanml3d, load_humanml3d
+from .motion_npz import is_motion_npz, load_motion_npz
 
 
 class DataKind(NamedTuple):
@@ -39,6 +44,10 @@ def _file(suffix: str) -> Callable[[str], bool]:
 KINDS: list[DataKind] = [
     DataKind("mnist", lambda name: name == "mnist", load_mnist),
     DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
+    DataKind(CMU_MOCAP, lambda name: name == CMU_MOCAP, load_cmu_mocap),
+    DataKind("a folder like that of HumanML3D", is_humanml3d, load_humanml3d),
+    DataKind("a folder of .bvh files", is_bvh, load_bvh),
+    DataKind("a folder or an .npz file of positions or rotations of joints", is_motion_npz, load_motion_npz),
     DataKind("an existing folder with one sub-folder per class", os.path.isdir, load_folder),
     DataKind("an existing .npz file", _file(".npz"), load_npz),
     DataKind("an existing .safetensors file", _file(".safetensors"), load_safetensors),

@@ -9,8 +9,9 @@ from typing import Any
 from ..config.io import build
 from .base import Modality
 from .images import Images, Latents
+from .motion import Motion
 
-MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents)}
+MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents, Motion)}
 """A new one belongs here."""
 
 

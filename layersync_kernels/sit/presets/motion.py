@@ -2,6 +2,39 @@
 
 from __future__ import annotations
 
-from ..config.run import TrainConfig
+from pathlib import Path
 
-PRESETS: dict[str, TrainConfig] = {}
+from ..config.data import DataConfig
+from ..config.model import ModelConfig
+from ..config.motion import MotionConfig
+from ..config.optim import OptimConfig
+from ..config.run import LogConfig, TrainConfig
+from ..config.sampling import SamplingConfig
+
+PRESETS: dict[str, TrainConfig] = {
+    # Two CPU cores learn six actions of CMU's recordings. A frame is a token: its 70 values and as many of noise have to
+    # pass through a token, and with patches of 4 frames a width of 192 is too little.
+    "motion": TrainConfig(
+        data=DataConfig(
+            data="cmu-mocap",
+            split="train",
+            motion=MotionConfig(motion_frames=36, motion_stride=4, motion_fps=15.0),
+        ),
+        model=ModelConfig(model="SiT-P/2", patch_size=1, hidden_size=128, depth=6, num_heads=4),
+        optim=OptimConfig(
+            steps=100_000,
+            max_seconds=480.0,
+            batch_size=16,
+            lr=3e-3,
+            lr_schedule="cosine",
+            warmup_steps=100,
+            betas=(0.9, 0.99),
+            clip_norm=1.0,
+            ema_decay=0.998,
+            ema_warmup=True,
+        ),
+        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
+        log=LogConfig(log_every=50, sample_every=2000, checkpoint_every=2000, grid_columns=4),
+        precision="fp32",
+    ),
+}

@@ -1,0 +1,167 @@
+"""Judges what a run on CMU's motions draws: are asked actions recognised, and do walks walk?
+
+python benchmarks/action_probe.py RUN --data-root DIR [--samples 20] [--walks 50] [--out FOLDER]
+
+Nobody publishes a feature network for these motions. As papers on action-to-motion do, a small classifier is trained on
+real windows of the training split; its accuracy on real windows of the test split stands beside that on samples. Walks
+are judged by steps a second, by speed, and by how fast the slower foot slides, each against real walks.
+"""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from layersync_kernels.sit.batch import Condition, length_mask
+from layersync_kernels.sit.config.io import load_config
+from layersync_kernels.sit.config.run import CONFIG
+from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.data.motion_cmu import ACTIONS
+from layersync_kernels.sit.data.registry import load_data
+from layersync_kernels.sit.diffusion.transport import build_transport
+from layersync_kernels.sit.modality.motion import Motion
+from layersync_kernels.sit.sampling.draw import conditions, draw
+from layersync_kernels.sit.sampling.load import load_trained
+
+FEET = (4, 10)
+"""The ankles of CMU's skeleton."""
+STEPS = 600
+
+
+class Probe(nn.Module):
+    """Convolutions over time on samples, averaged over the frames that are there."""
+
+    def __init__(self, channels: int, classes: int, width: int = 64) -> None:
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv1d(a, width, 5, padding=2) for a in (channels, width, width))
+        self.drop = nn.Dropout(0.3)
+        self.head = nn.Linear(width, classes)
+
+    def forward(self, samples: Tensor, lengths: Tensor) -> Tensor:
+        """(B, C, T) and (B,) to logits (B, classes)."""
+        there = length_mask(lengths, samples.shape[2])[:, None].float()
+        x = samples.clamp(-5, 5) * there
+        for convolution in self.convolutions:
+            x = convolution(self.drop(x)).relu() * there
+        return self.head(x.sum(2) / there.sum(2))
+
+
+def train_probe(data: MemorySet) -> Probe:
+    """On all windows, classes in equal parts, lengths cut at random."""
+    torch.manual_seed(0)
+    probe = Probe(data.spec.channels, data.num_classes)
+    optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.05)
+    weights = 1 / torch.bincount(data.labels, minlength=data.num_classes).clamp_min(1)[data.labels].double()
+    assert data.lengths is not None
+    for _ in range(STEPS):
+        index = torch.multinomial(weights, 64, replacement=True)
+        lengths = (data.lengths[index] * torch.empty(64).uniform_(0.6, 1)).long().clamp_min(1)
+        loss = nn.functional.cross_entropy(probe(data.samples[index], lengths), data.labels[index])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return probe.eval()
+
+
+def accuracy(probe: Probe, samples: Tensor, condition: Condition) -> dict[str, Any]:
+    """Of all, the mean over classes, and that of each class."""
+    assert condition.lengths is not None
+    with torch.no_grad():
+        right = probe(samples, condition.lengths).argmax(1) == condition.labels
+    of_class = {
+        name: round(right[condition.labels == label].float().mean().item(), 3)
+        for label, name in enumerate(ACTIONS)
+        if (condition.labels == label).any()
+    }
+    return {
+        "count": len(right),
+        "accuracy": round(right.float().mean().item(), 3),
+        "mean_over_classes": round(float(np.mean(list(of_class.values()))), 3),
+        "of_class": of_class,
+    }
+
+
+def gait(clips: list[np.ndarray], fps: float) -> np.ndarray:
+    """(N, 3): steps a second, speed in m/s, and speed of the slower foot as a share of that, of joints (T, 38, 3)."""
+    found = []
+    for clip in clips:
+        feet = clip[:, FEET][..., [0, 2]]
+        apart = np.linalg.norm(feet[:, 0] - feet[:, 1], axis=-1)
+        spectrum = np.abs(np.fft.rfft((apart - apart.mean()) * np.hanning(len(apart)), 1024))
+        rates = np.fft.rfftfreq(1024, 1 / fps)
+        speed = np.linalg.norm(np.diff(clip[:, 0][:, [0, 2]], axis=0), axis=-1).mean() * fps
+        slower = np.linalg.norm(np.diff(feet, axis=0), axis=-1).min(1).mean() * fps
+        found.append([rates[(spectrum * (rates > 0.6)).argmax()], speed, slower / max(speed, 1e-3)])
+    return np.array(found)
+
+
+def summary(values: np.ndarray) -> dict[str, list[float]]:
+    """5th, 50th and 95th percentile of each column of `gait`."""
+    names = ("steps_per_second", "metres_per_second", "slower_foot")
+    return {n: np.percentile(v, [5, 50, 95]).round(2).tolist() for n, v in zip(names, values.T, strict=True)}
+
+
+def main() -> None:
+    """Prints JSON; see the module."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--data-root", type=Path, default=None)
+    parser.add_argument("--samples", type=int, default=20, help="of each action, for the classifier")
+    parser.add_argument("--walks", type=int, default=50)
+    parser.add_argument("--out", type=Path, default=None, help="folder for pictures of the walks, and a row per action")
+    arguments = parser.parse_args()
+    config = load_config(arguments.run / CONFIG)
+    motion = dataclasses.replace(config.data.motion, motion_stride=4)
+    source = dataclasses.replace(
+        config.data, data_root=arguments.data_root or config.data.data_root, split="all", motion=motion
+    )
+    data = load_data(source)
+    assert isinstance(data, MemorySet)
+    assert data.test is not None
+    trained = load_trained(arguments.run)
+    modality = trained.modality
+    assert isinstance(modality, Motion)
+    # The same channels as the run's: the windows lie closer than in training, which moves the statistics a little.
+    data.samples = modality.normalise(data.modality.restore(data.samples)) * length_mask(
+        data.lengths, data.spec.extent[0]
+    ).unsqueeze(1)
+    train, test = data.subset((~data.test).nonzero().flatten()), data.subset(data.test.nonzero().flatten())
+    probe = train_probe(train)
+    labels = torch.arange(len(ACTIONS)).repeat_interleave(arguments.samples)
+    labels = torch.cat([labels, torch.zeros(max(0, arguments.walks - arguments.samples), dtype=torch.long)])
+    condition = conditions(labels, trained.lengths)
+    samples = draw(trained.model, build_transport(config.transport), config.sampling, condition, seed=1)
+    walks = (labels == 0).nonzero().flatten()[: arguments.walks]
+    assert condition.lengths is not None
+    drawn = modality.skeletons(samples[walks], condition.lengths[walks])
+    full = (train.labels == 0) & (train.lengths == data.spec.extent[0])
+    real = gait(modality.skeletons(train.samples[full]), modality.fps)
+    figures = gait(drawn, modality.fps)
+    low, high = np.percentile(real, [1, 99], axis=0)
+    inside = (figures >= low * 0.9) & (figures <= high * 1.1)
+    report = {
+        "real_train": accuracy(probe, train.samples, train.take(torch.arange(len(train))).condition),
+        "real_test": accuracy(probe, test.samples, test.take(torch.arange(len(test))).condition),
+        "samples": accuracy(probe, samples, condition),
+        "real_walks": summary(real),
+        "drawn_walks": summary(figures),
+        "walks_within_the_real_range": {
+            "all_three": int(inside.all(1).sum()),
+            **dict(zip(("steps", "speed", "slower_foot"), inside.sum(0).tolist(), strict=True)),
+            "of": len(walks),
+        },
+    }
+    print(json.dumps(report, indent=2))
+    if arguments.out:
+        modality.overview(samples[walks], arguments.out / "walks", columns=5, lengths=condition.lengths[walks])
+        rows = torch.cat([(labels == label).nonzero().flatten()[:4] for label in range(len(ACTIONS))])
+        modality.overview(samples[rows], arguments.out / "actions", columns=4, lengths=condition.lengths[rows])
+
+
+if __name__ == "__main__":
+    main()

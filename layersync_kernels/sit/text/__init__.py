@@ -1,0 +1,1 @@
+"""Captions to sequences of embeddings."""
