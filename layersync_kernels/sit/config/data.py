@@ -26,8 +26,9 @@ class DataConfig:
     """train or test: the published split where there is one, else nine tenths and one, the same ones always."""
     text_encoder: str | None = None
     """What turns captions into embeddings: hashed | transformers/NAME. None: captions are not read."""
-    image_size: int | None = None
-    """Side of the square samples in pixels; None keeps that of the data. mnist: 28, or 14 (exact 2x2 averages)."""
+    image_size: int | tuple[int, int] | None = None
+    """Side of square samples in pixels, or height and width; None keeps the side of the data. mnist: 28, or 14 (exact
+    2x2 averages)."""
     channels: Literal[1, 3] | None = None
     """Grey or colour; None keeps that of the data."""
     flip: bool = False
@@ -43,6 +44,11 @@ class DataConfig:
     motion: MotionConfig = field(default_factory=MotionConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
 
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """Height and width that samples are wanted in; None: those of the data."""
+        return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
+
     def validate(self) -> None:
         """Checks ranges.
 
@@ -50,6 +56,7 @@ class DataConfig:
             ConfigError: naming the flag, its value and what it may be.
         """
         at_least(0, memory_limit_gb=self.memory_limit_gb, workers=self.workers)
-        at_least(1, image_size=self.image_size)
+        for side in self.size or ():
+            at_least(1, image_size=side)
         for group in (self.audio, self.motion, self.video):
             group.validate()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
@@ -136,7 +137,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return convert(next(a for a in arguments if a is not type(None)), value, where)
+        others = [argument for argument in arguments if argument is not type(None)]
+        for argument in others[:-1]:
+            with contextlib.suppress(ValueError):
+                return convert(argument, value, where)
+        return convert(others[-1], value, where)
     if origin is Literal:
         if any(type(value) is type(a) and value == a for a in arguments):
             return value

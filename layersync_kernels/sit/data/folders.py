@@ -142,15 +142,15 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
     """
     if len(source) == 0:
         raise DataError(f"{config.data} holds no images")
-    channels, size = config.channels or default_channels, config.image_size
+    channels, size = config.channels or default_channels, config.size
     if channels is None or size is None:
         first = _first_readable(source)
         channels = channels or (1 if first.mode in ("1", "L", "I;16") else 3)
-        size = size or min(first.size)
-    if len(source) * channels * size * size > limit_bytes(config):
+        size = size or (min(first.size),) * 2
+    if len(source) * channels * size[0] * size[1] > limit_bytes(config):
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
-            spec=SampleSpec(channels, (size, size)),
+            spec=SampleSpec(channels, size),
             num_classes=len(source.class_names),
             class_names=source.class_names,
             source=source,

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 from ..config.data import DataConfig
 from ..config.model import ModelConfig
 from ..config.motion import MotionConfig
