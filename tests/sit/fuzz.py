@@ -310,7 +310,7 @@ def fuzz_checkpoint(folder):
         path.write_bytes(damage_safetensors(rng, path.read_bytes(), label))
         fits_again(rng, checkpoint)
         if rng.random() < 0.2:
-            load_trained(run, ema=rng.random() < 0.5)
+            load_trained(run, which="ema" if rng.random() < 0.5 else "model")
         elif rng.random() < 0.2:
             load_trained(shutil.copy(path, folder / "lone.safetensors"), num_heads=2)
         resume(run, trainer)

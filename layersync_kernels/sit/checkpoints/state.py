@@ -28,6 +28,7 @@ class DataFacts:
         modality: what samples stand for, as `modality_facts` gives it.
         lengths: typical ones of each class, or empty.
         text_width: channels of the words of texts; None: there are none.
+        captions, text_encoder: see `SampleSet`.
         latent: what stood there before there were modalities: whether samples are latents of an autoencoder.
     """
 
@@ -38,6 +39,8 @@ class DataFacts:
     modality: dict[str, Any] | None = None
     lengths: tuple[tuple[int, ...], ...] = ()
     text_width: int | None = None
+    captions: tuple[str, ...] = ()
+    text_encoder: str | None = None
     latent: bool = False
 
     def __post_init__(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -94,3 +94,13 @@ class OfRun:
 
     source: tyro.conf.Positional[Path]
     """A run, a checkpoint folder, a .safetensors file or a published .pt."""
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where the settings below the flags come from."""
+
+    preset: str | None = None
+    """Settings of that name: images | audio | motion | video, minutes of two cores, and others for cards."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A YAML or JSON file of settings: those that differ, in their groups or by the names of flags. Flags win."""

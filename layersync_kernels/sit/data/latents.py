@@ -44,7 +44,9 @@ def load_safetensors(config: DataConfig) -> MemorySet:
 
 
 def from_latents(latents: Tensor, labels: np.ndarray | Tensor | None, config: DataConfig) -> MemorySet:
-    """Latents of one to three dimensions, (N, C, ...), to a MemorySet. They keep their type: a batch at a time becomes fp32.
+    """Latents of one to three dimensions, (N, C, ...), to a MemorySet.
+
+    They keep their type: a batch at a time becomes fp32.
 
     Raises:
         DataError: another shape or type, or a size that they cannot be resized to.

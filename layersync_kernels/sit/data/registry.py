@@ -71,6 +71,8 @@ def load_data(config: DataConfig, device: torch.device | None = None) -> SampleS
             break
     else:
         raise DataError(f"no data named {config.data!r}: expected {', or '.join(kind.expected for kind in KINDS)}")
+    if config.text_encoder is not None and data.text_width is None:
+        raise DataError(f"--text-encoder {config.text_encoder}: {config.data} has no captions")
     if config.split != "all":
         data = _split(data, config)
     if isinstance(data, MemorySet) and device is not None:

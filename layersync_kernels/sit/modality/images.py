@@ -54,7 +54,13 @@ class Latents(Modality):
     kind: ClassVar[str] = "latents"
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
-        """The first three channels as a grid: not what a decoder would show."""
+        """The first three channels as a grid, of films those of the middle frame, and sequences as grey channels over
+        time: not what a decoder would show.
+        """
+        if samples.ndim == 3:
+            samples = samples[:, None]
+        elif samples.ndim == 5:
+            samples = samples[:, :, samples.shape[2] // 2]
         return [save_grid(samples, _png(stem), columns=columns, latent=True)]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
