@@ -12,6 +12,7 @@ import torch
 from ...errors import DataError
 from ..config.data import DataConfig
 from .arrays import load_mnist, load_npz
+from .audio import FSDD, is_audio_folder, load_audio_folder, load_fsdd
 from .base import SampleSet
 from .folders import TORCHVISION, load_folder, load_torchvision
 from .latents import load_safetensors
@@ -44,6 +45,8 @@ def _file(suffix: str) -> Callable[[str], bool]:
 KINDS: list[DataKind] = [
     DataKind("mnist", lambda name: name == "mnist", load_mnist),
     DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
+    DataKind(FSDD, lambda name: name == FSDD, load_fsdd),
+    DataKind("a folder of sounds", is_audio_folder, load_audio_folder),
     DataKind(CMU_MOCAP, lambda name: name == CMU_MOCAP, load_cmu_mocap),
     DataKind("a folder like that of HumanML3D", is_humanml3d, load_humanml3d),
     DataKind("a folder of .bvh files", is_bvh, load_bvh),
