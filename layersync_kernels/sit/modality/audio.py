@@ -36,6 +36,8 @@ class Sound(Modality):
     """
 
     sample_rate: int
+    silence: ClassVar[float] = 0.0
+    """What values are where there is no sound."""
 
     def __post_init__(self) -> None:
         if self.sample_rate < 1:
@@ -59,17 +61,12 @@ class Sound(Modality):
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """Spectrograms as PNG, and all sounds in one wav, row by row with gaps between them."""
-        whole = samples.shape[2]
-        pictures = []
-        for own in cut(samples, lengths):
-            picture = self.picture(self.restore(own[None].float().cpu())[0])
-            wide = max(1, round(picture.shape[2] * whole / own.shape[1]))
-            filled = torch.full((1, picture.shape[1], wide), -1.0)
-            filled[..., : picture.shape[2]] = picture
-            pictures.append(filled)
-        width = max(picture.shape[2] for picture in pictures)
-        padded = [torch.nn.functional.pad(p, (0, width - p.shape[2]), value=-1.0) for p in pictures]
-        shown = save_grid(torch.stack(padded), stem.with_name(f"{stem.name}.png"), columns=columns)
+        values = self.restore(samples.float().cpu())
+        if lengths is not None:
+            inside = torch.arange(samples.shape[2]) < lengths.cpu()[:, None]
+            values = torch.where(inside[:, None], values, self.silence)
+        pictures = torch.stack([self.picture(own) for own in values])
+        shown = save_grid(pictures, stem.with_name(f"{stem.name}.png"), columns=columns)
         gap = np.zeros(round(GAP * self.sample_rate), np.float32)
         joined = np.concatenate([part for sound in self.sounds(samples, lengths) for part in (sound, gap)])
         return [shown, save_wav(joined, self.sample_rate, stem.with_name(f"{stem.name}.wav"))]
@@ -85,7 +82,7 @@ class Sound(Modality):
         waveforms = np.zeros((len(sounds), int(ends.max())), np.float32)
         for row, sound in zip(waveforms, sounds, strict=True):
             row[: len(sound)] = sound
-        return {"waveforms": waveforms, "lengths": ends, "sample_rate": np.int64(self.sample_rate)}
+        return {"waveforms": waveforms, "lengths": ends, "sample_rate": np.array(self.sample_rate)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +96,7 @@ class Mel(Sound):
     """
 
     kind: ClassVar[str] = "mel"
+    silence: ClassVar[float] = float(np.log(FLOOR))
     window: int
     hop: int
     bands: int
@@ -122,7 +120,7 @@ class Mel(Sound):
         """By the filters' pseudo-inverse, then Griffin-Lim."""
         librosa = _librosa()
         inverse = np.linalg.pinv(_filters(self.sample_rate, self.window, self.bands))
-        mel = values.clamp(np.log(FLOOR), 10.0).exp().numpy()
+        mel = values.clamp(self.silence, 10.0).exp().numpy()
         amplitudes = np.maximum(inverse @ mel, 0.0)
         if amplitudes.shape[1] < 2:  # too short for a phase
             return np.zeros(self.hop, np.float32)
@@ -133,7 +131,7 @@ class Mel(Sound):
 
     def picture(self, values: Tensor) -> Tensor:
         """From silence to the loudest."""
-        low, high = float(np.log(FLOOR)), max(float(values.max()), float(np.log(FLOOR)) + 1)
+        low, high = self.silence, max(float(values.max()), self.silence + 1)
         return ((values - low) / (high - low) * 2 - 1).flip(0)[None]
 
 
@@ -153,7 +151,7 @@ class Waveform(Sound):
 
     def picture(self, values: Tensor) -> Tensor:
         """Its spectrogram."""
-        window = min(256, max(2, values.shape[1] // 2 * 2))
+        window = 256
         padded = torch.nn.functional.pad(values[0], (0, max(0, window // 2 + 1 - values.shape[1])))
         spectrum = torch.stft(
             padded, window, max(1, window // 4), window=torch.hann_window(window), return_complex=True
