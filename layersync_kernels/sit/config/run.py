@@ -84,7 +84,7 @@ class TrainConfig:
         at_least(0, seed=self.seed)
         require(self.seed < 2**63, f"--seed {self.seed}: expected a number below 2**63")
         at_least(1, threads=self.threads)
-        for group in (self.data, self.model, self.align, self.optim, self.sampling, self.log):
+        for group in (self.data, self.model, self.transport, self.align, self.optim, self.sampling, self.log):
             group.validate()
 
 
