@@ -4,9 +4,9 @@ pip install --no-deps Resemblyzer==0.1.4
 python benchmarks/speech_probe.py RUN --data-root DIR [--samples 20] [--out FOLDER]
 
 The listener: states of Resemblyzer's speech network, averaged over eight equal parts of a sound, and a linear
-classifier that is fitted to the training takes of the Free Spoken Digit Dataset. It is asked about test takes as they are, about
-the same takes through the run's representation (of a spectrogram, Griffin-Lim's sound), the most that a run can reach,
-and about samples.
+classifier that is fitted to the training takes of the Free Spoken Digit Dataset. It is asked about test takes as they
+are, about the same takes through the run's representation (of a spectrogram, Griffin-Lim's sound), the most that a run
+can reach, and about samples.
 """
 
 import argparse

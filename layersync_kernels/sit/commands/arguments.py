@@ -18,6 +18,7 @@ from ..config.io import load_settings, read_overlay
 from ..config.loss import AlignConfig
 from ..config.run import CONFIG, OfRun, TrainConfig
 from ..data.folders import unpickles
+from ..data.user import is_python_path
 from ..presets.registry import PRESETS
 from ..teachers.networks import runs_code
 
@@ -31,7 +32,11 @@ _FLAT = (tyro.conf.OmitArgPrefixes,)
 _RUN_SETTINGS = ("data", "transport", "sampling")
 """What a command about a trained model takes over from its run."""
 
-_CODE = {"teacher": runs_code, "quality_network": runs_code, "data": unpickles}
+_CODE = {
+    "teacher": runs_code,
+    "quality_network": runs_code,
+    "data": lambda name: unpickles(name) or is_python_path(name),
+}
 """Settings by which a name can stand for code, and what tells whether one does. A new one of that kind belongs here."""
 
 C = TypeVar("C")

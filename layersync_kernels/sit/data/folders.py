@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,18 @@ from torch import Tensor
 from ...errors import DataError
 from ..config.data import DataConfig
 from ..spec import SampleSpec
+from ..text.registry import load_text_encoder
 from .base import SampleSet
 from .media import read_all
-from .memory import check_fits, limit_bytes, memory_set
+from .memory import MemorySet, check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
 from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message, describe
 
 logger = logging.getLogger(__name__)
 
 
+EXAMPLES = 64
+"""Captions that a run keeps to draw others with."""
 TORCHVISION = "torchvision:"
 """What a name of one of its sets starts with."""
 
@@ -62,7 +65,7 @@ def load_folder(config: DataConfig) -> SampleSet:
         if not os.path.isfile(name):  # opening a pipe would wait for ever
             raise OSError("it is no file")
         with Image.open(name) as image:
-            _check_image(image, config)
+            check_image(image, config)
             image.load()
             return image, label
 
@@ -70,7 +73,8 @@ def load_folder(config: DataConfig) -> SampleSet:
     return from_source(source, config, default_channels=3)
 
 
-def _check_image(image: Image.Image, config: DataConfig) -> None:
+def check_image(image: Image.Image, config: DataConfig) -> None:
+    """Raises Image.DecompressionBombError for an image whose header declares more than the memory limit."""
     if config.memory_limit_gb == 0:  # everything is streamed; Pillow's own limit of 179 million pixels holds
         return
     # As decoded; in the channels wanted, and those as the floats that resizing takes.
@@ -166,6 +170,34 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
     samples = torch.stack([image for image, _ in good.values()])
     labels = torch.tensor([label for _, label in good.values()])
     return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
+
+
+def captioned(data: SampleSet, captions: Sequence[object], names: Sequence[str], config: DataConfig) -> SampleSet:
+    """The set with its captions encoded, where `config.text_encoder` asks for that.
+
+    Args:
+        data: of `from_source`, with all samples but those that are broken.
+        captions: of all samples, broken ones included; None where there is none.
+        names: of the samples, as `data.broken` has them.
+        config: of the data.
+
+    Raises:
+        DataError: a caption is missing, or the data is streamed.
+    """
+    if config.text_encoder is None:
+        return data
+    if not isinstance(data, MemorySet):
+        raise DataError(f"--text-encoder: {config.data} is streamed; raise --memory-limit-gb")
+    words = []
+    for name, caption in zip(names, captions, strict=True):
+        if name in data.broken:
+            continue
+        if not isinstance(caption, str) or not caption.strip():
+            raise DataError(f"{name} has no caption, which --text-encoder {config.text_encoder} needs for each sample")
+        words.append(caption)
+    data.text, data.text_lengths = load_text_encoder(config.text_encoder).encode(words)
+    data.captions, data.text_encoder = tuple(dict.fromkeys(words))[:EXAMPLES], config.text_encoder
+    return data
 
 
 def _first_readable(source: ImageSource) -> Image.Image:
