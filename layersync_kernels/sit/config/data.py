@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from . import at_least
+from . import at_least, require
 from .audio import AudioConfig
 from .motion import MotionConfig
 from .video import VideoConfig
@@ -29,6 +29,8 @@ class DataConfig:
     image_size: int | tuple[int, int] | None = None
     """Side of square samples in pixels, or height and width; None keeps the side of the data. mnist: 28, or 14 (exact
     2x2 averages)."""
+    buckets: tuple[str, ...] = ()
+    """Several sizes in one run, HEIGHTxWIDTH each: images go to the size with the nearest proportions."""
     channels: Literal[1, 3] | None = None
     """Grey or colour; None keeps that of the data."""
     flip: bool = False
@@ -49,6 +51,21 @@ class DataConfig:
         """Height and width that samples are wanted in; None: those of the data."""
         return (self.image_size, self.image_size) if isinstance(self.image_size, int) else self.image_size
 
+    @property
+    def bucket_sizes(self) -> tuple[tuple[int, int], ...]:
+        """Heights and widths of `buckets`.
+
+        Raises:
+            ConfigError: one is no HEIGHTxWIDTH.
+        """
+        sizes = []
+        for name in self.buckets:
+            height, _, width = name.partition("x")
+            fits = height.isdecimal() and width.isdecimal() and int(height) and int(width)
+            require(bool(fits), f"--buckets {name}: expected HEIGHTxWIDTH such as 32x48")
+            sizes.append((int(height), int(width)))
+        return tuple(sizes)
+
     def validate(self) -> None:
         """Checks ranges.
 
@@ -58,5 +75,8 @@ class DataConfig:
         at_least(0, memory_limit_gb=self.memory_limit_gb, workers=self.workers)
         for side in self.size or ():
             at_least(1, image_size=side)
+        require(
+            not (self.bucket_sizes and self.size), "--buckets are sizes of images themselves: leave --image-size out"
+        )
         for group in (self.audio, self.motion, self.video):
             group.validate()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from ..config.data import DataConfig
 from ..spec import SampleSpec
 from ..text.registry import load_text_encoder
 from .base import SampleSet
+from .buckets import BucketedSet, nearest_bucket
 from .media import read_all
 from .memory import MemorySet, check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
@@ -147,11 +149,19 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
     if len(source) == 0:
         raise DataError(f"{config.data} holds no images")
     channels, size = config.channels or default_channels, config.size
+    sizes = config.bucket_sizes
+    if sizes:
+        size = sizes[0]
     if channels is None or size is None:
         first = _first_readable(source)
         channels = channels or (1 if first.mode in ("1", "L", "I;16") else 3)
         size = size or (min(first.size),) * 2
-    if len(source) * channels * size[0] * size[1] > limit_bytes(config):
+    pixels = max(height * width for height, width in sizes or [size])
+    if sizes:
+        check_fits(
+            f"{len(source)} images of up to {pixels} pixels", len(source) * channels * pixels, config, instead=""
+        )
+    if len(source) * channels * pixels > limit_bytes(config):
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
             spec=SampleSpec(channels, size),
@@ -163,12 +173,30 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
 
     def decode(i: int) -> tuple[Tensor, int]:
         image, label = source.load(i)
-        return image_to_tensor(image, size, channels), label
+        own = sizes[nearest_bucket(image.height, image.width, sizes)] if sizes else size
+        return image_to_tensor(image, own, channels), label
 
     names = [source.name(i) for i in range(len(source))]
     good, broken = read_all(names, decode, what="image files", workers=config.workers)  # Pillow decodes without the GIL
-    samples = torch.stack([image for image, _ in good.values()])
-    labels = torch.tensor([label for _, label in good.values()])
+    if not sizes:
+        return _in_memory(list(good.values()), source, config, broken)
+    parts = [[item for item in good.values() if tuple(item[0].shape[1:]) == own] for own in sizes]
+    sets = [_in_memory(items, source, config, {}) for items in parts if items]
+    logger.info("%s", ", ".join(f"{len(items)} images of {h}x{w}" for items, (h, w) in zip(parts, sizes, strict=True)))
+    largest = max(sets, key=lambda part: math.prod(part.spec.extent))
+    return BucketedSet(
+        spec=largest.spec,
+        num_classes=len(source.class_names),
+        class_names=source.class_names,
+        broken=broken,
+        parts=sets,
+    )
+
+
+def _in_memory(
+    items: Sequence[tuple[Tensor, int]], source: ImageSource, config: DataConfig, broken: dict[str, str]
+) -> MemorySet:
+    samples, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
     return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
 
 
