@@ -47,7 +47,7 @@ class Ear:
         spec = importlib.util.find_spec("resemblyzer")
         if spec is None or spec.origin is None:
             raise SystemExit("needs a package: pip install --no-deps Resemblyzer==0.1.4")
-        state = torch.load(Path(spec.origin).parent / "pretrained.pt", weights_only=True)["model_state"]
+        state = torch.load(Path(spec.origin).parent / "pretrained.pt", "cpu", weights_only=True)["model_state"]
         self.lstm = nn.LSTM(40, 256, 3, batch_first=True).eval().requires_grad_(False)
         self.lstm.load_state_dict({k.removeprefix("lstm."): v for k, v in state.items() if k.startswith("lstm.")})
 

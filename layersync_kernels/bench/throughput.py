@@ -24,7 +24,7 @@ from ..sit.data.base import SampleSet
 from ..sit.data.memory import MemorySet
 from ..sit.data.registry import load_data
 from ..sit.device import resolve_device
-from ..sit.modality.images import Latents
+from ..sit.modality.latents import Latents
 from ..sit.spec import SampleSpec
 from ..sit.training.loop import Trainer
 from ..sit.training.state import TrainState

@@ -16,7 +16,7 @@ from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.data import registry
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.modality.base import Modality
-from layersync_kernels.sit.modality.images import Latents
+from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.models.flops import forward_flops
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling import many

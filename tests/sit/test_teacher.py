@@ -22,7 +22,7 @@ from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import LogConfig, TrainConfig
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.diffusion.transport import Transport
-from layersync_kernels.sit.modality.images import Latents
+from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.teachers import clock as teacher_clock
 from layersync_kernels.sit.teachers.base import Teacher

@@ -10,7 +10,8 @@ from typing import Any
 from ...errors import CheckpointError
 from ..config.io import build
 from ..modality.base import Modality
-from ..modality.images import Images, Latents
+from ..modality.images import Images
+from ..modality.latents import Latents
 from ..modality.registry import build_modality
 from ..spec import SampleSpec
 from .local import STATE, read_state

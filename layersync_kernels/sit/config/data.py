@@ -37,6 +37,8 @@ class DataConfig:
     """Mirror half of the samples at random."""
     latent_scale: float = 1.0
     """Factor on cached latents; 0.18215 for raw latents of the Stable Diffusion VAE."""
+    latent_sample: Literal["posterior", "mean"] = "posterior"
+    """Of a folder of latents: draw from the posterior anew each time, or take its mean."""
     memory_limit_gb: float = 4.0
     """Memory for samples, in GiB: images that decode to more are streamed from disk by worker processes, and arrays and
     latents that take more are refused. 0: stream all images."""

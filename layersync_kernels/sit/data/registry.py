@@ -20,6 +20,7 @@ from .folders import TORCHVISION, load_folder, load_torchvision
 from .huggingface import PREFIX as HUGGINGFACE
 from .huggingface import load_huggingface
 from .latents import load_safetensors
+from .latents_folder import is_latents_folder, load_latents_folder
 from .memory import MemorySet
 from .motion_bvh import is_bvh, load_bvh
 from .motion_cmu import NAME as CMU_MOCAP
@@ -52,6 +53,7 @@ KINDS: list[DataKind] = [
     DataKind("mnist", lambda name: name == "mnist", load_mnist),
     DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
     DataKind(CIFAR10, lambda name: name == CIFAR10, load_cifar10),
+    DataKind("a folder that `layersync latents` wrote", is_latents_folder, load_latents_folder),
     DataKind(FSDD, lambda name: name == FSDD, load_fsdd),
     DataKind("a folder of sounds", is_audio_folder, load_audio_folder),
     DataKind(CMU_MOCAP, lambda name: name == CMU_MOCAP, load_cmu_mocap),

@@ -47,30 +47,6 @@ class Images(Modality):
         return {"arr_0": unit_to_pixels(samples.cpu()).permute(0, 2, 3, 1).contiguous().numpy()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Latents(Modality):
-    """Latents of an autoencoder, (C, H, W) or of other extents, drawn as what they are, as nobody decodes them."""
-
-    kind: ClassVar[str] = "latents"
-
-    def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
-        """The first three channels as a grid, of films those of the middle frame, and sequences as grey channels over
-        time: not what a decoder would show.
-        """
-        if samples.ndim == 3:
-            samples = samples[:, None]
-        elif samples.ndim == 5:
-            samples = samples[:, :, samples.shape[2] // 2]
-        return [save_grid(samples, _png(stem), columns=columns, latent=True)]
-
-    def save(self, sample: Tensor, stem: Path) -> Path:
-        """As .npy."""
-        path = stem.with_name(f"{stem.name}.npy")
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, self.restore(sample[None].float().cpu())[0].numpy())
-        return path
-
-
 def _png(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.png")
 

@@ -15,7 +15,8 @@ from ..config.io import load_config
 from ..config.model import ModelConfig
 from ..config.run import CONFIG
 from ..modality.base import Modality
-from ..modality.images import Images, Latents
+from ..modality.images import Images
+from ..modality.latents import Latents
 from ..models.registry import build_model, known_heads
 from ..models.sit import SiT
 from ..spec import SampleSpec

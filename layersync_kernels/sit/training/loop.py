@@ -27,7 +27,8 @@ from ..data.base import SampleSet
 from ..data.registry import load_data
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
-from ..modality.images import Images, Latents
+from ..modality.images import Images
+from ..modality.latents import Latents
 from ..modality.registry import modality_facts
 from ..models.flops import forward_flops
 from ..models.registry import build_model
@@ -171,7 +172,7 @@ class Trainer:
         Args:
             batch: on the device but for its index; its size is a multiple of `accumulate`.
         """
-        if self.config.data.flip:
+        if self.config.data.flip and batch.mirrored is None:  # latents come mirrored
             batch = random_mirror(batch, generator=self.state.generator)
         loss = train_step(
             self.state,
