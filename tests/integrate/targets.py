@@ -312,6 +312,90 @@ def wan_lora():
     return get_peft_model(wan(), LoraConfig(r=4, lora_alpha=4, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
 
 
+def cogvideox():
+    from diffusers import CogVideoXTransformer3DModel
+
+    return CogVideoXTransformer3DModel(
+        num_attention_heads=2,
+        attention_head_dim=16,
+        in_channels=4,
+        out_channels=4,
+        time_embed_dim=16,
+        text_embed_dim=16,
+        num_layers=4,
+        sample_width=4,
+        sample_height=8,
+        sample_frames=5,
+        max_text_seq_length=5,
+    )
+
+
+def cogvideox_batch():
+    inputs = {
+        "hidden_states": torch.randn(BATCH, 2, 4, 8, 4),
+        "timestep": torch.randint(1000, (BATCH,)),
+        "encoder_hidden_states": torch.randn(BATCH, 5, 16),
+    }
+    return Batch(inputs, torch.randn(BATCH, 2, 4, 8, 4))
+
+
+def ltx():
+    from diffusers import LTXVideoTransformer3DModel
+
+    return LTXVideoTransformer3DModel(
+        in_channels=4,
+        out_channels=4,
+        num_attention_heads=2,
+        attention_head_dim=12,
+        cross_attention_dim=24,
+        num_layers=4,
+        caption_channels=16,
+    )
+
+
+def ltx_batch():
+    inputs = {
+        "hidden_states": torch.randn(BATCH, 16, 4),
+        "timestep": torch.randint(1000, (BATCH,)),
+        "encoder_hidden_states": torch.randn(BATCH, 5, 16),
+        "encoder_attention_mask": torch.ones(BATCH, 5),
+        "num_frames": 2,
+        "height": 4,
+        "width": 2,
+    }
+    return Batch(inputs, torch.randn(BATCH, 16, 4))
+
+
+def stable_audio():
+    from diffusers import StableAudioDiTModel
+
+    return StableAudioDiTModel(
+        sample_size=12,
+        in_channels=4,
+        num_layers=4,
+        attention_head_dim=8,
+        num_attention_heads=3,
+        num_key_value_attention_heads=3,
+        out_channels=4,
+        cross_attention_dim=24,
+        time_proj_dim=16,
+        global_states_input_dim=10,
+        cross_attention_input_dim=16,
+    )
+
+
+def stable_audio_batch():
+    angles = torch.arange(13.0)[:, None] / torch.tensor([1.0, 10.0, 1.0, 10.0])  # 12 latents and what is prepended
+    inputs = {
+        "hidden_states": torch.randn(BATCH, 4, 12),
+        "timestep": torch.rand(BATCH),
+        "encoder_hidden_states": torch.randn(BATCH, 5, 16),
+        "global_hidden_states": torch.randn(BATCH, 1, 10),
+        "rotary_embedding": (angles.cos(), angles.sin()),
+    }
+    return Batch(inputs, torch.randn(BATCH, 4, 12))
+
+
 # transformers
 
 
@@ -489,6 +573,41 @@ TARGETS = [
         pair=("base_model.model.blocks.1", "base_model.model.blocks.2"),
         prediction=sample,
         blocks=("base_model.model.blocks",),
+        checkpoint=diffusers_checkpoints,
+    ),
+    Target(
+        name="CogVideoX",
+        libraries=("diffusers",),
+        make=cogvideox,
+        draw=cogvideox_batch,
+        sync={"student": 2, "teacher": 3},
+        pair=("transformer_blocks.1", "transformer_blocks.2"),
+        tokens=lambda output: output[0],
+        prediction=sample,
+        blocks=("transformer_blocks",),
+        checkpoint=diffusers_checkpoints,
+    ),
+    Target(
+        name="LTX",
+        libraries=("diffusers",),
+        make=ltx,
+        draw=ltx_batch,
+        sync={"student": 2, "teacher": 3},
+        pair=("transformer_blocks.1", "transformer_blocks.2"),
+        prediction=sample,
+        blocks=("transformer_blocks",),
+        checkpoint=diffusers_checkpoints,
+    ),
+    Target(
+        name="Stable Audio",
+        libraries=("diffusers",),
+        make=stable_audio,
+        draw=stable_audio_batch,
+        sync={"student": 2, "teacher": 3, "tokens": slice(1, None)},
+        pair=("transformer_blocks.1", "transformer_blocks.2"),
+        tokens=lambda output: output[:, 1:],
+        prediction=sample,
+        blocks=("transformer_blocks",),
         checkpoint=diffusers_checkpoints,
     ),
     Target(

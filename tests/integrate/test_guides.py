@@ -139,6 +139,9 @@ DIFFUSERS = {  # by the name in the guide: target, depths as the configurations 
         "single_transformer_blocks.18",
     ),
     "wan": ("Wan", {"num_layers": 30}, "blocks.8", "blocks.16"),
+    "cogvideox": ("CogVideoX", {"num_layers": 30}, "transformer_blocks.8", "transformer_blocks.16"),
+    "ltx": ("LTX", {"num_layers": 28}, "transformer_blocks.7", "transformer_blocks.15"),
+    "stable_audio": ("Stable Audio", {"num_layers": 24}, "transformer_blocks.7", "transformer_blocks.17"),
 }
 
 
