@@ -21,7 +21,7 @@ from .base import SampleSet
 from .media import read_all
 from .memory import check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
-from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message, describe
+from .streaming import DECODE_ERRORS, Source, StreamingSet, all_broken_message, describe
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ def load_folder(config: DataConfig) -> SampleSet:
             image.load()
             return image, label
 
-    source = ImageSource(len(files), load, lambda i: files[i][0], list(folder.classes))
+    source = Source(len(files), load, lambda i: files[i][0], list(folder.classes))
     return from_source(source, config, default_channels=3)
 
 
@@ -115,7 +115,7 @@ def load_torchvision(config: DataConfig) -> SampleSet:
         return image, int(label)
 
     classes = getattr(dataset, "classes", None) or [str(c) for c in range(_count_classes(dataset, load))]
-    source = ImageSource(len(dataset), load, lambda i: f"{config.data}[{i}]", [str(c) for c in classes])
+    source = Source(len(dataset), load, lambda i: f"{config.data}[{i}]", [str(c) for c in classes])
     return from_source(source, config, default_channels=None)
 
 
@@ -129,7 +129,7 @@ def _count_classes(dataset: Any, load: Callable[[int], tuple[Image.Image, int]])
     return max(load(i)[1] for i in range(len(dataset))) + 1
 
 
-def from_source(source: ImageSource, config: DataConfig, *, default_channels: int | None) -> SampleSet:
+def from_source(source: Source[Image.Image], config: DataConfig, *, default_channels: int | None) -> SampleSet:
     """Decodes everything now if the samples fit into `config.memory_limit_gb`, else streams.
 
     Args:
@@ -147,20 +147,20 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
         first = _first_readable(source)
         channels = channels or (1 if first.mode in ("1", "L", "I;16") else 3)
         size = size or min(first.size)
+
+    def decode(i: int) -> tuple[Tensor, int]:
+        image, label = source.load(i)
+        return image_to_tensor(image, size, channels), label
+
     if len(source) * channels * size * size > limit_bytes(config):
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
             spec=SampleSpec(channels, (size, size)),
             num_classes=len(source.class_names),
             class_names=source.class_names,
-            source=source,
+            source=Source(len(source), decode, source.name, source.class_names),
             workers=config.workers,
         )
-
-    def decode(i: int) -> tuple[Tensor, int]:
-        image, label = source.load(i)
-        return image_to_tensor(image, size, channels), label
-
     names = [source.name(i) for i in range(len(source))]
     good, broken = read_all(names, decode, what="image files", workers=config.workers)  # Pillow decodes without the GIL
     samples = torch.stack([image for image, _ in good.values()])
@@ -168,7 +168,7 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
     return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
 
 
-def _first_readable(source: ImageSource) -> Image.Image:
+def _first_readable(source: Source[Image.Image]) -> Image.Image:
     broken: dict[str, str] = {}
     for i in range(len(source)):
         try:
@@ -177,4 +177,4 @@ def _first_readable(source: ImageSource) -> Image.Image:
             raise
         except DECODE_ERRORS as error:
             broken[source.name(i)] = describe(error)
-    raise DataError(all_broken_message(broken))
+    raise DataError(all_broken_message(broken, source.what))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from ...errors import DataError
+
+logger = logging.getLogger(__name__)
 
 CHUNK_VALUES = 2**24
 """Values that are made floats at a time where a whole data set is converted: 64 MB in fp32."""
@@ -28,23 +33,69 @@ def center_square(images: Tensor) -> Tensor:
     return images[..., top : top + side, left : left + side]
 
 
-def resize_pixels(images: Tensor, size: int) -> Tensor:
-    """uint8 (N, C, H, W) to (N, C, size, size): a centred square, then exact averages for whole factors, else
-    anti-aliased bicubic interpolation.
+def center_crop(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest centred part of (..., H, W) with the shape of `size`."""
+    height, width = images.shape[-2:]
+    tall = max(1, min(height, round(width * size[0] / size[1])))
+    wide = max(1, min(width, round(height * size[1] / size[0])))
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return images[..., top : top + tall, left : left + wide]
+
+
+def resize_pixels(images: Tensor, size: int | tuple[int, int]) -> Tensor:
+    """uint8 (N, C, H, W) to (N, C, *size), one number being a square: the centre of that shape, then exact averages for
+    whole factors, else anti-aliased bicubic interpolation.
     """
-    images = center_square(images)
-    side = images.shape[-1]
-    if side == size:
+    size = (size, size) if isinstance(size, int) else size
+    images = center_crop(images, size)
+    height, width = images.shape[-2:]
+    if (height, width) == size:
         return images
+    factors = (height // size[0], width // size[1])
+    exact = factors[0] == factors[1] and (height, width) == (size[0] * factors[0], size[1] * factors[0])
     resized = []
     for chunk in images.split(chunk_length(images.shape)):
         chunk = chunk.float()
-        if side % size == 0:
-            chunk = F.avg_pool2d(chunk, side // size)
+        if exact:
+            chunk = F.avg_pool2d(chunk, factors[0])
         else:
-            chunk = F.interpolate(chunk, (size, size), mode="bicubic", antialias=True)
+            chunk = F.interpolate(chunk, size, mode="bicubic", antialias=True)
         resized.append(chunk.round().clamp(0, 255).to(torch.uint8))
     return torch.cat(resized)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Pixels of any shape as uint8.
+
+    Raises:
+        DataError: they are neither uint8, nor floats in [-1, 1] or [0, 1].
+    """
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"images are {images.dtype}; expected uint8 (0..255) or floats in [-1, 1] or [0, 1]")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1.0 and high <= 1.0):  # NaN fails this too
+        raise DataError(f"float images range over [{low:g}, {high:g}]; expected [-1, 1] or [0, 1]")
+    logger.info(
+        "float images without negative values are read as [0, 1]" if low >= 0 else "float images read as [-1, 1]"
+    )
+    pixels = np.empty(images.shape, np.uint8)
+    length = chunk_length(images.shape)
+    for start in range(0, len(images), length):
+        part = images[start : start + length]
+        unit = part if low >= 0 else (part + 1.0) / 2.0
+        pixels[start : start + length] = np.rint(unit * 255.0)
+    return pixels
+
+
+def to_channels(pixels: Tensor, channels: int) -> Tensor:
+    """uint8 (N, 1 or 3, ...) in grey or colour: by Rec. 601 luma, as Pillow converts RGB to L."""
+    if (channels, pixels.shape[1]) == (1, 3):
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, *[1] * (pixels.ndim - 2))
+        parts = pixels.split(chunk_length(pixels.shape))
+        return torch.cat([(part * weights).sum(1, keepdim=True).round().to(torch.uint8) for part in parts])
+    return pixels.expand(-1, channels, *[-1] * (pixels.ndim - 2))
 
 
 def image_to_tensor(image: Image.Image, size: int, channels: int) -> Tensor:

@@ -21,6 +21,11 @@ from .motion_cmu import NAME as CMU_MOCAP
 from .motion_cmu import load_cmu_mocap
 from .motion_humanml3d import is_humanml3d, load_humanml3d
 from .motion_npz import is_motion_npz, load_motion_npz
+from .video import is_video_folder, load_video_folder
+from .video_bodies import NAME as BODIES
+from .video_bodies import load_bodies
+from .video_digits import NAME as MOVING_MNIST
+from .video_digits import load_moving_mnist
 
 
 class DataKind(NamedTuple):
@@ -44,10 +49,13 @@ def _file(suffix: str) -> Callable[[str], bool]:
 KINDS: list[DataKind] = [
     DataKind("mnist", lambda name: name == "mnist", load_mnist),
     DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
+    DataKind(MOVING_MNIST, lambda name: name == MOVING_MNIST, load_moving_mnist),
+    DataKind(BODIES, lambda name: name == BODIES, load_bodies),
     DataKind(CMU_MOCAP, lambda name: name == CMU_MOCAP, load_cmu_mocap),
     DataKind("a folder like that of HumanML3D", is_humanml3d, load_humanml3d),
     DataKind("a folder of .bvh files", is_bvh, load_bvh),
     DataKind("a folder or an .npz file of positions or rotations of joints", is_motion_npz, load_motion_npz),
+    DataKind("a folder of mp4, mov, avi, mkv, webm or gif files", is_video_folder, load_video_folder),
     DataKind("an existing folder with one sub-folder per class", os.path.isdir, load_folder),
     DataKind("an existing .npz file", _file(".npz"), load_npz),
     DataKind("an existing .safetensors file", _file(".safetensors"), load_safetensors),

@@ -10,8 +10,9 @@ from ..config.io import build
 from .base import Modality
 from .images import Images, Latents
 from .motion import Motion
+from .video import Video
 
-MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents, Motion)}
+MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents, Motion, Video)}
 """A new one belongs here."""
 
 
