@@ -2,9 +2,10 @@
 
     python benchmarks/video_probe.py RUN [--samples 50] [--out FOLDER]
 
-Of `moving-mnist`: a small convolutional network, trained on single frames of the training split, names the first, middle
-and last frame of each film; the centre of brightness gives its speed. Of `bodies`: pixels are counted by the colours of
-bodies, which gives the number of bodies in each frame. Real films of the test split are judged the same way. Prints JSON.
+Of `moving-mnist`: a small convolutional network, trained on single frames of the training split, names the first,
+middle and last frame of each film; the centre of brightness gives its speed. Of `bodies`: pixels are counted by the
+colours of bodies, which gives the number of bodies in each frame. Real films of the test split are judged the same way.
+Prints JSON.
 """
 
 from __future__ import annotations

@@ -182,8 +182,9 @@ def _stream(container: Any, config: DataConfig) -> Any:
     context = stream.codec_context
     per_pixel = 4 + 5 * (config.channels or 3)  # as decoded; as bytes; as the floats that resizing takes
     most = MAX_PIXELS if config.memory_limit_gb == 0 else min(MAX_PIXELS, int(limit_bytes(config) / per_pixel))
-    if context.width * context.height > most:
-        raise ValueError(f"it declares frames of {context.width}x{context.height}, beyond --memory-limit-gb")
+    size = context.width * context.height  # 0: FFmpeg has refused what is beyond MAX_PIXELS
+    if not 0 < size <= most:
+        raise ValueError(f"it declares no size, or frames beyond --memory-limit-gb and {most} pixels")
     context.options = {"max_pixels": str(most)}
     context.thread_count = 1
     return stream
