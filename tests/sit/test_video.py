@@ -7,7 +7,6 @@ import logging
 import sys
 from fractions import Fraction
 
-import av
 import numpy as np
 import pytest
 import torch
@@ -28,6 +27,8 @@ from layersync_kernels.sit.presets.video import PRESETS
 from layersync_kernels.sit.sampling.load import load_trained
 from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.training.loop import Trainer
+
+av = pytest.importorskip("av")
 
 CODECS = {
     "mp4": ("libx264", "yuv420p"),

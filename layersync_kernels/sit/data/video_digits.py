@@ -79,7 +79,8 @@ def _paths(
     angle = generator.uniform(0, 2 * np.pi, (*shape, 1, 1))
     speed = generator.uniform(*SPEED, (*shape, 1, 1)) * min(canvas)
     start = generator.uniform(0, 1, (*shape, 1, 2)) * room
-    step = speed * np.concatenate([np.sin(angle), np.cos(angle)], -1)
+    heading = np.concatenate([np.sin(angle), np.cos(angle)], -1) * (room > 0)
+    step = speed * heading / np.maximum(np.linalg.norm(heading, axis=-1, keepdims=True), 1e-6)
     far = (start + step * stride * np.arange(frames)[:, None]) % np.maximum(2 * room, 1)
     return np.rint(room - np.abs(room - far)).astype(np.int64)
 

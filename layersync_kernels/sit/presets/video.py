@@ -13,15 +13,15 @@ from ..config.video import VideoConfig
 PRESETS: dict[str, TrainConfig] = {
     "video": TrainConfig(
         data=DataConfig(
-            data="moving-mnist", split="train", video=VideoConfig(frames=8, video_size=(20, 20), made_clips=20_000)
+            data="moving-mnist", split="train", video=VideoConfig(frames=8, video_size=(14, 20), made_clips=20_000)
         ),
-        model=ModelConfig(model="SiT-P/2", patch_size=(4, 4, 4), hidden_size=128, depth=6, num_heads=4),
+        model=ModelConfig(model="SiT-P/2", patch_size=(8, 2, 2), hidden_size=96, depth=6, num_heads=3),
         layersync=LayerSyncConfig(layersync=("2:4",)),
         optim=OptimConfig(
             steps=100_000,
             max_seconds=480.0,
             batch_size=16,
-            lr=3e-3,
+            lr=4e-3,
             lr_schedule="cosine",
             warmup_steps=100,
             betas=(0.9, 0.99),
@@ -30,7 +30,7 @@ PRESETS: dict[str, TrainConfig] = {
             ema_warmup=True,
         ),
         sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
-        log=LogConfig(log_every=50, sample_every=2000, checkpoint_every=2000),
+        log=LogConfig(log_every=50, sample_every=1500, checkpoint_every=1500),
         precision="fp32",
     ),
     # Bodies that collide, in colour: the same model, twice as long.
