@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layersync_kernels.sit.batch import Condition, length_mask
+from layersync_kernels.ops.attention import length_mask
+from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.run import CONFIG
 from layersync_kernels.sit.data.memory import MemorySet
@@ -87,7 +88,7 @@ def accuracy(probe: Probe, samples: Tensor, condition: Condition) -> dict[str, A
 
 
 def gait(clips: list[np.ndarray], fps: float) -> np.ndarray:
-    """(N, 3): steps a second, speed in m/s, and speed of the slower foot as a share of that, of joints (T, 38, 3)."""
+    """(N, 3): steps a second, and speeds in m/s of the body and of the slower foot, of joints (T, 38, 3)."""
     found = []
     for clip in clips:
         feet = clip[:, FEET][..., [0, 2]]
@@ -96,13 +97,13 @@ def gait(clips: list[np.ndarray], fps: float) -> np.ndarray:
         rates = np.fft.rfftfreq(1024, 1 / fps)
         speed = np.linalg.norm(np.diff(clip[:, 0][:, [0, 2]], axis=0), axis=-1).mean() * fps
         slower = np.linalg.norm(np.diff(feet, axis=0), axis=-1).min(1).mean() * fps
-        found.append([rates[(spectrum * (rates > 0.6)).argmax()], speed, slower / max(speed, 1e-3)])
+        found.append([rates[(spectrum * (rates > 0.6)).argmax()], speed, slower])
     return np.array(found)
 
 
 def summary(values: np.ndarray) -> dict[str, list[float]]:
     """5th, 50th and 95th percentile of each column of `gait`."""
-    names = ("steps_per_second", "metres_per_second", "slower_foot")
+    names = ("steps_per_second", "body_speed", "slower_foot_speed")
     return {n: np.percentile(v, [5, 50, 95]).round(2).tolist() for n, v in zip(names, values.T, strict=True)}
 
 
@@ -127,9 +128,9 @@ def main() -> None:
     modality = trained.modality
     assert isinstance(modality, Motion)
     # The same channels as the run's: the windows lie closer than in training, which moves the statistics a little.
-    data.samples = modality.normalise(data.modality.restore(data.samples)) * length_mask(
-        data.lengths, data.spec.extent[0]
-    ).unsqueeze(1)
+    assert data.lengths is not None
+    there = length_mask(data.lengths, data.spec.extent[0])[:, None]
+    data.samples = modality.normalise(data.modality.restore(data.samples)) * there
     train, test = data.subset((~data.test).nonzero().flatten()), data.subset(data.test.nonzero().flatten())
     probe = train_probe(train)
     labels = torch.arange(len(ACTIONS)).repeat_interleave(arguments.samples)
@@ -152,7 +153,7 @@ def main() -> None:
         "drawn_walks": summary(figures),
         "walks_within_the_real_range": {
             "all_three": int(inside.all(1).sum()),
-            **dict(zip(("steps", "speed", "slower_foot"), inside.sum(0).tolist(), strict=True)),
+            **dict(zip(("steps", "body_speed", "slower_foot_speed"), inside.sum(0).tolist(), strict=True)),
             "of": len(walks),
         },
     }

@@ -89,8 +89,9 @@ def from_pixels(
     pixels = torch.from_numpy(np.ascontiguousarray(to_uint8(images)))
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2) if channels_last else pixels
     channels = config.channels or pixels.shape[1]
-    size = config.image_size or min(pixels.shape[-2:])
-    check_fits(f"{len(pixels)} samples of {channels}x{size}x{size}", len(pixels) * channels * size * size, config)
+    size = config.size or (min(pixels.shape[-2:]),) * 2
+    what = f"{len(pixels)} samples of {channels}x{size[0]}x{size[1]}"
+    check_fits(what, len(pixels) * channels * size[0] * size[1], config)
     pixels = to_channels(pixels, channels)
     return memory_set(resize_pixels(pixels, size).contiguous(), labels, config, class_names=class_names)
 
