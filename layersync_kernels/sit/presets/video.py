@@ -11,6 +11,9 @@ from ..config.sampling import SamplingConfig
 from ..config.video import VideoConfig
 
 PRESETS: dict[str, TrainConfig] = {
+    # Digits that move sideways: a frame of 14x20 has no other room. Patches of all frames and 2x2 pixels: those of 4
+    # frames show a seam in time, and where digits move in both directions (20x20) nothing was legible after 2,000 steps.
+    # Guidance by 2, 3 and 5 after 3,184 steps: 9, 16 and 18 of 50 are recognised in first, middle and last frame.
     "video": TrainConfig(
         data=DataConfig(
             data="moving-mnist", split="train", video=VideoConfig(frames=8, video_size=(14, 20), made_clips=20_000)
@@ -29,7 +32,7 @@ PRESETS: dict[str, TrainConfig] = {
             ema_decay=0.997,
             ema_warmup=True,
         ),
-        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
+        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=4.0),
         log=LogConfig(log_every=50, sample_every=1500, checkpoint_every=1500),
         precision="fp32",
     ),
