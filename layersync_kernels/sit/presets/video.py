@@ -12,7 +12,7 @@ from ..config.video import VideoConfig
 
 PRESETS: dict[str, TrainConfig] = {
     # Digits that move sideways: a frame of 14x20 has no other room. Patches of all frames and 2x2 pixels: those of 4
-    # frames show a seam in time, and where digits move in both directions (20x20) nothing was legible after 2,000 steps.
+    # frames show a seam in time, and where digits move up and down too (20x20) none was legible after 2,000 steps.
     # Guidance by 2, 3 and 5 after 3,184 steps: 9, 16 and 18 of 50 are recognised in first, middle and last frame.
     "video": TrainConfig(
         data=DataConfig(
