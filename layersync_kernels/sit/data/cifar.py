@@ -17,7 +17,7 @@ from .folders import from_source, load_torchvision
 from .media import find_named
 from .memory import MemorySet
 from .npz import read_arrays
-from .streaming import ImageSource
+from .streaming import Source
 
 NAME = "cifar10"
 FILE = "cifar10_jpeg.npz"
@@ -63,7 +63,7 @@ def _load(path: Path, config: DataConfig) -> SampleSet:
             image.load()
             return image, label
 
-    data = from_source(ImageSource(len(spans), load, lambda i: f"{path}[{i}]", CLASSES), config, default_channels=3)
+    data = from_source(Source(len(spans), load, lambda i: f"{path}[{i}]", CLASSES), config, default_channels=3)
     if isinstance(data, MemorySet):
         test = [span[4] for i, span in enumerate(spans) if f"{path}[{i}]" not in data.broken]
         data.test = torch.tensor(test)

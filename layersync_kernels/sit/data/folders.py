@@ -24,7 +24,7 @@ from .buckets import BucketedSet, nearest_bucket
 from .media import read_all
 from .memory import MemorySet, check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
-from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message, describe
+from .streaming import DECODE_ERRORS, Source, StreamingSet, all_broken_message, describe
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +71,7 @@ def load_folder(config: DataConfig) -> SampleSet:
             image.load()
             return image, label
 
-    source = ImageSource(len(files), load, lambda i: files[i][0], list(folder.classes))
+    source = Source(len(files), load, lambda i: files[i][0], list(folder.classes))
     return from_source(source, config, default_channels=3)
 
 
@@ -121,7 +121,7 @@ def load_torchvision(config: DataConfig) -> SampleSet:
         return image, int(label)
 
     classes = getattr(dataset, "classes", None) or [str(c) for c in range(_count_classes(dataset, load))]
-    source = ImageSource(len(dataset), load, lambda i: f"{config.data}[{i}]", [str(c) for c in classes])
+    source = Source(len(dataset), load, lambda i: f"{config.data}[{i}]", [str(c) for c in classes])
     return from_source(source, config, default_channels=None)
 
 
@@ -135,7 +135,7 @@ def _count_classes(dataset: Any, load: Callable[[int], tuple[Image.Image, int]])
     return max(load(i)[1] for i in range(len(dataset))) + 1
 
 
-def from_source(source: ImageSource, config: DataConfig, *, default_channels: int | None) -> SampleSet:
+def from_source(source: Source[Image.Image], config: DataConfig, *, default_channels: int | None) -> SampleSet:
     """Decodes everything now if the samples fit into `config.memory_limit_gb`, else streams.
 
     Args:
@@ -161,21 +161,21 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
         check_fits(
             f"{len(source)} images of up to {pixels} pixels", len(source) * channels * pixels, config, instead=""
         )
-    if len(source) * channels * pixels > limit_bytes(config):
-        logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
-        return StreamingSet(
-            spec=SampleSpec(channels, size),
-            num_classes=len(source.class_names),
-            class_names=source.class_names,
-            source=source,
-            workers=config.workers,
-        )
 
     def decode(i: int) -> tuple[Tensor, int]:
         image, label = source.load(i)
         own = sizes[nearest_bucket(image.height, image.width, sizes)] if sizes else size
         return image_to_tensor(image, own, channels), label
 
+    if len(source) * channels * pixels > limit_bytes(config):
+        logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
+        return StreamingSet(
+            spec=SampleSpec(channels, size),
+            num_classes=len(source.class_names),
+            class_names=source.class_names,
+            source=Source(len(source), decode, source.name, source.class_names),
+            workers=config.workers,
+        )
     names = [source.name(i) for i in range(len(source))]
     good, broken = read_all(names, decode, what="image files", workers=config.workers)  # Pillow decodes without the GIL
     if not sizes:
@@ -194,7 +194,7 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
 
 
 def _in_memory(
-    items: Sequence[tuple[Tensor, int]], source: ImageSource, config: DataConfig, broken: dict[str, str]
+    items: Sequence[tuple[Tensor, int]], source: Source[Image.Image], config: DataConfig, broken: dict[str, str]
 ) -> MemorySet:
     samples, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
     return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
@@ -228,7 +228,7 @@ def captioned(data: SampleSet, captions: Sequence[object], names: Sequence[str],
     return data
 
 
-def _first_readable(source: ImageSource) -> Image.Image:
+def _first_readable(source: Source[Image.Image]) -> Image.Image:
     broken: dict[str, str] = {}
     for i in range(len(source)):
         try:
@@ -237,4 +237,4 @@ def _first_readable(source: ImageSource) -> Image.Image:
             raise
         except DECODE_ERRORS as error:
             broken[source.name(i)] = describe(error)
-    raise DataError(all_broken_message(broken))
+    raise DataError(all_broken_message(broken, source.what))

@@ -13,7 +13,7 @@ from ..files import optional_module
 from .base import SampleSet
 from .folders import captioned, from_source
 from .media import first_line
-from .streaming import ImageSource
+from .streaming import Source
 
 PREFIX = "hf:"
 
@@ -56,7 +56,7 @@ def load_huggingface(config: DataConfig) -> SampleSet:
         row: dict[str, Any] = found[i]
         return row[images[0]], int(row[classes[0]]) if classes else 0
 
-    source = ImageSource(len(found), load, lambda i: f"{config.data}[{i}]", [str(own) for own in names])
+    source = Source(len(found), load, lambda i: f"{config.data}[{i}]", [str(own) for own in names])
     captions = list(found[texts[0]]) if texts else [None] * len(found)
     rows = [f"{config.data}[{i}]" for i in range(len(found))]
     return captioned(from_source(source, config, default_channels=None), captions, rows, config)

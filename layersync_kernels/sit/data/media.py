@@ -11,7 +11,7 @@ from typing import TypeVar
 
 from ...errors import DataError
 from ..config.data import DataConfig
-from .streaming import DECODE_ERRORS, describe
+from .streaming import DECODE_ERRORS, all_broken_message, describe
 
 logger = logging.getLogger(__name__)
 
@@ -84,8 +84,7 @@ def read_all(
     good = {number: value for number, (value, reason) in enumerate(results) if value is not None}
     broken = {names[number]: reason for number, (value, reason) in enumerate(results) if value is None}
     if not good:
-        first = "; ".join(f"{name}: {reason}" for name, reason in list(broken.items())[:3])
-        raise DataError(f"none of the {len(broken)} {what} can be read ({first}); check the files")
+        raise DataError(all_broken_message(broken, what))
     for name, reason in broken.items():
         logger.warning("skipped broken file %s (%s)", name, reason)
     if broken:

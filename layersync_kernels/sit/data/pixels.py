@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 
@@ -10,6 +11,10 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from ...errors import DataError
+
+logger = logging.getLogger(__name__)
 
 CHUNK_VALUES = 2**24
 """Values that are made floats at a time where a whole data set is converted: 64 MB in fp32."""
@@ -45,6 +50,40 @@ def resize_pixels(images: Tensor, size: tuple[int, int]) -> Tensor:
             chunk = F.interpolate(chunk, size, mode="bicubic", antialias=True)
         resized.append(chunk.round().clamp(0, 255).to(torch.uint8))
     return torch.cat(resized)
+
+
+def to_uint8(images: np.ndarray) -> np.ndarray:
+    """Pixels of any shape as uint8.
+
+    Raises:
+        DataError: they are neither uint8, nor floats in [-1, 1] or [0, 1].
+    """
+    if images.dtype == np.uint8:
+        return images
+    if not np.issubdtype(images.dtype, np.floating):
+        raise DataError(f"images are {images.dtype}; expected uint8 (0..255) or floats in [-1, 1] or [0, 1]")
+    low, high = float(images.min()), float(images.max())
+    if not (low >= -1.0 and high <= 1.0):  # NaN fails this too
+        raise DataError(f"float images range over [{low:g}, {high:g}]; expected [-1, 1] or [0, 1]")
+    logger.info(
+        "float images without negative values are read as [0, 1]" if low >= 0 else "float images read as [-1, 1]"
+    )
+    pixels = np.empty(images.shape, np.uint8)
+    length = chunk_length(images.shape)
+    for start in range(0, len(images), length):
+        part = images[start : start + length]
+        unit = part if low >= 0 else (part + 1.0) / 2.0
+        pixels[start : start + length] = np.rint(unit * 255.0)
+    return pixels
+
+
+def to_channels(pixels: Tensor, channels: int) -> Tensor:
+    """uint8 (N, 1 or 3, ...) in grey or colour: by Rec. 601 luma, as Pillow converts RGB to L."""
+    if (channels, pixels.shape[1]) == (1, 3):
+        weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, *[1] * (pixels.ndim - 2))
+        parts = pixels.split(chunk_length(pixels.shape))
+        return torch.cat([(part * weights).sum(1, keepdim=True).round().to(torch.uint8) for part in parts])
+    return pixels.expand(-1, channels, *[-1] * (pixels.ndim - 2))
 
 
 def image_to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:

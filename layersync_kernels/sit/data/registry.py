@@ -28,6 +28,11 @@ from .motion_cmu import load_cmu_mocap
 from .motion_humanml3d import is_humanml3d, load_humanml3d
 from .motion_npz import is_motion_npz, load_motion_npz
 from .user import is_python_path, load_user
+from .video import is_video_folder, load_video_folder
+from .video_bodies import NAME as BODIES
+from .video_bodies import load_bodies
+from .video_digits import NAME as MOVING_MNIST
+from .video_digits import load_moving_mnist
 from .webdataset import is_webdataset, load_webdataset
 
 
@@ -52,6 +57,8 @@ def _file(suffix: str) -> Callable[[str], bool]:
 KINDS: list[DataKind] = [
     DataKind("mnist", lambda name: name == "mnist", load_mnist),
     DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
+    DataKind(MOVING_MNIST, lambda name: name == MOVING_MNIST, load_moving_mnist),
+    DataKind(BODIES, lambda name: name == BODIES, load_bodies),
     DataKind(CIFAR10, lambda name: name == CIFAR10, load_cifar10),
     DataKind("a folder that `layersync latents` wrote", is_latents_folder, load_latents_folder),
     DataKind(FSDD, lambda name: name == FSDD, load_fsdd),
@@ -60,6 +67,7 @@ KINDS: list[DataKind] = [
     DataKind("a folder like that of HumanML3D", is_humanml3d, load_humanml3d),
     DataKind("a folder of .bvh files", is_bvh, load_bvh),
     DataKind("a folder or an .npz file of positions or rotations of joints", is_motion_npz, load_motion_npz),
+    DataKind("a folder of mp4, mov, avi, mkv, webm or gif files", is_video_folder, load_video_folder),
     DataKind("tar files of WebDataset", is_webdataset, load_webdataset),
     DataKind(f"{HUGGINGFACE}NAME", lambda name: name.startswith(HUGGINGFACE), load_huggingface),
     DataKind("MODULE:FUNCTION", is_python_path, load_user),

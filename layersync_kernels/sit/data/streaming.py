@@ -1,4 +1,4 @@
-"""Images decoded by worker processes as training goes."""
+"""Samples decoded by worker processes as training goes."""
 
 from __future__ import annotations
 
@@ -6,10 +6,9 @@ import logging
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
-from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Sampler
 from torch.utils.data import Dataset as TorchDataset
@@ -17,9 +16,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ...errors import DataError
 from ..batch import Batch, Condition
 from ..modality.images import pixels_to_unit
-from ..spec import SampleSpec
 from .base import EpochShuffle, SampleSet
-from .pixels import image_to_tensor
 
 logger = logging.getLogger(__name__)
 
@@ -29,21 +26,26 @@ logger = logging.getLogger(__name__)
 DECODE_ERRORS = Exception
 
 
+V = TypeVar("V")
+
+
 @dataclass
-class ImageSource:
-    """Numbered images behind one interface.
+class Source(Generic[V]):
+    """Numbered images or clips behind one interface.
 
     Attributes:
         count: how many there are.
-        load: gives image i and its label; a DataError ends the run, any other `DECODE_ERRORS` is a broken file.
-        name: of image i, for messages.
+        load: gives number i and its label; a DataError ends the run, any other `DECODE_ERRORS` is a broken file.
+        name: of the file of number i, for messages.
         class_names: one a label.
+        what: they are, in the plural, for messages.
     """
 
     count: int
-    load: Callable[[int], tuple[Image.Image, int]]
+    load: Callable[[int], tuple[V, int]]
     name: Callable[[int], str]
     class_names: list[str]
+    what: str = "image files"
 
     def __len__(self) -> int:
         return self.count
@@ -54,35 +56,33 @@ def describe(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def all_broken_message(broken: dict[str, str]) -> str:
+def all_broken_message(broken: dict[str, str], what: str) -> str:
     """Says that nothing could be read, naming the first files."""
     first = "; ".join(f"{name}: {reason}" for name, reason in list(broken.items())[:3])
-    return f"none of the {len(broken)} image files can be read ({first}); check the files"
+    return f"none of the {len(broken)} {what} can be read ({first}); check the files"
 
 
 _Item = tuple[int, Tensor, int, dict[str, str]]
-"""Number, image, label, and what was broken on the way to it."""
+"""Number, pixels, label, and what was broken on the way to it."""
 
 
-class DecodedImages(TorchDataset[_Item]):
+class Decoded(TorchDataset[_Item]):
     """Decodes on demand; a broken file is replaced by the next readable one and reported beside it."""
 
-    def __init__(self, source: ImageSource, spec: SampleSpec) -> None:
-        self.source, self.channels = source, spec.channels
-        self.size = spec.extent[0], spec.extent[1]
+    def __init__(self, source: Source[Tensor]) -> None:
+        self.source = source
 
     def __getitem__(self, index: int) -> _Item:
         broken: dict[str, str] = {}
         for shift in range(len(self.source)):
             i = (index + shift) % len(self.source)
             try:
-                image, label = self.source.load(i)
-                return index, image_to_tensor(image, self.size, self.channels), label, broken
+                return index, *self.source.load(i), broken
             except DataError:
                 raise
             except DECODE_ERRORS as error:
                 broken[self.source.name(i)] = describe(error)
-        raise DataError(all_broken_message(broken))
+        raise DataError(all_broken_message(broken, self.source.what))
 
 
 class _StreamSampler(Sampler[int]):
@@ -97,18 +97,23 @@ class _StreamSampler(Sampler[int]):
 
 
 def _collate(items: list[_Item]) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
-    index, images, labels, broken = zip(*items, strict=True)
+    index, pixels, labels, broken = zip(*items, strict=True)
     found: dict[str, str] = {}
     for one in broken:
         found |= one
-    return torch.tensor(index), torch.stack(images), torch.tensor(labels), found
+    return torch.tensor(index), torch.stack(pixels), torch.tensor(labels), found
 
 
 @dataclass(kw_only=True)
 class StreamingSet(SampleSet):
-    """Images decoded by worker processes as training goes, for what does not fit in memory."""
+    """Pixels decoded by worker processes as training goes, for what does not fit in memory.
 
-    source: ImageSource
+    Attributes:
+        source: gives uint8 of the shape of `spec`.
+        workers: processes; in `take` threads.
+    """
+
+    source: Source[Tensor]
     workers: int = 4
 
     def __len__(self) -> int:
@@ -117,7 +122,7 @@ class StreamingSet(SampleSet):
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
         """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU."""
         loader: DataLoader[Any] = DataLoader(
-            DecodedImages(self.source, self.spec),
+            Decoded(self.source),
             batch_size=batch_size,
             sampler=_StreamSampler(EpochShuffle(len(self), seed), start),
             num_workers=self.workers,
@@ -126,19 +131,19 @@ class StreamingSet(SampleSet):
             # A worker must not die of the Ctrl-C that asks the trainer to save.
             worker_init_fn=_ignore_interrupt,
         )
-        for index, images, labels, broken in loader:
+        for index, pixels, labels, broken in loader:
             for name, reason in broken.items():
                 if name not in self.broken:
                     self.broken[name] = reason
                     logger.warning("skipped broken file %s (%s); %d so far", name, reason, len(self.broken))
-            yield Batch(pixels_to_unit(images), Condition(labels), index)
+            yield Batch(pixels_to_unit(pixels), Condition(labels), index)
 
     def take(self, index: Tensor) -> Batch:
         """See `SampleSet.take`. A broken file is replaced as in `batches`."""
-        decoded = DecodedImages(self.source, self.spec)
+        decoded = Decoded(self.source)
         with ThreadPoolExecutor(max_workers=max(self.workers, 1)) as pool:
-            _, images, labels, _ = _collate(list(pool.map(decoded.__getitem__, index.tolist())))
-        return Batch(pixels_to_unit(images), Condition(labels), index)
+            _, pixels, labels, _ = _collate(list(pool.map(decoded.__getitem__, index.tolist())))
+        return Batch(pixels_to_unit(pixels), Condition(labels), index)
 
 
 def _ignore_interrupt(_worker: int) -> None:

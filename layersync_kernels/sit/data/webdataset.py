@@ -21,7 +21,7 @@ from .base import SampleSet
 from .folders import captioned, check_image, from_source
 from .media import holds
 from .memory import limit_bytes
-from .streaming import ImageSource
+from .streaming import Source
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp")
 _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
@@ -75,7 +75,7 @@ def load_webdataset(config: DataConfig) -> SampleSet:
             image.load()
             return image, labels[i]
 
-    source = ImageSource(len(names), load, lambda i: names[i], classes)
+    source = Source(len(names), load, lambda i: names[i], classes)
     captions = [fact.get("caption") for fact in facts]
     return captioned(from_source(source, config, default_channels=3), captions, names, config)
 

@@ -12,8 +12,9 @@ from .base import Modality
 from .images import Images
 from .latents import Latents
 from .motion import Motion
+from .video import Video
 
-MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents, Mel, Motion, Waveform)}
+MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents, Mel, Motion, Video, Waveform)}
 """A new one belongs here."""
 
 
