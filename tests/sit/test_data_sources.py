@@ -2,7 +2,9 @@
 
 import io
 import json
+import re
 import tarfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -203,26 +205,11 @@ def test_cifar_that_is_not_there_is_torchvision_s(tmp_path):
 # A user's own
 
 
-OWN = """
-import torch
-from layersync_kernels.sit.batch import Batch, Condition
-from layersync_kernels.sit.data.base import SampleSet
-from layersync_kernels.sit.spec import SampleSpec
-
-class Ramps(SampleSet):
-    def __len__(self):
-        return 12
-
-    def take(self, index):
-        ramps = torch.arange(8.0)[None, None] * index.view(-1, 1, 1) / 12
-        return Batch(ramps, Condition(index % 3), index)
-
-def make(config):
-    print("made", config.data)
-    return Ramps(spec=SampleSpec(1, (8,)), num_classes=3, class_names=["a", "b", "c"])
-
+PAGE = Path(__file__).parents[2] / "docs" / "data.md"
+MORE = """
 def fail(config):
     raise KeyError("no such thing")
+
 
 def other(config):
     return 3
@@ -231,7 +218,8 @@ def other(config):
 
 @pytest.fixture
 def own(tmp_path, monkeypatch):
-    (tmp_path / "own_ramps.py").write_text(OWN)
+    (code,) = re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL)
+    (tmp_path / "own_ramps.py").write_text(code + MORE)
     monkeypatch.chdir(tmp_path)
     monkeypatch.delitem(__import__("sys").modules, "own_ramps", raising=False)
     return tmp_path
@@ -241,11 +229,10 @@ def test_a_run_on_a_set_of_ones_own(own, capsys):
     sizes = ["--patch-size=2", "--hidden-size=8", "--num-heads=2", "--depth=3", "--batch-size=4", "--steps=2"]
     latents = ["--sample-every=0", "--no-tensorboard", "--device=cpu", "--precision=fp32"]
     assert cli.main(["train", "--data=own_ramps:make", "--out=run", *sizes, *latents]) == 0
-    assert "made own_ramps:make" in capsys.readouterr().out
+    assert "12 samples of (1, 8)" in capsys.readouterr().err
     # Its settings alone start no code.
     assert cli.main(["train", "--out=run", "--resume", "--steps=4"]) == 1
     err = capsys.readouterr().err
-    assert "made" not in err
     assert "--data own_ramps:make" in err
 
 
