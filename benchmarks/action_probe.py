@@ -87,7 +87,7 @@ def accuracy(probe: Probe, samples: Tensor, condition: Condition) -> dict[str, A
 
 
 def gait(clips: list[np.ndarray], fps: float) -> np.ndarray:
-    """(N, 3): steps a second, speed in m/s, and speed of the slower foot as a share of that, of joints (T, 38, 3)."""
+    """(N, 3): steps a second, and speeds in m/s of the body and of the slower foot, of joints (T, 38, 3)."""
     found = []
     for clip in clips:
         feet = clip[:, FEET][..., [0, 2]]
@@ -96,13 +96,13 @@ def gait(clips: list[np.ndarray], fps: float) -> np.ndarray:
         rates = np.fft.rfftfreq(1024, 1 / fps)
         speed = np.linalg.norm(np.diff(clip[:, 0][:, [0, 2]], axis=0), axis=-1).mean() * fps
         slower = np.linalg.norm(np.diff(feet, axis=0), axis=-1).min(1).mean() * fps
-        found.append([rates[(spectrum * (rates > 0.6)).argmax()], speed, slower / max(speed, 1e-3)])
+        found.append([rates[(spectrum * (rates > 0.6)).argmax()], speed, slower])
     return np.array(found)
 
 
 def summary(values: np.ndarray) -> dict[str, list[float]]:
     """5th, 50th and 95th percentile of each column of `gait`."""
-    names = ("steps_per_second", "metres_per_second", "slower_foot")
+    names = ("steps_per_second", "body_speed", "slower_foot_speed")
     return {n: np.percentile(v, [5, 50, 95]).round(2).tolist() for n, v in zip(names, values.T, strict=True)}
 
 
@@ -152,7 +152,7 @@ def main() -> None:
         "drawn_walks": summary(figures),
         "walks_within_the_real_range": {
             "all_three": int(inside.all(1).sum()),
-            **dict(zip(("steps", "speed", "slower_foot"), inside.sum(0).tolist(), strict=True)),
+            **dict(zip(("steps", "body_speed", "slower_foot_speed"), inside.sum(0).tolist(), strict=True)),
             "of": len(walks),
         },
     }

@@ -20,7 +20,7 @@ PRESETS: dict[str, TrainConfig] = {
             split="train",
             motion=MotionConfig(motion_frames=36, motion_stride=4, motion_fps=15.0),
         ),
-        model=ModelConfig(model="SiT-P/2", patch_size=1, hidden_size=128, depth=6, num_heads=4),
+        model=ModelConfig(model="SiT-P/2", patch_size=(1,), hidden_size=128, depth=4, num_heads=4),
         optim=OptimConfig(
             steps=100_000,
             max_seconds=480.0,
