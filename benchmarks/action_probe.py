@@ -17,7 +17,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from layersync_kernels.sit.batch import Condition, length_mask
+from layersync_kernels.ops.attention import length_mask
+from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.run import CONFIG
 from layersync_kernels.sit.data.memory import MemorySet
@@ -127,9 +128,9 @@ def main() -> None:
     modality = trained.modality
     assert isinstance(modality, Motion)
     # The same channels as the run's: the windows lie closer than in training, which moves the statistics a little.
-    data.samples = modality.normalise(data.modality.restore(data.samples)) * length_mask(
-        data.lengths, data.spec.extent[0]
-    ).unsqueeze(1)
+    assert data.lengths is not None
+    there = length_mask(data.lengths, data.spec.extent[0])[:, None]
+    data.samples = modality.normalise(data.modality.restore(data.samples)) * there
     train, test = data.subset((~data.test).nonzero().flatten()), data.subset(data.test.nonzero().flatten())
     probe = train_probe(train)
     labels = torch.arange(len(ACTIONS)).repeat_interleave(arguments.samples)

@@ -36,6 +36,9 @@ COMMANDS = {
         "layersync_kernels.sit.commands.features:features_main",
         "run a pretrained teacher over a data set once",
     ),
+    "latents": Command(
+        "layersync_kernels.sit.commands.latents:latents_main", "encode a data set with an autoencoder once"
+    ),
     "compare": Command(
         "layersync_kernels.sit.commands.compare:compare_main",
         "train vanilla, LayerSync, REPA and both in turns, and report",

@@ -24,7 +24,7 @@ from ..sit.data.base import SampleSet
 from ..sit.data.memory import MemorySet
 from ..sit.data.registry import load_data
 from ..sit.device import resolve_device
-from ..sit.modality.images import Latents
+from ..sit.modality.latents import Latents
 from ..sit.spec import SampleSpec
 from ..sit.training.loop import Trainer
 from ..sit.training.state import TrainState
@@ -56,8 +56,9 @@ class PublishedState(TrainState):
     @torch.no_grad()
     def move_average(self) -> None:
         """Without warm-up."""
-        for average, weight in zip(self.averages, self.weights, strict=True):
-            average.mul_(self.config.ema_decay).add_(weight, alpha=1 - self.config.ema_decay)
+        decay = self.config.ema_decays[0]
+        for average, weight in zip(self.averages[0], self.weights, strict=True):
+            average.mul_(decay).add_(weight, alpha=1 - decay)
 
 
 class PublishedTrainer(Trainer):

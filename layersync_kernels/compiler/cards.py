@@ -84,6 +84,11 @@ CARDS = {
 """Cards by name."""
 
 
+def card_of(title: str) -> Card | None:
+    """The card that the driver names so, or None where its rates are not known."""
+    return next((card for card in CARDS.values() if card.title == title), None)
+
+
 def find_card(name: str) -> Card:
     """The card of that name, in upper or lower case.
 

@@ -184,7 +184,8 @@ def damage_safetensors(rng, content, label=None):
 
 def take(data, limit=64):
     """Some of the batches that training would see."""
-    for samples, labels in [next(data.batches(3, seed=0))]:
+    for batch in [next(data.batches(3, seed=0))]:
+        samples, labels = batch.samples, batch.labels
         assert samples.isfinite().all()
         assert labels.min() >= 0
         assert labels.max() < data.num_classes
@@ -279,8 +280,7 @@ def fits_again(rng, checkpoint):
 def resume(run, trainer):
     """As `layersync train --resume` does, and a step."""
     trainer.load(checkpoint_to_resume(run))
-    samples, labels = next(trainer.batches())
-    trainer.step(samples, labels)
+    trainer.step(next(trainer.batches()))
     trainer.check_finite()
 
 
@@ -310,7 +310,7 @@ def fuzz_checkpoint(folder):
         path.write_bytes(damage_safetensors(rng, path.read_bytes(), label))
         fits_again(rng, checkpoint)
         if rng.random() < 0.2:
-            load_trained(run, ema=rng.random() < 0.5)
+            load_trained(run, which="ema" if rng.random() < 0.5 else "model")
         elif rng.random() < 0.2:
             load_trained(shutil.copy(path, folder / "lone.safetensors"), num_heads=2)
         resume(run, trainer)

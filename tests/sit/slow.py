@@ -11,7 +11,7 @@ import sys, time, torch
 from layersync_kernels import cli
 from layersync_kernels.sit.training.loop import Trainer
 step = Trainer.step
-def slow(self, *batch):
+def slow(self, batch):
     step(self, batch)
     print("step", self.steps_done, file=sys.__stdout__, flush=True)  # the progress bar takes sys.stdout
     end = time.monotonic() + float(sys.argv[1])

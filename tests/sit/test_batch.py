@@ -16,7 +16,8 @@ from layersync_kernels.sit.data import registry
 from layersync_kernels.sit.data.media import class_files, holds, read_all
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.modality.base import Modality, channel_statistics, cut
-from layersync_kernels.sit.modality.images import Images, Latents
+from layersync_kernels.sit.modality.images import Images
+from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.modality.registry import MODALITIES, build_modality, modality_facts
 from layersync_kernels.sit.sampling.draw import conditions
 from layersync_kernels.sit.spec import SampleSpec

@@ -220,7 +220,7 @@ def test_weights_of_a_run_are_checked(tmp_path):
     for path in (tmp_path, checkpoint, checkpoint / "ema.safetensors"):
         with pytest.raises(DamagedCheckpoint, match=r"ema\.safetensors: it is damaged"):
             load_weights(path)
-    assert load_weights(tmp_path, ema=False).tensors["w"].eq(1).all()
+    assert load_weights(tmp_path, which="model").tensors["w"].eq(1).all()
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -373,7 +373,7 @@ def test_published_layout_gives_averaged_or_last_weights_and_args(tmp_path):
     assert read.args == {"model": "SiT-XL/2", "lr": 0.1}
     name = "x_embedder.proj.weight"
     assert torch.equal(read.tensors[name], ema[name])
-    assert torch.equal(load_weights(tmp_path / "0000100.pt", ema=False).tensors[name], model[name])
+    assert torch.equal(load_weights(tmp_path / "0000100.pt", which="model").tensors[name], model[name])
 
 
 def test_bare_state_dict_and_wrapper_prefixes(tmp_path):

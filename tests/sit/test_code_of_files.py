@@ -134,7 +134,7 @@ def test_commands_about_a_run_take_no_code_from_it(tmp_path, capsys, code, comma
 
 def test_what_a_flag_names_is_not_taken_for_the_file_s(tmp_path, code):
     (tmp_path / CONFIG).write_text(json.dumps({"align": {"align": "repa", "teacher": code}}))
-    default = TrainCommand(read_settings(tmp_path / CONFIG, TrainConfig))
+    default = TrainCommand(config=read_settings(tmp_path / CONFIG, TrainConfig))
     command = parse(TrainCommand, ["--teacher", code], default=default, command="train")
     assert code_flags(command) == {"--teacher": code}
     assert type(command.config.align.teacher) is str

@@ -132,6 +132,6 @@ def test_both_schedules_have_flags_of_their_own():
     flags += "--align-schedule linear --align-start-step 10 --align-stop-step 500 --align-every 4"
     config = parse(TrainCommand, flags.split(), default=TrainCommand(), command="train").config
     assert (config.layersync.when, config.align.align_when) == SCHEDULES
-    default = parse(TrainCommand, ["--every", "3"], default=TrainCommand(config), command="train").config
+    default = parse(TrainCommand, ["--every", "3"], default=TrainCommand(config=config), command="train").config
     assert default.layersync.when == dataclasses.replace(SCHEDULES[0], every=3)
     assert default.align.align_when == SCHEDULES[1]

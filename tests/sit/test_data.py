@@ -242,7 +242,7 @@ def test_npz_without_labels_is_one_class(tmp_path):
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0])}, r"expected \(2,\)"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([0.0, 1.0])}, "expected integers"),
         ({"images": np.zeros((2, 4, 4), np.uint8), "labels": np.array([-1, 1])}, "down to -1"),
-        ({"latents": np.zeros((2, 4, 8, 4), np.float32)}, "H = W"),
+        ({"latents": np.zeros((2, 4), np.float32)}, r"expected \(N, C, H, W\)"),
         ({"latents": np.zeros((2, 4, 8, 8), np.uint8)}, "expected float16"),
         ({"latents": np.zeros((2, 4, 8, 8), np.longdouble)}, "expected float16"),
         ({"images": np.zeros((2, 0, 4), np.uint8)}, r"shape \(2, 0, 4\)"),

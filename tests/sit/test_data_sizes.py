@@ -159,7 +159,7 @@ def test_float_images_become_the_same_pixels_in_pieces(tmp_path, monkeypatch, la
     assert np.array_equal(found, expected if layout == "NCHW" else expected.transpose(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("size", [4, 5])
+@pytest.mark.parametrize("size", [(4, 4), (5, 5), (4, 5), (3, 7)])
 @pytest.mark.parametrize("channels", [1, 3])
 def test_pixels_resized_in_pieces_are_those_resized_at_once(monkeypatch, size, channels):
     images = torch.randint(0, 256, (5, channels, 8, 10), dtype=torch.uint8)

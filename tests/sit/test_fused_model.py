@@ -284,7 +284,7 @@ def test_pairs_that_cannot_be_captured_are_named(options, capture, error, match)
 @pytest.mark.parametrize(
     ("options", "match"),
     [
-        ({"kernels": "cuda"}, "unknown kernels='cuda'; expected 'fused' or 'eager'"),
+        ({"kernels": "cuda"}, "unknown kernels='cuda'; expected one of 'fused', 'eager'"),
         ({"recompute": "all"}, "unknown recompute='all'; expected one of none, light, full"),
     ],
 )

@@ -17,7 +17,8 @@ from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.run import CONFIG, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.diffusion.transport import create_transport
-from layersync_kernels.sit.modality.images import Latents, save_grid
+from layersync_kernels.sit.modality.images import save_grid
+from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling.draw import draw
 from layersync_kernels.sit.sampling.load import load_trained

@@ -22,6 +22,7 @@ from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import LogConfig, TrainConfig
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.diffusion.transport import Transport
+from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.teachers import clock as teacher_clock
 from layersync_kernels.sit.teachers.base import Teacher
@@ -226,10 +227,10 @@ def test_teacher_sees_the_samples_that_the_model_sees(monkeypatch):
         return losses(self, model, x, *arguments, **keywords)
 
     monkeypatch.setattr(Transport, "training_losses", training_losses)
-    samples = trainer.data.take(torch.arange(8))
-    trainer.step(samples, torch.zeros(8, dtype=torch.long))
+    batch = trainer.data.take(torch.arange(8))
+    trainer.step(batch)
     assert torch.equal(*seen)
-    flipped = [not torch.equal(a, b) for a, b in zip(seen[0], samples, strict=True)]
+    flipped = [not torch.equal(a, b) for a, b in zip(seen[0], batch.samples, strict=True)]
     assert 0 < sum(flipped) < 8
 
 
@@ -246,7 +247,7 @@ def test_gradient_of_both_losses_reaches_the_model_and_that_of_repa_its_projecto
         trainer.state.optimizer.step = lambda: None
         trainer.state.optimizer.zero_grad = lambda set_to_none: None
         torch.manual_seed(0)
-        trainer.step(trainer.data.take(torch.arange(4)), torch.zeros(4, dtype=torch.long))
+        trainer.step(trainer.data.take(torch.arange(4)))
         gradients[name] = trainer.model.blocks[0].mlp.fc1.weight.grad
         if (repa := trainer.term(RepaTerm)) is not None:
             assert all(p.grad.abs().sum() > 0 for p in repa.module.parameters())
@@ -302,7 +303,7 @@ def test_nan_of_the_teacher_in_a_later_step_is_blamed_on_it(tmp_path, monkeypatc
 
 
 def test_latents_are_refused_unless_features_are_given(tmp_path):
-    latents = tiny_data(samples=torch.randn(14, 1, 4, 4), latent=True)
+    latents = tiny_data(samples=torch.randn(14, 1, 4, 4), modality=Latents())
     with pytest.raises(DataError, match=r"latents.*--features FILE"):
         Trainer(tiny_config(), latents)
     with pytest.raises(DataError, match="latents"):
@@ -389,7 +390,7 @@ def test_features_command_writes_what_training_reads(tmp_path, monkeypatch, caps
     data = tiny_data()
     features = Features(path, data, teacher="tiny", flip=True)
     index, mirrored = torch.tensor([3, 0, 13]), torch.tensor([True, False, True])
-    samples = data.take(index)
+    samples = data.take(index).samples
     samples = torch.where(mirrored.view(3, 1, 1, 1), samples.flip(3), samples)
     torch.testing.assert_close(features.tokens(index, mirrored).float(), tiny_teacher()(samples), rtol=2e-3, atol=2e-3)
     assert load_file(path)["features"].dtype == torch.float16

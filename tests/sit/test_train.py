@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import errno
 import itertools
 import json
@@ -73,7 +74,7 @@ def test_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path, st
     trainer.step = lambda batch: (step(batch), trainer.steps_done == stop_at and os.kill(os.getpid(), signal.SIGTERM))
     assert trainer.fit().ended == "interrupted"
     run_training(tiny_config(log=log), tmp_path / "parts", resume=True)
-    timed = ("seconds", "images_per_second")
+    timed = ("seconds", "samples_per_second", "tokens_per_second")
     whole, parts = (
         [{k: r[k] for k in r if k not in timed} for r in read_records(tmp_path / n)] for n in ("whole", "parts")
     )
@@ -184,7 +185,7 @@ def test_off_is_plain_sit_and_captures_nothing(monkeypatch):
     assert trainer.term(LayerSyncTerm) is None
     plain = Trainer(config, tiny_data())
     forward = trainer.model.forward
-    monkeypatch.setattr(trainer.model, "forward", lambda x, t, y: forward(x, t, y))  # has no `capture`
+    monkeypatch.setattr(trainer.model, "forward", lambda x, t, *, y: forward(x, t, y))  # has no `capture`
     batches = [batch for _, batch in zip(range(3), trainer.data.batches(5, seed=0), strict=False)]
     torch.manual_seed(1)
     for batch in batches:
@@ -192,8 +193,9 @@ def test_off_is_plain_sit_and_captures_nothing(monkeypatch):
     optimizer = torch.optim.AdamW(plain.state.weights, lr=config.optim.lr, weight_decay=0, fused=True)
     generator = torch.Generator().manual_seed(config.seed)
     torch.manual_seed(1)
-    for samples, labels in batches:
-        loss = plain.transport.training_losses(plain.model, samples, {"y": labels}, generator=generator)["loss"].mean()
+    for batch in batches:
+        inputs = {"y": batch.labels}
+        loss = plain.transport.training_losses(plain.model, batch.samples, inputs, generator=generator)["loss"].mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -243,7 +245,8 @@ def test_run_folder_holds_all_that_is_promised(tmp_path):
     assert Image.open(run / "curves.png").size[0] > 100
     assert len(list((run / "tensorboard").iterdir())) == 1
     record = read_records(run)[-1]
-    assert {"step", "loss", "align_loss", "cosine", "lr", "grad_norm", "images_per_second", "seconds"} == set(record)
+    rates = {"samples_per_second", "tokens_per_second"}
+    assert {"step", "loss", "align_loss", "cosine", "lr", "grad_norm", "seconds"} | rates == set(record)
 
 
 def test_existing_run_is_not_touched_unless_asked(tmp_path):
@@ -374,8 +377,9 @@ def test_full_disk_at_the_end_is_an_error_that_names_the_last_checkpoint(tmp_pat
 def test_nan_loss_stops_names_the_step_and_keeps_good_checkpoints(tmp_path, monkeypatch, bad_step):
     step = Trainer.step
 
-    def poisoned(self, samples, labels):
-        step(self, samples * float("nan") if self.steps_done + 1 == bad_step else samples, labels)
+    def poisoned(self, batch):
+        bad = dataclasses.replace(batch, samples=batch.samples * float("nan"))
+        step(self, bad if self.steps_done + 1 == bad_step else batch)
 
     monkeypatch.setattr(Trainer, "step", poisoned)
     with pytest.raises(TrainingDiverged, match=rf"not finite at step {bad_step}; .*step_00000004"):

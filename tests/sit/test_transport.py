@@ -417,3 +417,59 @@ def test_bad_training_data_is_named(x1, given, error, message):
 def test_a_prediction_of_the_wrong_shape_is_named():
     with pytest.raises(ValueError, match=r"returned shape \(2, 1\)"):
         create_transport().training_losses(lambda x, t: x.flatten(1)[:, :1], torch.zeros(2, 1, 2, 2))
+
+
+# Times
+
+
+def times(**options):
+    transport = create_transport(**options)
+    generator = torch.Generator().manual_seed(0)
+    return transport.draw_times(20_000, generator=generator, dtype=torch.float64, device=torch.device("cpu"))
+
+
+def test_uniform_times_are_those_that_training_has_always_drawn():
+    expected = torch.rand(20_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert torch.equal(times(), expected)
+
+
+@pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (-0.5, 0.6)])
+def test_logit_normal_times_have_normal_logits(mean, std):
+    logits = times(time_sampling="logit-normal", logit_mean=mean, logit_std=std).logit()
+    assert logits.mean().item() == pytest.approx(mean, abs=0.03)
+    assert logits.std().item() == pytest.approx(std, abs=0.03)
+
+
+def test_shift_moves_times_towards_noise_by_the_published_formula():
+    plain, shifted = times(), times(time_shift=3.0)
+    noise = 1 - plain
+    torch.testing.assert_close(1 - shifted, 3 * noise / (1 + 2 * noise))
+    assert (shifted <= plain).all()
+    ends = create_transport(time_shift=3.0).shifted(torch.tensor([0.0, 1.0]))
+    assert ends.tolist() == [0.0, 1.0]
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_fixed_step_solvers_visit_shifted_times(reverse):
+    transport, seen = create_transport(time_shift=3.0), []
+
+    def model(x, t):
+        seen.append(t[0].item())
+        return torch.zeros_like(x)
+
+    Sampler(transport).sample_ode(sampling_method="euler", num_steps=5, reverse=reverse)(torch.zeros(1, 1), model)
+    expected = transport.shifted(torch.linspace(0, 1, 5)).tolist()
+    assert seen == pytest.approx(expected[:0:-1] if reverse else expected[:-1], abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"time_sampling": "beta"}, "unknown time_sampling"),
+        ({"time_shift": 0.0}, "time_shift"),
+        ({"logit_std": -1}, "logit_std"),
+    ],
+)
+def test_times_out_of_range_are_named(options, match):
+    with pytest.raises(ValueError, match=match):
+        create_transport(**options)

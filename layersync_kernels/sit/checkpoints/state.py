@@ -10,7 +10,8 @@ from typing import Any
 from ...errors import CheckpointError
 from ..config.io import build
 from ..modality.base import Modality
-from ..modality.images import Images, Latents
+from ..modality.images import Images
+from ..modality.latents import Latents
 from ..modality.registry import build_modality
 from ..spec import SampleSpec
 from .local import STATE, read_state
@@ -28,6 +29,7 @@ class DataFacts:
         modality: what samples stand for, as `modality_facts` gives it.
         lengths: typical ones of each class, or empty.
         text_width: channels of the words of texts; None: there are none.
+        captions, text_encoder: see `SampleSet`.
         latent: what stood there before there were modalities: whether samples are latents of an autoencoder.
     """
 
@@ -38,6 +40,8 @@ class DataFacts:
     modality: dict[str, Any] | None = None
     lengths: tuple[tuple[int, ...], ...] = ()
     text_width: int | None = None
+    captions: tuple[str, ...] = ()
+    text_encoder: str | None = None
     latent: bool = False
 
     def __post_init__(self) -> None:

@@ -46,23 +46,26 @@ def find_weights(path: Path) -> Path:
     return checkpoints[-1]
 
 
-def load_weights(path: Path, *, ema: bool = True) -> Weights:
+def load_weights(path: Path, *, which: str = "ema") -> Weights:
     """Reads model weights from a run, a checkpoint folder, a safetensors file or a published ``.pt``.
 
     Args:
         path: where to look.
-        ema: take the averaged weights where both are there.
+        which: of a run, the stem of the file: "ema", "model", or "ema-DECAY" of further averages. Of a published file,
+            "model" or its average, where both are there.
 
     Raises:
         CheckpointError: not found, truncated, or of a foreign kind; names the file.
     """
     found = find_weights(path)
     if found.is_dir():
-        file = found / ("ema.safetensors" if ema else "model.safetensors")
+        file = found / f"{which}.safetensors"
+        if not file.is_file() and (there := sorted(path.stem for path in found.glob("ema*.safetensors"))):
+            raise CheckpointError(f"{found} has no weights {which!r}; it has: {', '.join(['model', *there])}")
         return Weights(read_tensors(file), file)
     if found.suffix == ".safetensors":
         return Weights(read_tensors(found), found)
-    tensors, args = read_published(found, ema=ema)
+    tensors, args = read_published(found, ema=which != "model")
     return Weights(tensors, found, args)
 
 

@@ -14,10 +14,12 @@ import tyro
 from ...errors import ConfigError
 from ..checkpoints.local import run_of
 from ..config import flag
-from ..config.io import load_settings
+from ..config.io import load_settings, read_overlay
 from ..config.loss import AlignConfig
 from ..config.run import CONFIG, OfRun, TrainConfig
 from ..data.folders import unpickles
+from ..data.user import is_python_path
+from ..presets.registry import PRESETS
 from ..teachers.networks import runs_code
 
 if TYPE_CHECKING:
@@ -30,7 +32,11 @@ _FLAT = (tyro.conf.OmitArgPrefixes,)
 _RUN_SETTINGS = ("data", "transport", "sampling")
 """What a command about a trained model takes over from its run."""
 
-_CODE = {"teacher": runs_code, "quality_network": runs_code, "data": unpickles}
+_CODE = {
+    "teacher": runs_code,
+    "quality_network": runs_code,
+    "data": lambda name: unpickles(name) or is_python_path(name),
+}
 """Settings by which a name can stand for code, and what tells whether one does. A new one of that kind belongs here."""
 
 C = TypeVar("C")
@@ -95,6 +101,31 @@ def parse(kind: type[C], argv: Sequence[str], *, default: C, command: str) -> C:
 def command_line(command: str, argv: Sequence[str], flags: Mapping[str, str]) -> str:
     """What to type into a shell."""
     return shlex.join(["layersync", command, *argv, *(part for name, value in flags.items() for part in (name, value))])
+
+
+def starting_point(argv: Sequence[str], *, preset: str | None = None, taken: Path | None = None) -> TrainConfig:
+    """The settings below the flags: of --preset, with those of --config over them.
+
+    Args:
+        argv: of the command.
+        preset: where --preset is not given; None: the defaults.
+        taken: file of the settings that are taken instead, of a run that goes on.
+
+    Raises:
+        ConfigError: an unknown preset; a file that cannot be used; both beside settings that are taken.
+    """
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--preset", default=preset)
+    peek.add_argument("--config", type=Path)
+    known, _ = peek.parse_known_args(list(argv))
+    if taken is not None:
+        if known.preset != preset or known.config is not None:
+            raise ConfigError(f"--resume takes the settings of {taken}: leave --preset and --config out")
+        return read_settings(taken, TrainConfig)
+    if known.preset is not None and known.preset not in PRESETS:
+        raise ConfigError(f"--preset {known.preset}: no such preset; known: {', '.join(PRESETS)}")
+    config = TrainConfig() if known.preset is None else PRESETS[known.preset]
+    return config if known.config is None else _marked(read_overlay(known.config, config))
 
 
 def peek_out(argv: Sequence[str], default: Path) -> tuple[Path, bool]:

@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 
 from ..console import console, start_logging
 from ..studies.compare.config import SETTINGS, CompareCommand, CompareConfig
 from ..studies.compare.run import compare
-from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings
+from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings, starting_point
 
 
 def compare_main(argv: Sequence[str]) -> int:
     """`layersync compare`."""
     start_logging()
-    default = CompareCommand()
-    out, resume = peek_out(argv, default.out)
+    out, resume = peek_out(argv, CompareCommand.out)
     if resume and (out / SETTINGS).is_file():
-        default = dataclasses.replace(default, comparison=read_settings(out / SETTINGS, CompareConfig))
+        default = CompareCommand(comparison=read_settings(out / SETTINGS, CompareConfig))
+    else:
+        default = CompareCommand(comparison=CompareConfig(train=starting_point(argv)))
     command = parse(CompareCommand, argv, default=default, command="compare")
     report = compare(command)
     if report is None:

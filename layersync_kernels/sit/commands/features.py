@@ -9,16 +9,17 @@ from typing import Literal
 
 from ...errors import ConfigError
 from ..config.data import DataConfig
+from ..config.run import StartingPoint
 from ..console import start_logging
 from ..data.registry import load_data
 from ..device import resolve_device, resolve_precision
 from ..teachers.features import compute_features
 from ..teachers.networks import load_teacher
-from .arguments import parse
+from .arguments import parse, starting_point
 
 
 @dataclass(frozen=True)
-class FeaturesCommand:
+class FeaturesCommand(StartingPoint):
     """Run a teacher over a data set once. Its features, for `layersync train --features`, go to the file --out."""
 
     teacher: str = "efficientnet-lite0"
@@ -43,7 +44,7 @@ class FeaturesCommand:
 def features_main(argv: Sequence[str]) -> int:
     """`layersync features`."""
     start_logging()
-    command = parse(FeaturesCommand, argv, default=FeaturesCommand(), command="features")
+    command = parse(FeaturesCommand, argv, default=FeaturesCommand(data=starting_point(argv).data), command="features")
     if command.batch_size < 1:
         raise ConfigError(f"--batch-size {command.batch_size}: expected at least 1")
     device = resolve_device(command.device)

@@ -12,34 +12,49 @@ import torch
 
 from ...errors import CheckpointError, ConfigError
 from ..checkpoints.local import run_of
+from ..config import at_least, require
 from ..config.run import SAMPLES, OfRun
 from ..config.sampling import SamplingConfig, TransportConfig
 from ..console import start_logging
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
 from ..files import atomic_path
-from ..sampling.draw import conditions, draw
-from ..sampling.load import load_trained
+from ..sampling.draw import conditions
+from ..sampling.load import Trained, load_trained
+from ..sampling.many import Drawing, draw_many
+from ..text.registry import load_text_encoder
 from .arguments import parse_of_run
 
 
 @dataclass(frozen=True)
 class SampleCommand(OfRun):
-    """Draw a grid of samples, one row per class, with the averaged weights."""
+    """Draw samples with the averaged weights: an overview, a row for each class, or with --number any number of them.
+
+    What is written follows from what the model was trained on: pictures, sounds, films or stick figures.
+    """
 
     out: Path | None = None
-    """The picture; default: samples/grid.png in the run, or beside the file."""
+    """Of the overview: its file, the suffix aside; default: samples/grid in the run, or beside the file. With --number:
+    the folder; default: samples/many."""
     classes: tuple[int, ...] = ()
-    """Rows; default: the first ten."""
+    """Rows; default: the first ten, and with --number all."""
+    captions: tuple[str, ...] = ()
+    """Rows of a model that was trained with texts; default: some of its training data."""
     per_class: int = 8
     """Samples per row."""
+    number: int | None = None
+    """Write so many samples into numbered .npz files, all classes alike; called again, it goes on where it was."""
+    shard: int = 1000
+    """Samples in a file of --number."""
+    files: bool = False
+    """Also write each sample into a file of its own: PNG, wav, GIF, npz."""
+    array: Path | None = None
+    """Also write the samples as the model gives them as .npz: "samples" float32 (N, C, ...), "labels" int64 (N,)."""
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
-    weights: Literal["ema", "model"] = "ema"
-    """The averaged weights or the last ones."""
-    array: Path | None = None
-    """Also write the samples as .npz: "samples" float32 (N, C, H, W), "labels" int64 (N,)."""
+    weights: str = "ema"
+    """The averaged weights, or the last ones: ema | model | ema-DECAY of a run with several averages."""
     batch_size: int = 256
     """Samples drawn at once."""
     num_heads: int | None = None
@@ -49,45 +64,79 @@ class SampleCommand(OfRun):
 
 
 def sample(command: SampleCommand) -> Path:
-    """Draws the grid that `command` asks for and returns the path of the picture.
+    """Draws what `command` asks for and returns the path of the picture, or of the folder.
 
     Raises:
         UserError: anything wrong with the checkpoint or the settings.
     """
     command.sampling.validate()
+    at_least(1, per_class=command.per_class, batch_size=command.batch_size, number=command.number, shard=command.shard)
+    at_least(0, seed=command.seed)
     device = resolve_device(command.device)
-    trained = load_trained(command.source, ema=command.weights == "ema", num_heads=command.num_heads)
-    classes = command.classes or tuple(range(min(10, trained.num_classes)))
-    if not all(0 <= c < trained.num_classes for c in classes):
-        raise ConfigError(
-            f"--classes {' '.join(map(str, classes))}: the model has classes 0 to {trained.num_classes - 1}"
-        )
-    for flag, value in {"per-class": command.per_class, "batch-size": command.batch_size}.items():
-        if value < 1:
-            raise ConfigError(f"--{flag} {value}: expected at least 1")
-    condition = conditions(torch.tensor(classes).repeat_interleave(command.per_class), trained.lengths)
-    samples = draw(
+    trained = load_trained(command.source, which=command.weights, num_heads=command.num_heads)
+    classes = _classes(command, trained)
+    text, text_lengths, rows = _words(command, trained)
+    drawing = Drawing(
         trained.model.to(device),
         build_transport(command.transport),
         command.sampling,
-        condition.to(device),
         seed=command.seed,
         autocast_dtype=resolve_precision(command.precision, device),
         batch_size=command.batch_size,
     )
-    if not samples.isfinite().all():
-        raise CheckpointError(f"{command.source} gives samples that are not finite; its weights may have diverged")
     run = run_of(command.source)
-    default = run / SAMPLES / "grid.png" if run else command.source.with_suffix(".png")
+    default = run / SAMPLES if run else command.source.parent
     try:
+        if command.number is not None:
+            folder = command.out or default / "many"
+            which = torch.arange(command.number) % (rows or len(classes))
+            labels = torch.zeros_like(which) if rows else torch.tensor(classes)[which]
+            condition = conditions(labels, trained.lengths, text, text_lengths, which)
+            draw_many(drawing, trained, condition, folder, shard=command.shard, files=command.files, device=device)
+            return folder
+        which = torch.arange(rows or len(classes)).repeat_interleave(command.per_class)
+        labels = torch.zeros_like(which) if rows else torch.tensor(classes)[which]
+        condition = conditions(labels, trained.lengths, text, text_lengths, which)
+        samples = drawing(condition.to(device))
+        if not samples.isfinite().all():
+            raise CheckpointError(f"{command.source} gives samples that are not finite; its weights may have diverged")
         if command.array is not None:
             with atomic_path(command.array) as temporary, temporary.open("wb") as file:
                 np.savez(file, samples=samples.cpu().numpy(), labels=condition.labels.numpy())
-        stem = (command.out or default).with_suffix("")
-        columns, lengths = command.per_class, condition.lengths
-        return trained.modality.overview(samples, stem, columns=columns, lengths=lengths)[0]
+        stem = (command.out or default / ("grid" if run else command.source.name)).with_suffix("")
+        drawn = trained.modality.overview(samples, stem, columns=command.per_class, lengths=condition.lengths)
+        if command.files:
+            for i, own in enumerate(samples):
+                length = None if condition.lengths is None else int(condition.lengths[i])
+                trained.modality.save(own if length is None else own[:, :length], stem / f"{i:06d}")
+        return drawn[0]
     except OSError as error:
         raise CheckpointError(f"cannot write the samples: {error}") from error
+
+
+def _classes(command: SampleCommand, trained: Trained) -> tuple[int, ...]:
+    shown = trained.num_classes if command.number is not None else min(10, trained.num_classes)
+    classes = command.classes or tuple(range(shown))
+    require(
+        all(0 <= c < trained.num_classes for c in classes),
+        f"--classes {' '.join(map(str, classes))}: the model has classes 0 to {trained.num_classes - 1}",
+    )
+    return classes
+
+
+def _words(command: SampleCommand, trained: Trained) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
+    """Embeddings of the captions, how many words each has, and how many captions there are; 0: no texts."""
+    if trained.text_encoder is None:
+        if command.captions:
+            raise ConfigError("--captions: the model was not trained with texts; give --classes")
+        return None, None, 0
+    if command.classes:
+        raise ConfigError("--classes: the model was trained with texts; give --captions")
+    captions = command.captions or trained.captions[: 10 if command.number is None else None]
+    if not captions:
+        raise ConfigError("the run kept no captions; give --captions")
+    text, lengths = load_text_encoder(trained.text_encoder).encode(captions)
+    return text, lengths, len(captions)
 
 
 def sample_main(argv: Sequence[str]) -> int:

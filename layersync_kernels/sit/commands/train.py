@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from ...errors import ConfigError
 from ..config.paths import with_absolute_paths
-from ..config.run import CONFIG, TrainConfig
+from ..config.run import CONFIG, StartingPoint, TrainConfig
 from ..console import console, start_logging
 from ..data.base import write_broken
 from ..training.folder import check_run, lock_folder, start_run
@@ -17,11 +16,11 @@ from ..training.loop import Outcome, Trainer
 from ..training.runlog import checkpoint_to_resume
 from ..training.terms.layersync import LayerSyncTerm
 from ..training.terms.repa import RepaTerm
-from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings
+from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, starting_point
 
 
 @dataclass(frozen=True)
-class TrainCommand:
+class TrainCommand(StartingPoint):
     """Train a SiT. Everything goes to the folder --out: config, log, checkpoints, sample grids, loss curves."""
 
     config: TrainConfig = field(default_factory=TrainConfig)
@@ -36,10 +35,9 @@ class TrainCommand:
 def train_main(argv: Sequence[str]) -> int:
     """`layersync train`."""
     start_logging()
-    default = TrainCommand()
-    out, resume = peek_out(argv, default.out)
-    if resume and (out / CONFIG).is_file():
-        default = dataclasses.replace(default, config=read_settings(out / CONFIG, TrainConfig))
+    out, resume = peek_out(argv, TrainCommand.out)
+    taken = out / CONFIG if resume and (out / CONFIG).is_file() else None
+    default = TrainCommand(config=starting_point(argv, taken=taken))
     command = parse(TrainCommand, argv, default=default, command="train")
     outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
     return INTERRUPTED if outcome.ended == "interrupted" else 0

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import types
 import typing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+import yaml
 
 from ...errors import ConfigError
 from .loss import ScheduleConfig
@@ -18,6 +21,7 @@ if TYPE_CHECKING:
 
 
 T = TypeVar("T")
+D = TypeVar("D", bound="DataclassInstance")
 
 
 def save_config(config: DataclassInstance, path: Path) -> None:
@@ -101,6 +105,76 @@ def build(kind: type[T], values: Any, where: str = "", *, others: Any = None) ->
         raise ValueError(f"{where}{error}") from error
 
 
+def read_overlay(path: Path, default: D) -> D:
+    """Settings in a YAML or JSON file over others: it names only what differs.
+
+    Args:
+        path: of the file. Settings stand in their groups, as ``config.json`` of a run has them, or outside of them by
+            the names of their flags.
+        default: the other settings.
+
+    Raises:
+        ConfigError: no such file, neither YAML nor JSON, an unknown setting or one of several groups, a value of the
+            wrong type; names the file.
+    """
+    try:
+        values = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeys)  # a SafeLoader
+    except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"cannot read the config {path}: {' '.join(str(error).split())}") from error
+    try:
+        return overlay(default, {} if values is None else values)
+    except ValueError as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+class _UniqueKeys(yaml.SafeLoader):
+    """A SafeLoader that refuses what is set twice, of which PyYAML takes the last."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        if doubled := {str(key) for key in keys if keys.count(key) > 1}:
+            raise ValueError(f"{', '.join(sorted(doubled))} is set twice")
+        return super().construct_mapping(node, deep)
+
+
+def overlay(default: D, values: Any, where: str = "") -> D:
+    """Settings with some of them replaced, see `read_overlay`; raises ValueError."""
+    if not isinstance(values, dict):
+        raise ValueError(f"{where or 'it '}expected settings by name, found {_shown(values)}")
+    hints = typing.get_type_hints(type(default))
+    changes: dict[str, Any] = {}
+    for given, value in _grouped(hints, {str(name): value for name, value in values.items()}, partial=True).items():
+        name = given.replace("-", "_")
+        own = getattr(default, name, None) if name in hints else None
+        if dataclasses.is_dataclass(own) and not isinstance(own, type):
+            changes[name] = overlay(changes.get(name, own), value, f"{where}{name}.")
+        elif name in hints:
+            changes[name] = convert(hints[name], _number(hints[name], value), f"{where}{name}")
+        else:
+            groups = [f.name for f in dataclasses.fields(default) if _knows(getattr(default, f.name), name)]
+            if len(groups) != 1:
+                found = f"stands in several groups, {', '.join(groups)}: name one" if groups else "is no setting"
+                raise ValueError(f"{where}{given} {found}")
+            changes[groups[0]] = overlay(changes.get(groups[0], getattr(default, groups[0])), {name: value}, where)
+    return dataclasses.replace(default, **changes)
+
+
+def _knows(group: Any, name: str) -> bool:
+    if not dataclasses.is_dataclass(group):
+        return False
+    return any(f.name == name or _knows(getattr(group, f.name), name) for f in dataclasses.fields(group))
+
+
+def _number(hint: Any, value: Any) -> Any:
+    """1e-4 is a string in YAML 1.1, which asks for a point; lists may hold such numbers too."""
+    if isinstance(value, list):
+        return [_number(hint, item) for item in value]
+    if isinstance(value, str) and float in {hint, *typing.get_args(hint)}:
+        with contextlib.suppress(ValueError):
+            return float(value)
+    return value
+
+
 def _has_default(field: dataclasses.Field[Any]) -> bool:
     return field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
 
@@ -111,7 +185,7 @@ def _shown(value: Any) -> str:
     return text if len(text) <= 200 else f"{text[:200]}..."
 
 
-def _grouped(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
+def _grouped(hints: dict[str, Any], values: dict[str, Any], *, partial: bool = False) -> dict[str, Any]:
     """Values in groups, where they are those of an earlier version: settings of a schedule stood one level higher.
 
     Those of `when` had no prefix there, those of `align_when` "align_".
@@ -119,7 +193,7 @@ def _grouped(hints: dict[str, Any], values: dict[str, Any]) -> dict[str, Any]:
     if isinstance(values.get("patch_size"), int) and hints.get("patch_size") == tuple[int, ...] | None:
         values = {**values, "patch_size": [values["patch_size"]]}  # it was one number for both sides of an image
     for group, hint in hints.items():
-        if isinstance(hint, type) and issubclass(hint, ScheduleConfig) and group not in values:
+        if isinstance(hint, type) and issubclass(hint, ScheduleConfig) and group not in values and not partial:
             flat = {group.removesuffix("when") + f.name: f.name for f in dataclasses.fields(hint)}
             schedule = {flat[name]: value for name, value in values.items() if name in flat}
             values = {name: value for name, value in values.items() if name not in flat} | {group: schedule}
@@ -136,7 +210,11 @@ def convert(hint: Any, value: Any, where: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return convert(next(a for a in arguments if a is not type(None)), value, where)
+        others = [argument for argument in arguments if argument is not type(None)]
+        for argument in others[:-1]:
+            with contextlib.suppress(ValueError):
+                return convert(argument, value, where)
+        return convert(others[-1], value, where)
     if origin is Literal:
         if any(type(value) is type(a) and value == a for a in arguments):
             return value

@@ -29,10 +29,15 @@ class OptimConfig:
     weight_decay: float = 0.0
     clip_norm: float | None = None
     """Scale gradients down to this total norm."""
-    ema_decay: float = 0.9999
-    """Decay of the averaged weights, which samples are drawn with."""
+    ema_decay: float | tuple[float, ...] = 0.9999
+    """Decay of the averaged weights, which samples are drawn with. Of several, the others are kept as ema-DECAY."""
     ema_warmup: bool = False
     """Average over fewer steps at first: decay = min(ema_decay, (1 + step) / (10 + step))."""
+
+    @property
+    def ema_decays(self) -> tuple[float, ...]:
+        """All of them."""
+        return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
 
     def validate(self) -> None:
         """Checks ranges.
@@ -43,7 +48,12 @@ class OptimConfig:
         at_least(1, steps=self.steps, batch_size=self.batch_size, accumulate=self.accumulate)
         at_least(0, warmup_steps=self.warmup_steps, weight_decay=self.weight_decay)
         positive(lr=self.lr, clip_norm=self.clip_norm, max_seconds=self.max_seconds)
-        fraction(ema_decay=self.ema_decay)
+        for decay in self.ema_decays:
+            fraction(ema_decay=decay)
+        require(
+            0 < len(self.ema_decays) == len(set(self.ema_decays)),
+            f"--ema-decay {' '.join(map(str, self.ema_decays))}: expected one number or several different ones",
+        )
         for beta in self.betas:
             fraction(betas=beta)
         require(

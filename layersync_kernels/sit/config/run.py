@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
@@ -84,7 +84,7 @@ class TrainConfig:
         at_least(0, seed=self.seed)
         require(self.seed < 2**63, f"--seed {self.seed}: expected a number below 2**63")
         at_least(1, threads=self.threads)
-        for group in (self.data, self.model, self.align, self.optim, self.sampling, self.log):
+        for group in (self.data, self.model, self.transport, self.align, self.optim, self.sampling, self.log):
             group.validate()
 
 
@@ -94,3 +94,13 @@ class OfRun:
 
     source: tyro.conf.Positional[Path]
     """A run, a checkpoint folder, a .safetensors file or a published .pt."""
+
+
+@dataclass(frozen=True)
+class StartingPoint:
+    """Where the settings below the flags come from."""
+
+    preset: str | None = None
+    """Settings of that name: images | audio | motion | video, minutes of two cores, and others for cards."""
+    config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
+    """A YAML or JSON file of settings: those that differ, in their groups or by the names of flags. Flags win."""

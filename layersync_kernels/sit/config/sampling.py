@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from . import at_least, require
+from . import at_least, positive, require
 
 
 @dataclass(frozen=True)
@@ -19,6 +19,22 @@ class TransportConfig:
     """Distance kept from both ends of the time axis in training; None: the published choice for the path."""
     sample_eps: float | None = None
     """The same in sampling."""
+    time_sampling: Literal["uniform", "logit-normal"] = "uniform"
+    """How training times are drawn; logit-normal (Stable Diffusion 3) favours the middle."""
+    logit_mean: float = 0.0
+    """Of logit-normal times; below 0 lies more noise."""
+    logit_std: float = 1.0
+    """Of logit-normal times."""
+    time_shift: float = 1.0
+    """Above 1, times in training and of fixed-step samplers move towards noise, as long sequences need."""
+
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        positive(logit_std=self.logit_std, time_shift=self.time_shift)
 
 
 @dataclass(frozen=True)

@@ -89,8 +89,9 @@ def from_pixels(
     pixels = torch.from_numpy(np.ascontiguousarray(_to_uint8(images)))
     pixels = pixels[:, None] if pixels.ndim == 3 else pixels.permute(0, 3, 1, 2) if channels_last else pixels
     channels = config.channels or pixels.shape[1]
-    size = config.image_size or min(pixels.shape[-2:])
-    check_fits(f"{len(pixels)} samples of {channels}x{size}x{size}", len(pixels) * channels * size * size, config)
+    size = config.size or (min(pixels.shape[-2:]),) * 2
+    what = f"{len(pixels)} samples of {channels}x{size[0]}x{size[1]}"
+    check_fits(what, len(pixels) * channels * size[0] * size[1], config)
     if (channels, pixels.shape[1]) == (1, 3):
         # Rec. 601 luma, as Pillow converts RGB to L.
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)

@@ -15,7 +15,8 @@ from torch import Tensor
 from ..batch import Batch
 from ..files import atomic_path
 from ..modality.base import Modality
-from ..modality.images import Images, Latents
+from ..modality.images import Images
+from ..modality.latents import Latents
 from ..spec import SampleSpec
 
 logger = logging.getLogger(__name__)

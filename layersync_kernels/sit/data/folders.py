@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import inspect
 import logging
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +18,19 @@ from torch import Tensor
 from ...errors import DataError
 from ..config.data import DataConfig
 from ..spec import SampleSpec
+from ..text.registry import load_text_encoder
 from .base import SampleSet
+from .buckets import BucketedSet, nearest_bucket
 from .media import read_all
-from .memory import check_fits, limit_bytes, memory_set
+from .memory import MemorySet, check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
 from .streaming import DECODE_ERRORS, ImageSource, StreamingSet, all_broken_message, describe
 
 logger = logging.getLogger(__name__)
 
 
+EXAMPLES = 64
+"""Captions that a run keeps to draw others with."""
 TORCHVISION = "torchvision:"
 """What a name of one of its sets starts with."""
 
@@ -62,7 +67,7 @@ def load_folder(config: DataConfig) -> SampleSet:
         if not os.path.isfile(name):  # opening a pipe would wait for ever
             raise OSError("it is no file")
         with Image.open(name) as image:
-            _check_image(image, config)
+            check_image(image, config)
             image.load()
             return image, label
 
@@ -70,7 +75,8 @@ def load_folder(config: DataConfig) -> SampleSet:
     return from_source(source, config, default_channels=3)
 
 
-def _check_image(image: Image.Image, config: DataConfig) -> None:
+def check_image(image: Image.Image, config: DataConfig) -> None:
+    """Raises Image.DecompressionBombError for an image whose header declares more than the memory limit."""
     if config.memory_limit_gb == 0:  # everything is streamed; Pillow's own limit of 179 million pixels holds
         return
     # As decoded; in the channels wanted, and those as the floats that resizing takes.
@@ -142,15 +148,23 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
     """
     if len(source) == 0:
         raise DataError(f"{config.data} holds no images")
-    channels, size = config.channels or default_channels, config.image_size
+    channels, size = config.channels or default_channels, config.size
+    sizes = config.bucket_sizes
+    if sizes:
+        size = sizes[0]
     if channels is None or size is None:
         first = _first_readable(source)
         channels = channels or (1 if first.mode in ("1", "L", "I;16") else 3)
-        size = size or min(first.size)
-    if len(source) * channels * size * size > limit_bytes(config):
+        size = size or (min(first.size),) * 2
+    pixels = max(height * width for height, width in sizes or [size])
+    if sizes:
+        check_fits(
+            f"{len(source)} images of up to {pixels} pixels", len(source) * channels * pixels, config, instead=""
+        )
+    if len(source) * channels * pixels > limit_bytes(config):
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
-            spec=SampleSpec(channels, (size, size)),
+            spec=SampleSpec(channels, size),
             num_classes=len(source.class_names),
             class_names=source.class_names,
             source=source,
@@ -159,13 +173,59 @@ def from_source(source: ImageSource, config: DataConfig, *, default_channels: in
 
     def decode(i: int) -> tuple[Tensor, int]:
         image, label = source.load(i)
-        return image_to_tensor(image, size, channels), label
+        own = sizes[nearest_bucket(image.height, image.width, sizes)] if sizes else size
+        return image_to_tensor(image, own, channels), label
 
     names = [source.name(i) for i in range(len(source))]
     good, broken = read_all(names, decode, what="image files", workers=config.workers)  # Pillow decodes without the GIL
-    samples = torch.stack([image for image, _ in good.values()])
-    labels = torch.tensor([label for _, label in good.values()])
+    if not sizes:
+        return _in_memory(list(good.values()), source, config, broken)
+    parts = [[item for item in good.values() if tuple(item[0].shape[1:]) == own] for own in sizes]
+    sets = [_in_memory(items, source, config, {}) for items in parts if items]
+    logger.info("%s", ", ".join(f"{len(items)} images of {h}x{w}" for items, (h, w) in zip(parts, sizes, strict=True)))
+    largest = max(sets, key=lambda part: math.prod(part.spec.extent))
+    return BucketedSet(
+        spec=largest.spec,
+        num_classes=len(source.class_names),
+        class_names=source.class_names,
+        broken=broken,
+        parts=sets,
+    )
+
+
+def _in_memory(
+    items: Sequence[tuple[Tensor, int]], source: ImageSource, config: DataConfig, broken: dict[str, str]
+) -> MemorySet:
+    samples, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
     return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
+
+
+def captioned(data: SampleSet, captions: Sequence[object], names: Sequence[str], config: DataConfig) -> SampleSet:
+    """The set with its captions encoded, where `config.text_encoder` asks for that.
+
+    Args:
+        data: of `from_source`, with all samples but those that are broken.
+        captions: of all samples, broken ones included; None where there is none.
+        names: of the samples, as `data.broken` has them.
+        config: of the data.
+
+    Raises:
+        DataError: a caption is missing, or the data is streamed.
+    """
+    if config.text_encoder is None:
+        return data
+    if not isinstance(data, MemorySet):
+        raise DataError(f"--text-encoder: {config.data} is streamed; raise --memory-limit-gb")
+    words = []
+    for name, caption in zip(names, captions, strict=True):
+        if name in data.broken:
+            continue
+        if not isinstance(caption, str) or not caption.strip():
+            raise DataError(f"{name} has no caption, which --text-encoder {config.text_encoder} needs for each sample")
+        words.append(caption)
+    data.text, data.text_lengths = load_text_encoder(config.text_encoder).encode(words)
+    data.captions, data.text_encoder = tuple(dict.fromkeys(words))[:EXAMPLES], config.text_encoder
+    return data
 
 
 def _first_readable(source: ImageSource) -> Image.Image:

@@ -44,17 +44,21 @@ def load_safetensors(config: DataConfig) -> MemorySet:
 
 
 def from_latents(latents: Tensor, labels: np.ndarray | Tensor | None, config: DataConfig) -> MemorySet:
-    """Latents (N, C, H, W), H = W, to a MemorySet. They keep their type: a batch at a time becomes fp32.
+    """Latents of one to three dimensions, (N, C, ...), to a MemorySet.
+
+    They keep their type: a batch at a time becomes fp32.
 
     Raises:
         DataError: another shape or type, or a size that they cannot be resized to.
     """
-    if latents.ndim != 4 or 0 in latents.shape or latents.shape[2] != latents.shape[3]:
-        raise DataError(f"latents have shape {tuple(latents.shape)}; expected (N, C, H, W) with H = W and N > 0")
+    if not 3 <= latents.ndim <= 5 or 0 in latents.shape:
+        raise DataError(
+            f"latents have shape {tuple(latents.shape)}; expected (N, C, H, W), (N, C, L) or (N, C, T, H, W) with N > 0"
+        )
     if latents.dtype not in TYPES:
         raise DataError(f"latents are {latents.dtype}; expected float16, bfloat16 or float32")
-    if config.image_size not in (None, latents.shape[-1]):
+    if config.size not in (None, tuple(latents.shape[-2:])):
         raise DataError(
-            f"latents are {latents.shape[-1]} wide and cannot be resized to --image-size {config.image_size}"
+            f"latents are {tuple(latents.shape[-2:])} and cannot be resized to --image-size {config.image_size}"
         )
     return memory_set(latents, labels, config, latent=True)

@@ -10,11 +10,27 @@ from pathlib import Path
 from typing import TypeVar
 
 from ...errors import DataError
+from ..config.data import DataConfig
 from .streaming import DECODE_ERRORS, describe
 
 logger = logging.getLogger(__name__)
 
 V = TypeVar("V")
+
+
+ROOT = "LAYERSYNC_DATA"
+"""Environment variable: a second folder in which named sets are looked for."""
+
+
+def find_named(config: DataConfig, *names: str) -> Path | None:
+    """The first file or folder of these names under `--data-root` or $LAYERSYNC_DATA, or None."""
+    folders = [config.data_root, *(Path(folder) for folder in [os.environ.get(ROOT)] if folder)]
+    return next((folder / name for folder in folders for name in names if (folder / name).exists()), None)
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's code says, in a line."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
 
 
 def holds(name: str, suffixes: Collection[str]) -> bool:

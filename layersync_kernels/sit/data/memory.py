@@ -17,7 +17,8 @@ from torch import Tensor
 from ...errors import DataError
 from ..batch import Batch, Condition
 from ..config.data import DataConfig
-from ..modality.images import Images, Latents, pixels_to_unit
+from ..modality.images import Images, pixels_to_unit
+from ..modality.latents import Latents
 from ..spec import SampleSpec
 from .base import SampleSet
 from .pixels import chunk_length

@@ -15,12 +15,11 @@ from ..config.data import DataConfig
 from ..modality.motion import Motion
 from ..spec import SampleSpec
 from ..text.registry import load_text_encoder
+from .folders import EXAMPLES
 from .memory import MemorySet, check_fits
 
 logger = logging.getLogger(__name__)
 
-EXAMPLES = 64
-"""Captions that a set gives to draw with."""
 IN_MEMORY = ", or take a shorter --motion-frames or a longer --motion-stride"
 
 

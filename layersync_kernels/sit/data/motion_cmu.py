@@ -7,7 +7,6 @@ The skeleton's tables are those of that paper's public code. https://mocap.cs.cm
 from __future__ import annotations
 
 import itertools
-import os
 from pathlib import Path
 
 import numpy as np
@@ -18,14 +17,13 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from ..modality.motion import Motion
 from ..modality.motion_kinematics import spin
+from .media import ROOT, find_named
 from .memory import MemorySet
 from .motion import Recording, check_values, motion_set
 from .npz import read_arrays
 
 NAME = "cmu-mocap"
 FILE = "cmu_mocap.npz"
-ROOT = "LAYERSYNC_DATA"
-"""Environment variable: a second folder where the file may be."""
 ACTIONS = ("walking", "running", "jumping", "soccer", "basketball", "basketball_signal")
 """Those with recordings in both splits. Walks are in two folders, "walking" and "walking_extra"."""
 FPS = 120.0
@@ -105,13 +103,12 @@ def _offset(joint: int) -> tuple[float, float, float]:
 
 
 def _find(config: DataConfig) -> Path:
-    folders = [config.data_root, *(Path(folder) for folder in [os.environ.get(ROOT)] if folder)]
-    for folder in folders:
-        if (folder / FILE).is_file():
-            return folder / FILE
-    raise DataError(
-        f"--data {NAME}: no {FILE} in {' or '.join(map(str, folders))}; name its folder with --data-root or ${ROOT}"
-    )
+    place = find_named(config, FILE)
+    if place is None:
+        raise DataError(
+            f"--data {NAME}: no {FILE} in --data-root {config.data_root} or ${ROOT}; name its folder by either"
+        )
+    return place
 
 
 def _parse(name: str) -> tuple[str, str] | None:

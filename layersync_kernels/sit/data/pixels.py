@@ -20,35 +20,35 @@ def chunk_length(shape: Sequence[int]) -> int:
     return max(1, CHUNK_VALUES // math.prod(shape[1:]))
 
 
-def center_square(images: Tensor) -> Tensor:
-    """The largest centred square of (..., H, W)."""
+def crop_to(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """The largest centred part of (..., H, W) with the proportions of `size`."""
     height, width = images.shape[-2:]
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    return images[..., top : top + side, left : left + side]
+    tall, wide = min(height, max(1, width * size[0] // size[1])), min(width, max(1, height * size[1] // size[0]))
+    top, left = (height - tall) // 2, (width - wide) // 2
+    return images[..., top : top + tall, left : left + wide]
 
 
-def resize_pixels(images: Tensor, size: int) -> Tensor:
-    """uint8 (N, C, H, W) to (N, C, size, size): a centred square, then exact averages for whole factors, else
-    anti-aliased bicubic interpolation.
+def resize_pixels(images: Tensor, size: tuple[int, int]) -> Tensor:
+    """uint8 (N, C, H, W) to (N, C, *size): a centred part, then exact averages for whole factors, else anti-aliased
+    bicubic interpolation.
     """
-    images = center_square(images)
-    side = images.shape[-1]
-    if side == size:
+    images = crop_to(images, size)
+    height, width = images.shape[-2:]
+    if (height, width) == size:
         return images
     resized = []
     for chunk in images.split(chunk_length(images.shape)):
         chunk = chunk.float()
-        if side % size == 0:
-            chunk = F.avg_pool2d(chunk, side // size)
+        if height % size[0] == 0 and width % size[1] == 0:
+            chunk = F.avg_pool2d(chunk, (height // size[0], width // size[1]))
         else:
-            chunk = F.interpolate(chunk, (size, size), mode="bicubic", antialias=True)
+            chunk = F.interpolate(chunk, size, mode="bicubic", antialias=True)
         resized.append(chunk.round().clamp(0, 255).to(torch.uint8))
     return torch.cat(resized)
 
 
-def image_to_tensor(image: Image.Image, size: int, channels: int) -> Tensor:
-    """A PIL image to uint8 (channels, size, size). 16-bit grey keeps its upper byte.
+def image_to_tensor(image: Image.Image, size: tuple[int, int], channels: int) -> Tensor:
+    """A PIL image to uint8 (channels, *size). 16-bit grey keeps its upper byte.
 
     Raises:
         ValueError: 32-bit and floating-point images, whose range is unknown.

@@ -12,15 +12,23 @@ import torch
 from ...errors import DataError
 from ..config.data import DataConfig
 from .arrays import load_mnist, load_npz
+from .audio import FSDD, is_audio_folder, load_audio_folder, load_fsdd
 from .base import SampleSet
+from .cifar import NAME as CIFAR10
+from .cifar import load_cifar10
 from .folders import TORCHVISION, load_folder, load_torchvision
+from .huggingface import PREFIX as HUGGINGFACE
+from .huggingface import load_huggingface
 from .latents import load_safetensors
+from .latents_folder import is_latents_folder, load_latents_folder
 from .memory import MemorySet
 from .motion_bvh import is_bvh, load_bvh
 from .motion_cmu import NAME as CMU_MOCAP
 from .motion_cmu import load_cmu_mocap
 from .motion_humanml3d import is_humanml3d, load_humanml3d
 from .motion_npz import is_motion_npz, load_motion_npz
+from .user import is_python_path, load_user
+from .webdataset import is_webdataset, load_webdataset
 
 
 class DataKind(NamedTuple):
@@ -44,10 +52,17 @@ def _file(suffix: str) -> Callable[[str], bool]:
 KINDS: list[DataKind] = [
     DataKind("mnist", lambda name: name == "mnist", load_mnist),
     DataKind(f"{TORCHVISION}NAME", lambda name: name.startswith(TORCHVISION), load_torchvision),
+    DataKind(CIFAR10, lambda name: name == CIFAR10, load_cifar10),
+    DataKind("a folder that `layersync latents` wrote", is_latents_folder, load_latents_folder),
+    DataKind(FSDD, lambda name: name == FSDD, load_fsdd),
+    DataKind("a folder of sounds", is_audio_folder, load_audio_folder),
     DataKind(CMU_MOCAP, lambda name: name == CMU_MOCAP, load_cmu_mocap),
     DataKind("a folder like that of HumanML3D", is_humanml3d, load_humanml3d),
     DataKind("a folder of .bvh files", is_bvh, load_bvh),
     DataKind("a folder or an .npz file of positions or rotations of joints", is_motion_npz, load_motion_npz),
+    DataKind("tar files of WebDataset", is_webdataset, load_webdataset),
+    DataKind(f"{HUGGINGFACE}NAME", lambda name: name.startswith(HUGGINGFACE), load_huggingface),
+    DataKind("MODULE:FUNCTION", is_python_path, load_user),
     DataKind("an existing folder with one sub-folder per class", os.path.isdir, load_folder),
     DataKind("an existing .npz file", _file(".npz"), load_npz),
     DataKind("an existing .safetensors file", _file(".safetensors"), load_safetensors),
@@ -71,6 +86,8 @@ def load_data(config: DataConfig, device: torch.device | None = None) -> SampleS
             break
     else:
         raise DataError(f"no data named {config.data!r}: expected {', or '.join(kind.expected for kind in KINDS)}")
+    if config.text_encoder is not None and data.text_width is None:
+        raise DataError(f"--text-encoder {config.text_encoder}: {config.data} has no captions")
     if config.split != "all":
         data = _split(data, config)
     if isinstance(data, MemorySet) and device is not None:

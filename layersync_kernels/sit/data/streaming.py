@@ -17,6 +17,7 @@ from torch.utils.data import Dataset as TorchDataset
 from ...errors import DataError
 from ..batch import Batch, Condition
 from ..modality.images import pixels_to_unit
+from ..spec import SampleSpec
 from .base import EpochShuffle, SampleSet
 from .pixels import image_to_tensor
 
@@ -66,8 +67,9 @@ _Item = tuple[int, Tensor, int, dict[str, str]]
 class DecodedImages(TorchDataset[_Item]):
     """Decodes on demand; a broken file is replaced by the next readable one and reported beside it."""
 
-    def __init__(self, source: ImageSource, size: int, channels: int) -> None:
-        self.source, self.size, self.channels = source, size, channels
+    def __init__(self, source: ImageSource, spec: SampleSpec) -> None:
+        self.source, self.channels = source, spec.channels
+        self.size = spec.extent[0], spec.extent[1]
 
     def __getitem__(self, index: int) -> _Item:
         broken: dict[str, str] = {}
@@ -115,7 +117,7 @@ class StreamingSet(SampleSet):
     def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
         """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU."""
         loader: DataLoader[Any] = DataLoader(
-            DecodedImages(self.source, self.spec.side, self.spec.channels),
+            DecodedImages(self.source, self.spec),
             batch_size=batch_size,
             sampler=_StreamSampler(EpochShuffle(len(self), seed), start),
             num_workers=self.workers,
@@ -133,7 +135,7 @@ class StreamingSet(SampleSet):
 
     def take(self, index: Tensor) -> Batch:
         """See `SampleSet.take`. A broken file is replaced as in `batches`."""
-        decoded = DecodedImages(self.source, self.spec.side, self.spec.channels)
+        decoded = DecodedImages(self.source, self.spec)
         with ThreadPoolExecutor(max_workers=max(self.workers, 1)) as pool:
             _, images, labels, _ = _collate(list(pool.map(decoded.__getitem__, index.tolist())))
         return Batch(pixels_to_unit(images), Condition(labels), index)

@@ -68,11 +68,14 @@ class ODESampler:
             raise ImportError("ODE sampling needs torchdiffeq: pip install torchdiffeq") from error
         ends = self.transport.interval(self.transport.sample_eps)
         start, end = ends[::-1] if reverse else ends
+        low, high = ends
 
         @torch.no_grad()
         def sample(z: Tensor, model_fn: Callable[..., Any], **model_kwargs: Any) -> Tensor:
             x = z.to(torch.promote_types(z.dtype, torch.float32))
             times = torch.linspace(start, end, num_steps, dtype=x.dtype, device=x.device)
+            if self.transport.time_shift != 1:
+                times = low + (high - low) * self.transport.shifted((times - low) / (high - low))
 
             def velocity(t: Tensor, x: Tensor) -> Tensor:
                 t = t.expand(x.shape[0])

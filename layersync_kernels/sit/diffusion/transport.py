@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -18,6 +19,7 @@ from .interpolants import INTERPOLANTS, Interpolant, per_sample
 
 PREDICTIONS = ("velocity", "noise", "score")
 LOSS_WEIGHTS = ("velocity", "likelihood")
+TIME_SAMPLINGS = ("uniform", "logit-normal")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,30 @@ class Transport:
     loss_weight: str | None
     train_eps: float
     sample_eps: float
+    time_sampling: str = "uniform"
+    logit_mean: float = 0.0
+    logit_std: float = 1.0
+    time_shift: float = 1.0
+
+    def draw_times(
+        self, count: int, *, generator: torch.Generator | None, dtype: torch.dtype, device: torch.device
+    ) -> Tensor:
+        """Times (count,) for training, within the interval that it keeps to."""
+        options: dict[str, Any] = {"generator": generator, "dtype": dtype, "device": device}
+        low, high = self.interval(self.train_eps)
+        if self.time_sampling == "uniform":
+            t = torch.rand(count, **options)
+        else:
+            t = (self.logit_mean + self.logit_std * torch.randn(count, **options)).sigmoid()
+        return self.shifted(t) * (high - low) + low
+
+    def shifted(self, t: Tensor) -> Tensor:
+        """Times in [0, 1] moved towards noise, which is at 0: t / (s - (s - 1)·t) for a `time_shift` s.
+
+        That is the noise level u = 1 - t going to s·u / (1 + (s - 1)·u) (Esser et al. 2024, arXiv:2403.03206).
+        """
+        s = self.time_shift
+        return t if s == 1 else t / (s - (s - 1) * t)
 
     def interval(self, eps: float) -> tuple[float, float]:
         """The times that keep `eps` away from the singular ends of [0, 1]: (eps, 1 - eps), or (0, 1 - eps) for VP."""
@@ -71,8 +97,7 @@ class Transport:
         if x0 is None:
             x0 = torch.randn(x1.shape, generator=generator, dtype=dtype, device=x1.device)
         if t is None:
-            low, high = self.interval(self.train_eps)
-            t = torch.rand(x1.shape[0], generator=generator, dtype=dtype, device=x1.device) * (high - low) + low
+            t = self.draw_times(x1.shape[0], generator=generator, dtype=dtype, device=x1.device)
         if t.shape != x1.shape[:1] or x0.shape != x1.shape:
             raise ValueError(
                 f"training_losses: t has shape {tuple(t.shape)} and x0 {tuple(x0.shape)}; expected"
@@ -130,6 +155,10 @@ def create_transport(
     loss_weight: str | None = None,
     train_eps: float | None = None,
     sample_eps: float | None = None,
+    time_sampling: str = "uniform",
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+    time_shift: float = 1.0,
 ) -> Transport:
     """Makes a `Transport` from names, in upper or lower case.
 
@@ -142,10 +171,14 @@ def create_transport(
             and GVP interpolants, which is regular everywhere, 1e-3 for their noise and score, 1e-5 for VP.
         sample_eps: the same in sampling. Default: 0 for the velocity of linear and GVP, else 1e-3. Each of the
             two defaults stands by itself (the published code drops a `sample_eps` that comes without `train_eps`).
+        time_sampling: how training times are drawn: "uniform", or "logit-normal" (as in Stable Diffusion 3).
+        logit_mean: of logit-normal times before the sigmoid; below 0 lies more noise.
+        logit_std: their standard deviation there.
+        time_shift: above 1 moves the times of training, and of fixed-step ODE solvers, towards noise; see `shifted`.
 
     Raises:
         ValueError: an unknown name, a distance outside [0, 0.5), a `sample_eps` of 0 for noise or score, a
-            `loss_weight` for velocity (it has none).
+            `loss_weight` for velocity (it has none), a `logit_std` or `time_shift` that is not positive.
     """
     path_type = choose("path_type", path_type, INTERPOLANTS)
     prediction = choose("prediction", prediction, PREDICTIONS)
@@ -165,7 +198,12 @@ def create_transport(
             raise ValueError(f"{name}={eps}; expected a number in [0, 0.5)")
     if sample_eps == 0 and prediction != "velocity":
         raise ValueError(f"sample_eps=0: the velocity of a {prediction} prediction is infinite at the ends; take 1e-3")
-    return Transport(INTERPOLANTS[path_type](), prediction, loss_weight, train_eps, sample_eps)
+    time_sampling = choose("time_sampling", time_sampling, TIME_SAMPLINGS)
+    for name, value in {"logit_std": logit_std, "time_shift": time_shift}.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name}={value}; expected a positive number")
+    times = (time_sampling, logit_mean, logit_std, time_shift)
+    return Transport(INTERPOLANTS[path_type](), prediction, loss_weight, train_eps, sample_eps, *times)
 
 
 def build_transport(config: TransportConfig) -> Transport:

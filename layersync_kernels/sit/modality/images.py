@@ -47,24 +47,6 @@ class Images(Modality):
         return {"arr_0": unit_to_pixels(samples.cpu()).permute(0, 2, 3, 1).contiguous().numpy()}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Latents(Modality):
-    """Latents of an autoencoder, (C, H, W) or of other extents, drawn as what they are, as nobody decodes them."""
-
-    kind: ClassVar[str] = "latents"
-
-    def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
-        """The first three channels as a grid: not what a decoder would show."""
-        return [save_grid(samples, _png(stem), columns=columns, latent=True)]
-
-    def save(self, sample: Tensor, stem: Path) -> Path:
-        """As .npy."""
-        path = stem.with_name(f"{stem.name}.npy")
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, self.restore(sample[None].float().cpu())[0].numpy())
-        return path
-
-
 def _png(stem: Path) -> Path:
     return stem.with_name(f"{stem.name}.png")
 

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..config.io import build
+from .audio import Mel, Waveform
 from .base import Modality
-from .images import Images, Latents
+from .images import Images
+from .latents import Latents
 from .motion import Motion
 
-MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents, Motion)}
+MODALITIES: dict[str, type[Modality]] = {kind.kind: kind for kind in (Images, Latents, Mel, Motion, Waveform)}
 """A new one belongs here."""
 
 

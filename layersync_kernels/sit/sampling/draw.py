@@ -16,22 +16,34 @@ from ..diffusion.transport import Transport
 from ..models.sit import SiT
 
 
-def conditions(labels: Tensor, lengths: Sequence[Sequence[int]] = ()) -> Condition:
+def conditions(
+    labels: Tensor,
+    lengths: Sequence[Sequence[int]] = (),
+    text: Tensor | None = None,
+    text_lengths: Tensor | None = None,
+    which: Tensor | None = None,
+) -> Condition:
     """Conditions of samples to draw.
 
     Args:
         labels: int64 (N,).
         lengths: typical ones of each class, which the samples of a class take in turn; empty: all are full.
+        text: (M, L, E), words of texts.
+        text_lengths: int64 (M,), how many of the L there are.
+        which: int64 (N,), the text of each sample.
     """
+    if text is not None and text_lengths is not None and which is not None:
+        text, text_lengths = text[which], text_lengths[which]
     if not lengths:
-        return Condition(labels)
+        return Condition(labels, text=text, text_lengths=text_lengths)
     turn: dict[int, int] = {}
     chosen = []
     for label in labels.tolist():
         own = lengths[label] or (max(map(max, filter(None, lengths))),)
         number = turn[label] = turn.get(label, -1) + 1
         chosen.append(own[number % len(own)])
-    return Condition(labels, lengths=torch.tensor(chosen, device=labels.device))
+    own_lengths = torch.tensor(chosen, device=labels.device)
+    return Condition(labels, own_lengths, text, text_lengths)
 
 
 def draw(

@@ -15,7 +15,8 @@ from ..config.io import load_config
 from ..config.model import ModelConfig
 from ..config.run import CONFIG
 from ..modality.base import Modality
-from ..modality.images import Images, Latents
+from ..modality.images import Images
+from ..modality.latents import Latents
 from ..models.registry import build_model, known_heads
 from ..models.sit import SiT
 from ..spec import SampleSpec
@@ -31,6 +32,7 @@ class Trained:
         num_classes: its labels are 0..num_classes-1, and the null label where it has one.
         modality: what samples stand for; of a lone file with 4 channels latents, else images.
         lengths: typical ones, see `SampleSet.typical_lengths`.
+        captions, text_encoder: of the data, see `SampleSet`.
     """
 
     model: SiT
@@ -38,37 +40,40 @@ class Trained:
     num_classes: int
     modality: Modality
     lengths: tuple[tuple[int, ...], ...] = ()
+    captions: tuple[str, ...] = ()
+    text_encoder: str | None = None
 
 
-def load_trained(path: Path, *, ema: bool = True, num_heads: int | None = None) -> Trained:
+def load_trained(path: Path, *, which: str = "ema", num_heads: int | None = None) -> Trained:
     """The model of a run or checkpoint, on the CPU in evaluation mode.
 
     A run says what its model is; for a lone file the sizes are read from the shapes of its tensors.
 
     Args:
         path: of a run, one of its checkpoints, or a file of weights.
-        ema: the averaged weights rather than the last ones.
+        which: of its weights, see `load_weights`.
         num_heads: of a lone file whose width and depth are of no named size.
 
     Raises:
         CheckpointError: damaged, foreign, or of a size whose number of heads is not known; names the file.
     """
     found = find_weights(path)
-    weights = load_weights(found, ema=ema)
+    weights = load_weights(found, which=which)
     run = run_of(found) if found.is_dir() else None
     if run is None:
         model = _model_from_shapes(weights, num_heads)
-        spec = model.spec
-        lengths: tuple[tuple[int, ...], ...] = ()
-        modality: Modality = Latents() if model.in_channels == 4 else Images()
+        known = Trained(model, model.spec, model.num_classes, Latents() if model.in_channels == 4 else Images())
     else:
         data = read_run_state(found).data
-        spec, modality, num_classes, lengths = data.spec, data.what, data.num_classes, data.lengths
+        spec, num_classes = data.spec, data.num_classes
         config = load_config(run / CONFIG).model
         _check_sizes(weights, config, spec, num_classes)
         model = build_model(config, spec, num_classes, data.text_width)
+        facts = (data.what, data.lengths, data.captions, data.text_encoder)
+        known = Trained(model, spec, model.num_classes, *facts)
     fill_model(model, weights)
-    return Trained(model.eval().requires_grad_(False), spec, model.num_classes, modality, lengths)
+    model.eval().requires_grad_(False)
+    return known
 
 
 class _Sizes(NamedTuple):

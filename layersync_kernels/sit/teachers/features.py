@@ -22,7 +22,7 @@ from ..data.augment import mirror
 from ..data.base import SampleSet
 from ..data.memory import first_not_finite
 from ..files import atomic_path
-from ..modality.images import unit_to_pixels
+from ..modality.images import Images, unit_to_pixels
 from .base import Teacher, not_finite
 
 PRINTED_SAMPLES = 256
@@ -150,6 +150,8 @@ def compute_features(
     """
     if data.latent:
         raise DataError(latent_message(source))
+    if not isinstance(data.modality, Images):
+        raise DataError(f"teachers look at images, and {source} holds {data.modality.kind}")
     device = teacher.device
     width = teacher.width(data.take(torch.arange(1)).samples.to(device))
     names = ("features", "mirrored") if flip else ("features",)

@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from ...compiler.cards import card_of
 from ...errors import CheckpointError, ConfigError, TrainingDiverged
 from ...runtime.memory import keep_freed_memory
 from ..batch import Batch
@@ -26,7 +27,10 @@ from ..data.base import SampleSet
 from ..data.registry import load_data
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
+from ..modality.images import Images
+from ..modality.latents import Latents
 from ..modality.registry import modality_facts
+from ..models.flops import forward_flops
 from ..models.registry import build_model
 from ..sampling.draw import conditions, draw
 from .runlog import Meter, RunLog, surviving_full_disk
@@ -96,6 +100,8 @@ class Trainer:
         self.data = data if data is not None else load_data(config.data, self.device)
         if len(self.data) == 0:
             raise ConfigError("the data set is empty")
+        if config.data.flip and not isinstance(self.data.modality, (Images, Latents)):
+            raise ConfigError(f"--flip: {config.data.data} holds {self.data.modality.kind}, which has no mirror image")
         self.num_classes = config.model.num_classes or self.data.num_classes
         if self.num_classes < self.data.num_classes:
             raise ConfigError(f"--num-classes {self.num_classes}: the data has {self.data.num_classes}")
@@ -118,6 +124,8 @@ class Trainer:
                 block.compile()
         self.meter = Meter()
         self._started: float | None = None  # when the time that `state.seconds` does not know yet began
+        self._tokens: list[int | Tensor] = []  # of each step since the last record
+        self._peak = _peak_flops(self.device, self.autocast_dtype)
         self._unchecked: list[Tensor] = []  # the loss of each step since `check_finite`, still on the device
 
     def term(self, kind: type[K]) -> K | None:
@@ -164,7 +172,7 @@ class Trainer:
         Args:
             batch: on the device but for its index; its size is a multiple of `accumulate`.
         """
-        if self.config.data.flip:
+        if self.config.data.flip and batch.mirrored is None:  # latents come mirrored
             batch = random_mirror(batch, generator=self.state.generator)
         loss = train_step(
             self.state,
@@ -175,6 +183,11 @@ class Trainer:
             meter=self.meter,
         )
         self._unchecked.append(loss)
+        lengths, extent = batch.condition.lengths, batch.samples.shape[2:]
+        if lengths is None:
+            self._tokens.append(len(batch) * math.prod(self.model.grid_of(extent)))
+        else:
+            self._tokens.append(self.model.token_lengths(lengths, extent).sum())
 
     def check_finite(self) -> None:
         """Reads back whether all losses since the last check, and the weights now, are finite.
@@ -224,6 +237,8 @@ class Trainer:
                 "modality": modality_facts(self.data.modality),
                 "lengths": self.data.typical_lengths(),
                 "text_width": self.data.text_width,
+                "captions": self.data.captions,
+                "text_encoder": self.data.text_encoder,
             },
         }
         return self.state.save(self.run_dir, facts, keep=self.config.log.keep)
@@ -234,7 +249,13 @@ class Trainer:
         Raises:
             CheckpointError: it is damaged or belongs to another model; names the file.
         """
-        self.meter.load_state_dict(self.state.load(checkpoint).meter, self.device)
+        state = self.state.load(checkpoint)
+        if state.data.what != self.data.modality:
+            raise CheckpointError(
+                f"{checkpoint} is of data with another normalisation or form than {self.config.data.data} has now; "
+                "resume with the data of the run"
+            )
+        self.meter.load_state_dict(state.meter, self.device)
 
     def advance(self, steps: int, stop_asked: Callable[[], bool] = lambda: False) -> None:
         """Trains on to step `steps`, or until `stop_asked`, without log and checkpoints, for a caller that measures.
@@ -274,8 +295,8 @@ class Trainer:
                 if done or self.steps_done % config.log.log_every == 0:
                     means = self.meter.read()
                     now = time.monotonic()
-                    rate = (self.steps_done - recorded_step) * optim.batch_size / (now - last_record)
-                    metrics = self._record(means, rate)
+                    steps = self.steps_done - recorded_step
+                    metrics = self._record(means, steps, now - last_record)
                     log.record(metrics, seconds_left=self._seconds_left(fraction_before, began))
                     self.check_finite()
                     last_record, recorded_step = time.monotonic(), self.steps_done
@@ -290,7 +311,7 @@ class Trainer:
                 if config.log.sample_every and self.steps_done % config.log.sample_every == 0:
                     self.draw_samples()
                     log.draw_curves()
-                last_record += time.monotonic() - paused  # images/s count training alone
+                last_record += time.monotonic() - paused  # samples/s count training alone
             if self.run_dir is not None:
                 self.save()
                 if done and config.log.sample_every:
@@ -315,14 +336,19 @@ class Trainer:
                     stack.enter_context(term.measured())
             self.step(batch)
 
-    def _record(self, means: dict[str, float], images_per_second: float) -> dict[str, Any]:
+    def _record(self, means: dict[str, float], steps: int, seconds: float) -> dict[str, Any]:
+        samples_per_second = steps * self.config.optim.batch_size / seconds
+        tokens, self._tokens = self._tokens, []
         record: dict[str, Any] = {
             "step": self.steps_done,
             **{name: value for name, value in means.items() if not name.startswith("cosine/")},
             "lr": self.state.optimizer.param_groups[0]["lr"],
-            "images_per_second": images_per_second,
+            "samples_per_second": samples_per_second,
+            "tokens_per_second": float(sum(map(float, tokens))) / seconds,
             "seconds": self.seconds,
         }
+        if self._peak is not None:
+            record["mfu"] = 3 * forward_flops(self.model) * samples_per_second / self._peak
         for term in self.state.terms:
             record.update(term.facts())
         cosine = {name.removeprefix("cosine/"): v for name, v in means.items() if name.startswith("cosine/")}
@@ -335,10 +361,15 @@ class Trainer:
         return pace * (1 - self.fraction)
 
     def draw_samples(self) -> Path | None:
-        """Draws a grid with the averaged weights, one row per class, always from the same noise."""
+        """Draws an overview with the averaged weights, a row for each class or text, always from the same noise."""
         log = self.config.log
-        classes = torch.arange(min(log.grid_classes, self.num_classes))
-        condition = conditions(classes.repeat_interleave(log.grid_columns), self.data.typical_lengths())
+        rows = log.grid_classes if self.data.text_width is not None else min(log.grid_classes, self.num_classes)
+        which = torch.arange(rows).repeat_interleave(log.grid_columns)
+        if self.data.text_width is None:
+            condition = conditions(which, self.data.typical_lengths())
+        else:
+            given = self.data.take(torch.arange(min(rows, len(self.data)))).condition
+            condition = given[which % len(given)]
         samples = draw(
             self.ema,
             self.transport,
@@ -354,3 +385,9 @@ class Trainer:
         with surviving_full_disk(str(stem)):
             return self.data.modality.overview(samples, stem, columns=log.grid_columns, lengths=lengths)[0]
         return None
+
+
+def _peak_flops(device: torch.device, autocast_dtype: torch.dtype | None) -> float | None:
+    """Floating-point operations a second that the device can do; None where that is not known."""
+    card = card_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    return None if card is None else 1e12 * card.teraflops[autocast_dtype or torch.float32]

@@ -198,8 +198,8 @@ class RunLog:
         self._progress.update(self._task, completed=fraction, step=step)
 
     def record(self, record: Mapping[str, Any], *, seconds_left: float) -> None:
-        """Writes one record ("step", "loss", "images_per_second", "cosine": {pair: value}, ...) everywhere."""
-        facts = [f"{record['images_per_second']:.0f} images/s", f"loss {record['loss']:.4f}"]
+        """Writes one record ("step", "loss", "samples_per_second", "cosine": {pair: value}, ...) everywhere."""
+        facts = [f"{record['samples_per_second']:.0f} samples/s", f"loss {record['loss']:.4f}"]
         facts += [f"cos {pair} {value:.3f}" for pair, value in record.get("cosine", {}).items()]
         facts.append(f"{_clock(seconds_left)} left")
         self._progress.update(self._task, facts="  ".join(facts))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import logging
 import uuid
 from collections.abc import Mapping, Sequence
@@ -48,8 +49,9 @@ class TrainState:
 
     Attributes:
         model, ema: the network, and the copy that holds the averaged weights (fp32, evaluation mode).
+        emas: all such copies, by the stem of their file: "ema", and "ema-DECAY" of further decays.
         terms: of the loss.
-        weights, averages: the trained tensors of `model`, and those of `ema` that follow them.
+        weights, averages: the trained tensors of `model`, and those of each of `emas` that follow them.
         trained: what the optimiser trains: `weights`, then the parameters of the terms; `names`: those of them.
         generator: draws mirroring, noise and times; on the model's device.
         steps_done: optimiser steps so far.
@@ -68,11 +70,15 @@ class TrainState:
         for term in self.terms:
             if term.module is not None:
                 term.module = parallelise(term.module)
-        self.ema = copy.deepcopy(self.model).requires_grad_(False).eval()
+        stems = ["ema", *(f"ema-{decay:g}" for decay in config.ema_decays[1:])]
+        self.emas = {stem: copy.deepcopy(self.model).requires_grad_(False).eval() for stem in stems}
+        self.ema = self.emas["ema"]
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
-        averaged = dict(self.ema.named_parameters())
         self.weights: list[Tensor] = list(trained.values())
-        self.averages: list[Tensor] = [averaged[name] for name in trained]
+        self.averages: list[list[Tensor]] = []
+        for ema in self.emas.values():
+            averaged = dict(ema.named_parameters())
+            self.averages.append([averaged[name] for name in trained])
         for term in self.terms:
             if term.module is not None:
                 trained.update(term.module.named_parameters(prefix=term.file or term.name))
@@ -99,14 +105,16 @@ class TrainState:
     @torch.no_grad()
     def move_average(self) -> None:
         """The average: ema ← decay · ema + (1 - decay) · weights."""
-        decay = self.config.ema_decay
-        if self.config.ema_warmup:
-            decay = min(decay, (1 + self.steps_done) / (10 + self.steps_done))
-        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
+        for averages, decay in zip(self.averages, self.config.ema_decays, strict=True):
+            if self.config.ema_warmup:
+                decay = min(decay, (1 + self.steps_done) / (10 + self.steps_done))
+            torch._foreach_lerp_(averages, self.weights, 1 - decay)
 
     def is_finite(self) -> bool:
         """Whether all weights and averages are; waits for the device."""
-        return bool(torch.stack(torch._foreach_norm([*self.trained, *self.averages])).isfinite().all())
+        return bool(
+            torch.stack(torch._foreach_norm([*self.trained, *itertools.chain(*self.averages)])).isfinite().all()
+        )
 
     def save(self, run_dir: Path, facts: dict[str, Any], *, keep: int) -> Path:
         """Writes a checkpoint.
@@ -121,7 +129,7 @@ class TrainState:
         """
         tensors = {
             "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
+            **{stem: ema.state_dict() for stem, ema in self.emas.items()},
             "optimizer": optimizer_tensors(self.optimizer, self.names),
             "rng": self._random_states(),
         }
@@ -147,9 +155,16 @@ class TrainState:
             CheckpointError: it is damaged or belongs to another model; names the file.
         """
         state = read_run_state(checkpoint)
-        model, ema, optimizer, rng = (_read(checkpoint, stem) for stem in ("model", "ema", "optimizer", "rng"))
+        model, optimizer, rng = (_read(checkpoint, stem) for stem in ("model", "optimizer", "rng"))
         fill_model(self.model, model, exact=True)
-        fill_model(self.ema, ema, exact=True)
+        there = {path.stem for path in checkpoint.glob("ema*.safetensors")}
+        if (there > {"ema"} or len(self.emas) > 1) and there != set(self.emas):
+            raise CheckpointError(
+                f"{checkpoint} has the averages {', '.join(sorted(there))}; --ema-decay asks for "
+                f"{', '.join(self.emas)}: resume with the decays of the run"
+            )
+        for stem, ema in self.emas.items():
+            fill_model(ema, _read(checkpoint, stem), exact=True)
         for term in self.terms:
             if term.module is not None and term.file is not None:
                 if not (checkpoint / f"{term.file}.safetensors").is_file():

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from ....errors import ConfigError, DataError
-from ...config.run import TrainConfig
+from ...config.run import StartingPoint, TrainConfig
 from ...data.base import SampleSet
 from ...data.registry import load_data
 from ...evaluation.validation import hold_out
@@ -72,7 +72,7 @@ class CompareConfig:
 
 
 @dataclass(frozen=True)
-class CompareCommand:
+class CompareCommand(StartingPoint):
     """Train vanilla, LayerSync, REPA and both from the same seeds; write report.md, report.png and report.json.
 
     Each run trains for --steps, or for --max-seconds of training where that is less. Runs of one seed take turns, so

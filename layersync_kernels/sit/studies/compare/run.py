@@ -21,6 +21,7 @@ from ...diffusion.transport import build_transport
 from ...evaluation.frechet import FeatureNetwork, load_network
 from ...evaluation.judge import Judge
 from ...files import atomic_path, write_json
+from ...modality.images import Images
 from ...teachers.clock import TeacherClock
 from ...training.folder import lock_folder, start_run
 from ...training.loop import Trainer
@@ -55,8 +56,9 @@ class Comparison:
         self.precision = resolve_precision(train.precision, self.device)
         self.train_set, self.held_out = load_sets(config, self.device)
         self.held_out_samples = min(config.held_out or MOST_HELD_OUT, len(self.held_out))
-        if self.train_set.latent and config.quality_network != "none":
-            raise ConfigError(f"{train.data.data} holds latents, at which no network can look: --quality-network none")
+        if not isinstance(self.train_set.modality, Images) and config.quality_network != "none":
+            kind = self.train_set.modality.kind
+            raise ConfigError(f"{train.data.data} holds {kind}, at which no network can look: --quality-network none")
         if self.held_out_samples < 2 and config.quality_network != "none":
             raise ConfigError(
                 "a Fréchet distance needs 2 held-out samples or more: --held-out 2, --quality-network none"

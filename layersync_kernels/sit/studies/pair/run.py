@@ -177,7 +177,7 @@ def probe(command: ProbeCommand) -> Path:
     """
     command.validate()
     device = resolve_device(command.device)
-    trained = load_trained(command.source, ema=command.weights == "ema", num_heads=command.num_heads)
+    trained = load_trained(command.source, which=command.weights, num_heads=command.num_heads)
     depth = trained.model.depth
     if depth < 2:
         raise ConfigError(f"{command.source} has {depth} block; a pair needs a model of at least 2")

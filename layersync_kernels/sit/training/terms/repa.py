@@ -15,6 +15,7 @@ from ....errors import ConfigError, DataError, TeacherError
 from ....losses.representation import RepresentationAlignmentLoss
 from ...batch import Batch
 from ...config.loss import AlignConfig
+from ...modality.images import Images
 from ...models.sit import SiT
 from ...teachers.base import Teacher, not_finite
 from ...teachers.clock import TeacherClock
@@ -62,9 +63,14 @@ class RepaTerm(AlignmentTerm):
             width = teacher.width
         elif data.latent:
             raise DataError(latent_message(config.data.data))
+        elif not isinstance(data.modality, Images):
+            raise DataError(
+                f"teachers look at images, and {config.data.data} holds {data.modality.kind}: give features that were "
+                "computed elsewhere (--features FILE), or --align off"
+            )
         else:
             assert align.teacher is not None  # `validate` has seen to that
-            grid = data.spec.side // setting.model.patch_size[0]
+            grid = min(setting.model.grid)
             teacher = load_teacher(align.teacher, size=align.teacher_size, grid=grid, weights=align.teacher_weights)
             teacher.to(device)
             width = teacher.width(data.take(torch.arange(min(2, len(data)))).samples.to(device))

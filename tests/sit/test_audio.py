@@ -1,0 +1,308 @@
+"""Sounds: files of every kind to samples, and samples to sounds."""
+
+import dataclasses
+import io
+import json
+import zipfile
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+
+from layersync_kernels.errors import ConfigError, DataError
+from layersync_kernels.sit import files
+from layersync_kernels.sit.config.audio import AudioConfig
+from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.data import audio
+from layersync_kernels.sit.data.registry import load_data
+from layersync_kernels.sit.modality.audio import Mel, Waveform, resampled
+from layersync_kernels.sit.modality.registry import build_modality, modality_facts
+
+from .tiny import tiny_config
+
+RATE = 8000
+SMALL = {"mel_bins": 20, "window_ms": 32.0, "hop_ms": 8.0}
+
+
+def tone(hertz, seconds=0.3, rate=RATE):
+    time = np.arange(round(seconds * rate)) / rate
+    return (0.4 * np.sin(2 * np.pi * hertz * time)).astype(np.float32)
+
+
+def pitch(sound, rate=RATE):
+    """The loudest frequency."""
+    spectrum = np.abs(np.fft.rfft(sound * np.hanning(len(sound)), 8 * rate))
+    return np.argmax(spectrum) / 8
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Two classes: 500 Hz in 0.3 s and 1,200 Hz in 0.2 s."""
+    for name, hertz, seconds in (("low", 500, 0.3), ("high", 1200, 0.2)):
+        (tmp_path / name).mkdir()
+        for i in range(2):
+            soundfile.write(tmp_path / name / f"{i}.wav", tone(hertz, seconds), RATE)
+    return tmp_path
+
+
+def load(folder, *, limit=4.0, **options):
+    return load_data(DataConfig(data=str(folder), audio=AudioConfig(**(SMALL | options)), memory_limit_gb=limit))
+
+
+# Folders
+
+
+def test_folder_gives_classes_lengths_and_normalised_bands(folder):
+    data = load(folder)
+    assert data.class_names == ["high", "low"]
+    assert data.spec.shape == (20, 38)  # a frame for each 8 ms of 0.3 s that has begun
+    assert data.spec.variable
+    assert data.lengths.tolist() == [25, 25, 38, 38]
+    there = torch.cat(
+        [sample[:, :length] for sample, length in zip(data.samples, data.lengths.tolist(), strict=True)], 1
+    )
+    torch.testing.assert_close(there.mean(1), torch.zeros(20), atol=1e-4, rtol=0)
+    assert not data.samples[0, :, 25:].any()
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
+def test_every_format_is_read(tmp_path, kind):
+    soundfile.write(tmp_path / f"a.{kind}", tone(600, 0.5, 16000), 16000)
+    data = load(tmp_path, sound="waveform")
+    assert data.modality.sample_rate == 16000
+    (sound,) = data.modality.sounds(data.samples)
+    assert pitch(sound, 16000) == pytest.approx(600, abs=3)
+
+
+def test_other_rates_are_resampled_and_channels_mixed_down(folder, caplog):
+    caplog.set_level("INFO")
+    stereo = np.stack([tone(700, 0.3, 22050), 0 * tone(700, 0.3, 22050)], 1)
+    soundfile.write(folder / "low" / "other.wav", stereo, 22050)
+    data = load(folder, sound="waveform", sample_rate=RATE)
+    assert "1 of 5 sounds have several channels and were mixed down" in caplog.text
+    sound = data.modality.sounds(data.samples, data.lengths)[-1]
+    assert len(sound) == 0.3 * RATE
+    assert pitch(sound) == pytest.approx(700, abs=3)
+    assert np.abs(sound).max() == pytest.approx(0.2, abs=0.02)
+
+
+def test_clips_are_cut_one_after_the_other(tmp_path):
+    soundfile.write(tmp_path / "a.wav", np.concatenate([tone(400, 0.5), tone(900, 0.5), tone(1500, 0.25)]), RATE)
+    first = load(tmp_path, sound="waveform", clip_seconds=0.5)
+    assert (len(first), first.spec.variable, first.lengths) == (1, False, None)
+    whole = load(tmp_path, sound="waveform", clip_seconds=0.5, clips_per_sound=0)
+    sounds = whole.modality.sounds(whole.samples, whole.lengths)
+    assert [len(sound) for sound in sounds] == [4000, 4000, 2000]
+    assert [round(pitch(sound), -1) for sound in sounds] == [400, 900, 1500]
+    equal = load(tmp_path, sound="waveform", clip_seconds=0.5, clips_per_sound=0, fixed_length=True)
+    assert not equal.spec.variable
+    assert equal.samples.shape == (3, 1, 4000)
+
+
+# What is broken
+
+
+def test_broken_sounds_are_named_skipped_and_counted(folder, caplog):
+    (folder / "low" / "empty.wav").write_bytes(b"")
+    (folder / "low" / "text.wav").write_text("no sound")
+    soundfile.write(folder / "low" / "nothing.wav", tone(500, 0), RATE)
+    soundfile.write(folder / "low" / "nan.wav", np.full(800, np.nan, np.float32), RATE, subtype="FLOAT")
+    data = load(folder)
+    assert len(data) == 4
+    names = sorted(name.rpartition("/")[2] for name in data.broken)
+    assert names == ["empty.wav", "nan.wav", "nothing.wav", "text.wav"]
+    assert "NaN" in next(reason for name, reason in data.broken.items() if "nan.wav" in name)
+    assert "4 of 8 sound files are broken" in caplog.text
+
+
+def test_nothing_but_broken_sounds_stops(tmp_path):
+    (tmp_path / "a.wav").write_text("no sound")
+    with pytest.raises(DataError, match=r"none of the 1 sound files can be read .*a\.wav"):
+        load(tmp_path)
+
+
+def test_sounds_beyond_the_memory_limit_stop(folder):
+    with pytest.raises(DataError, match=r"--memory-limit-gb .*--clip-seconds"):
+        load(folder, limit=1e-5)  # one file fits, the spectrograms do not
+
+
+def test_clip_shorter_than_a_patch_is_one_patch(tmp_path):
+    """A model's patch reaches beyond the clip's end, which is zeros there."""
+    from layersync_kernels.sit.training.loop import Trainer
+
+    soundfile.write(tmp_path / "a.wav", tone(500, 0.01), RATE)
+    soundfile.write(tmp_path / "b.wav", tone(500, 0.0625), RATE)
+    data = load(tmp_path)
+    assert data.lengths.tolist() == [2, 8]
+    config = tiny_config(model={"patch_size": (4,)}, data={"flip": False}, optim={"batch_size": 2})
+    Trainer(config, data).advance(1)
+
+
+def test_missing_package_says_how_to_install_it(folder, monkeypatch):
+    def absent(name):
+        raise ImportError(f"No module named {name!r}")
+
+    monkeypatch.setattr(files.importlib, "import_module", absent)
+    with pytest.raises(ConfigError, match=r"No module named 'soundfile'; pip install 'layersync_kernels\[audio\]'"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"clip_seconds": 0.0}, "--clip-seconds"),
+        ({"hop_ms": 99.0}, "--hop-ms 99.0: expected at most --window-ms"),
+        ({"sample_rate": 0}, "--sample-rate"),
+        ({"clips_per_sound": -1}, "--clips-per-sound"),
+    ],
+)
+def test_settings_out_of_range_are_named(options, match):
+    with pytest.raises(ConfigError, match=match):
+        AudioConfig(**options).validate()
+
+
+# Spoken digits
+
+
+def digits(root):
+    """A file of the layout of the digits: two speakers say each digit in takes 0 and 7."""
+    sounds = [tone(200 + 100 * digit, 0.1 + 0.01 * take) for digit in range(10) for take in (0, 7)]
+    np.savez(
+        root / "fsdd.npz",
+        x=np.concatenate([(sound * 32768).astype(np.int16) for sound in sounds]),
+        n=np.array([len(sound) for sound in sounds]),
+        digit=np.repeat(np.arange(10), 2).astype(np.uint8),
+        take=np.tile([0, 7], 10).astype(np.uint8),
+    )
+    return sounds
+
+
+def fsdd(root, **options):
+    sizes = AudioConfig(sound="waveform", fixed_length=False)
+    return load_data(DataConfig(data="fsdd", data_root=root, audio=sizes, **options))
+
+
+def test_digits_have_their_classes_and_their_split(tmp_path):
+    sounds = digits(tmp_path)
+    train, test = fsdd(tmp_path, split="train"), fsdd(tmp_path, split="test")
+    assert train.labels.tolist() == test.labels.tolist() == list(range(10))
+    assert set(test.lengths.tolist()) == {800}
+    np.testing.assert_allclose(train.modality.sounds(train.samples, train.lengths)[3], sounds[7], atol=1e-4)
+    assert train.modality == test.modality  # normalised by the training split alone
+    assert train.modality.std[0] == pytest.approx(np.concatenate(sounds[1::2]).std(), rel=1e-3)
+
+
+@pytest.mark.parametrize("by", ["flag", "environment"])
+def test_digits_are_found_as_recordings_too(tmp_path, monkeypatch, by):
+    place = tmp_path / "free-spoken-digit-dataset" / "recordings"
+    place.mkdir(parents=True)
+    for name in ("0_jackson_0", "9_nicolas_12", "x"):
+        soundfile.write(place / f"{name}.wav", tone(500, 0.1), RATE)
+    if by == "environment":
+        monkeypatch.setenv("LAYERSYNC_DATA", str(tmp_path))
+    data = fsdd(tmp_path if by == "flag" else tmp_path / "none")
+    assert data.labels.tolist() == [0, 9]
+    assert data.test.tolist() == [True, False]
+    assert list(data.broken) == [str(place / "x.wav")]
+
+
+def test_digits_that_are_missing_can_be_fetched(tmp_path, monkeypatch):
+    with pytest.raises(DataError, match=r"neither fsdd.npz nor free-spoken-digit-dataset/ .*--download"):
+        fsdd(tmp_path)
+    sound = io.BytesIO()
+    soundfile.write(sound, tone(500, 0.1), RATE, format="WAV")
+    with zipfile.ZipFile(tmp_path / "master.zip", "w") as archive:
+        archive.writestr("repository/recordings/3_theo_9.wav", sound.getvalue())
+        archive.writestr("repository/recordings/../../../evil.wav", sound.getvalue())
+        archive.writestr("repository/README.md", "text")
+    monkeypatch.setattr(audio, "FSDD_URL", (tmp_path / "master.zip").as_uri())
+    data = fsdd(tmp_path / "data", download=True)
+    assert data.labels.tolist() == [3]
+    assert [path.name for path in (tmp_path / "data").rglob("*.wav")] == ["3_theo_9.wav"]
+    assert not list(tmp_path.rglob("evil.wav"))
+    monkeypatch.setattr(audio, "FSDD_URL", (tmp_path / "none.zip").as_uri())
+    with pytest.raises(DataError, match="cannot download"):
+        fsdd(tmp_path / "other", download=True)
+
+
+@pytest.mark.parametrize("change", [{"n": np.array([5])}, {"digit": np.full(20, 10)}, {"x": np.zeros(3, np.int16)}])
+def test_digits_that_do_not_fit_together_are_refused(tmp_path, change):
+    digits(tmp_path)
+    np.savez(tmp_path / "fsdd.npz", **(dict(np.load(tmp_path / "fsdd.npz")) | change))
+    with pytest.raises(DataError, match="do not fit together"):
+        fsdd(tmp_path)
+    np.savez(tmp_path / "fsdd.npz", x=np.zeros(3, np.int16))
+    with pytest.raises(DataError, match="has no"):
+        fsdd(tmp_path)
+
+
+# From samples to sounds
+
+
+def mel(**options):
+    return Mel(**({"sample_rate": RATE, "window": 512, "hop": 128, "bands": 80} | options))
+
+
+def test_a_tone_survives_its_spectrogram():
+    sound = mel().waveform(mel().encode(torch.from_numpy(tone(900, 0.5))))
+    assert len(sound) == pytest.approx(0.5 * RATE, abs=256)
+    assert pitch(sound) == pytest.approx(900, abs=25)
+
+
+def test_band_of_a_spectrogram_is_where_the_tone_is():
+    low, high = (mel().encode(torch.from_numpy(tone(hertz))).mean(1).argmax() for hertz in (300, 3000))
+    assert low < 15
+    assert high > 60
+    picture = mel().picture(mel().encode(torch.from_numpy(tone(300))))
+    assert picture[0, :, 5].argmax() > 60  # low frequencies are at the bottom
+
+
+def test_frames_are_those_that_have_begun():
+    for length, frames in ((1, 1), (128, 1), (129, 2), (4000, 32)):
+        assert mel().encode(torch.randn(length)).shape == (80, frames)
+
+
+@pytest.mark.parametrize("modality", [mel(mean=(1.0,) * 80, std=(2.0,) * 80), Waveform(sample_rate=RATE, std=(0.1,))])
+def test_a_run_draws_pictures_and_sounds(tmp_path, modality):
+    channels = 80 if isinstance(modality, Mel) else 1
+    samples, lengths = torch.randn(4, channels, 40 if channels > 1 else 800), torch.tensor([8, 20, 40, 3])
+    picture, joined = modality.overview(samples, tmp_path / "new" / "step_1", columns=2, lengths=lengths)
+    assert Image.open(picture).size[0] > 50
+    sound, rate = soundfile.read(joined)
+    parts = modality.sounds(samples, lengths)
+    assert rate == RATE
+    assert len(sound) == sum(map(len, parts)) + 4 * round(0.25 * RATE)
+    assert np.abs(sound).max() <= 1
+    one, _ = soundfile.read(modality.save(samples[1, :, :20], tmp_path / "one"))
+    assert len(one) == len(parts[1])
+    arrays = modality.arrays(samples, lengths)
+    assert arrays["lengths"].tolist() == [len(part) for part in parts]
+    assert arrays["sample_rate"] == RATE
+    np.testing.assert_array_equal(arrays["waveforms"][3, : len(parts[3])], parts[3])
+
+
+def test_loud_sounds_are_not_clipped(tmp_path):
+    modality = Waveform(sample_rate=RATE)
+    sound, _ = soundfile.read(modality.save(5 * torch.from_numpy(tone(500))[None], tmp_path / "loud"))
+    assert np.abs(sound).max() == pytest.approx(0.99, abs=1e-3)
+    assert pitch(sound) == pytest.approx(500, abs=3)
+    spectrum = np.abs(np.fft.rfft(sound))
+    assert np.sort(spectrum)[-20:].sum() > 0.8 * spectrum.sum()  # no overtones
+
+
+@pytest.mark.parametrize("modality", [mel(mean=(0.5,) * 80), Waveform(sample_rate=44100)])
+def test_modality_is_the_same_after_json(modality):
+    assert build_modality(json.loads(json.dumps(modality_facts(modality)))) == modality
+
+
+@pytest.mark.parametrize("change", [{"sample_rate": 0}, {"hop": 0}, {"window": 100}, {"bands": 0}])
+def test_modality_out_of_range_is_refused(change):
+    with pytest.raises(ValueError, match="expected"):
+        dataclasses.replace(mel(), **change)
+
+
+def test_a_sound_at_its_own_rate_is_left_alone():
+    sound = tone(500)
+    assert resampled(sound, RATE, RATE) is sound

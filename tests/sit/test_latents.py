@@ -1,0 +1,239 @@
+"""Latents: data encoded once by an autoencoder, read again, and decoded to be seen and heard."""
+
+import dataclasses
+import itertools
+import json
+import warnings
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from layersync_kernels import cli
+from layersync_kernels.errors import ConfigError, DataError
+from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.data import latents_folder
+from layersync_kernels.sit.data.registry import load_data
+from layersync_kernels.sit.modality.autoencoder import Autoencoder
+from layersync_kernels.sit.modality.latents import Latents
+
+diffusers = pytest.importorskip("diffusers")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def kl(tmp_path_factory):
+    """An autoencoder of images: 16x16 to 4 channels of 8x8."""
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKL(
+        block_out_channels=(8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        norm_num_groups=2,
+        latent_channels=4,
+        sample_size=16,
+        scaling_factor=0.5,
+        shift_factor=0.25,
+    )
+    path = tmp_path_factory.mktemp("kl")
+    network.save_pretrained(path / "vae")
+    return path
+
+
+@pytest.fixture(scope="module")
+def oobleck(tmp_path_factory):
+    """An autoencoder of sounds: 8 samples to one of 2 channels."""
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        network = diffusers.AutoencoderOobleck(
+            encoder_hidden_size=4,
+            downsampling_ratios=[2, 4],
+            channel_multiples=[1, 2],
+            decoder_channels=4,
+            decoder_input_channels=2,
+            audio_channels=2,
+            sampling_rate=8000,
+        )
+    path = tmp_path_factory.mktemp("oobleck")
+    network.save_pretrained(path)
+    return path
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "data" / name).mkdir(parents=True)
+        for i in range(3):
+            noise = np.random.default_rng(10 * ord(name) + i).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+            Image.fromarray(noise).save(tmp_path / "data" / name / f"{i}.png")
+    return tmp_path
+
+
+def encode(folder, autoencoder, *more):
+    argv = ["latents", f"--data={folder / 'data'}", f"--autoencoder={autoencoder}", f"--out={folder / 'latents'}"]
+    return cli.main([*argv, "--shard=4", "--batch-size=3", "--device=cpu", "--workers=0", *more])
+
+
+def load(folder, **options):
+    return load_data(DataConfig(data=str(folder / "latents"), **options))
+
+
+def test_latents_are_posteriors_of_the_samples(pictures, kl, capsys):
+    assert encode(pictures, kl, "--flip") == 0
+    assert "6 latents of 4 x 8 x 8" in capsys.readouterr().out
+    network = Autoencoder(str(kl), CPU)
+    samples = load_data(DataConfig(data=str(pictures / "data"), workers=0)).take(torch.arange(6)).samples
+    mean, std = network.encode(samples)
+    data = load(pictures, latent_sample="mean")
+    assert data.class_names == ["a", "b"]
+    batch = data.take(torch.arange(6))
+    torch.testing.assert_close(batch.samples, (mean - 0.25) * 0.5, rtol=2e-3, atol=2e-3)
+    assert batch.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    torch.testing.assert_close(data.parts["std"].float(), std, rtol=2e-3, atol=1e-3)
+    mirrored, _ = network.encode(samples.flip(-1))
+    torch.testing.assert_close(data.parts["mean_mirrored"].float(), mirrored, rtol=2e-3, atol=2e-3)
+
+
+def test_each_epoch_draws_anew_and_the_same_at_the_same_place(pictures, kl):
+    encode(pictures, kl, "--flip")
+    data = load(pictures, flip=True)
+    first, second = itertools.islice(data.batches(6, seed=0), 2)
+    assert not torch.allclose(first.samples[first.index.argsort()], second.samples[second.index.argsort()])
+    again = next(data.batches(6, seed=0, start=6))
+    assert torch.equal(again.samples, second.samples)
+    assert torch.equal(again.mirrored, second.mirrored)
+    # The share that is mirrored, and what that means.
+    many = list(itertools.islice(data.batches(6, seed=3), 30))
+    share = torch.cat([batch.mirrored.flatten() for batch in many]).float().mean()
+    assert 0.3 < share < 0.7
+    means = dataclasses.replace(data, posterior=False)
+    batch = next(means.batches(6, seed=0))
+    for own, mirrored, number in zip(batch.samples, batch.mirrored.flatten(), batch.index, strict=True):
+        expected = data.parts["mean_mirrored" if mirrored else "mean"][number].float()
+        torch.testing.assert_close(own, (expected - 0.25) * 0.5)
+
+
+def test_writing_goes_on_where_it_was_stopped(pictures, kl, monkeypatch):
+    real, calls = latents_folder.save_shard, []
+
+    def stopped(path, tensors):
+        calls.append(path)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(path, tensors)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(latents_folder, "save_shard", stopped)
+        assert encode(pictures, kl) == 130
+    with pytest.raises(DataError, match=r"lacks 1 of 2 files, such as latents_00001"):
+        load(pictures)
+    before = (pictures / "latents" / "latents_00000.safetensors").stat().st_mtime_ns
+    assert encode(pictures, kl) == 0
+    assert (pictures / "latents" / "latents_00000.safetensors").stat().st_mtime_ns == before
+    assert len(load(pictures)) == 6
+
+
+def test_latents_of_something_else_are_not_mixed(pictures, kl, capsys):
+    encode(pictures, kl)
+    assert encode(pictures, kl, "--image-size=8") == 1
+    assert "choose another --out" in capsys.readouterr().err
+    with pytest.raises(DataError, match="no latents of mirrored samples"):
+        load(pictures, flip=True)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "match"),
+    [
+        (lambda folder: (folder / "index.json").write_text("{"), "cannot read .*index.json"),
+        (lambda folder: (folder / "latents_00001.safetensors").write_bytes(b"x"), "cannot read .*latents_00001"),
+        (lambda folder: change(folder, mean=torch.zeros(3, 4, 8, 8)), "do not fit index.json"),
+        (lambda folder: change(folder, labels=torch.tensor([0, 1, 2, 0])), "labels are not those of 2 classes"),
+        (lambda folder: change(folder, std=torch.full((4, 4, 8, 8), torch.inf).half()), "NaN or infinity"),
+    ],
+)
+def test_damaged_folders_are_refused(pictures, kl, spoil, match):
+    encode(pictures, kl)
+    spoil(pictures / "latents")
+    with pytest.raises(DataError, match=match):
+        load(pictures)
+
+
+def change(folder, **tensors):
+    path = folder / "latents_00000.safetensors"
+    save_file(load_file(path) | tensors, path)
+
+
+def test_a_run_on_latents_is_decoded_to_be_seen(pictures, kl):
+    encode(pictures, kl, "--flip")
+    size = ["--model=SiT-P/2", "--hidden-size=8", "--num-heads=2", "--depth=3", "--batch-size=4", "--steps=2"]
+    argv = [
+        f"--data={pictures / 'latents'}",
+        f"--out={pictures / 'run'}",
+        "--flip",
+        "--no-tensorboard",
+        "--solver=euler",
+    ]
+    assert (
+        cli.main(["train", *argv, *size, "--solver=euler", "--sampling-steps=2", "--sample-every=2", "--device=cpu"])
+        == 0
+    )
+    (picture,) = (pictures / "run" / "samples").glob("*.png")
+    assert Image.open(picture).mode == "RGB"
+    facts = json.loads((pictures / "run/checkpoints/step_00000002/state.json").read_text())["data"]["modality"]
+    assert facts["autoencoder"] == str(kl)
+    assert facts["std"] == [2.0] * 4
+
+
+def test_latents_without_their_autoencoder_are_drawn_as_they_are(tmp_path):
+    modality = Latents(autoencoder="nobody/nothing")
+    for shape in ((2, 4, 8, 8), (2, 3, 12), (2, 4, 3, 8, 8)):
+        (path,) = modality.overview(torch.randn(shape), tmp_path / "x", columns=2)
+        assert path.is_file()
+    assert modality.save(torch.randn(4, 8, 8), tmp_path / "one").suffix == ".npy"
+
+
+def test_sounds_become_latents_and_sounds_again(tmp_path, oobleck, capsys):
+    (tmp_path / "data").mkdir()
+    for i, seconds in enumerate((0.02, 0.01)):
+        soundfile.write(
+            tmp_path / "data" / f"{i}.wav", np.random.default_rng(i).normal(0, 0.1, int(8000 * seconds)), 8000
+        )
+    assert encode(tmp_path, oobleck) == 1
+    assert "holds mel" in capsys.readouterr().err
+    assert encode(tmp_path, oobleck, "--sound=waveform") == 0
+    data = load(tmp_path)
+    assert data.spec.shape == (2, 20)
+    assert data.parts["lengths"].tolist() == [20, 10]
+    batch = next(data.batches(2, seed=0))
+    assert not batch.samples[batch.condition.lengths == 10][..., 10:].any()
+    picture, sound = data.modality.overview(batch.samples, tmp_path / "s", columns=2, lengths=batch.condition.lengths)
+    assert picture.is_file()
+    heard, rate = soundfile.read(sound)
+    assert rate == 8000
+    assert len(heard) == 160 + 80 + 2 * 2000
+
+
+@pytest.mark.parametrize(
+    ("make", "match"),
+    [
+        (lambda folder: str(folder / "none"), "cannot load the autoencoder"),
+        (lambda folder: wrong_class(folder), r"is a UNet2DModel; expected one of AutoencoderKL"),
+    ],
+)
+def test_autoencoders_that_cannot_be_used_are_named(tmp_path, make, match):
+    with pytest.raises(ConfigError, match=match):
+        Autoencoder(make(tmp_path), CPU)
+
+
+def wrong_class(folder):
+    (folder / "config.json").write_text(json.dumps({"_class_name": "UNet2DModel"}))
+    return str(folder)
+
+
+def test_samples_that_do_not_fit_are_named(kl):
+    with pytest.raises(ConfigError, match=r"cannot take \(5, 16, 16\)"):
+        Autoencoder(str(kl), CPU).encode(torch.randn(1, 5, 16, 16))
