@@ -98,8 +98,8 @@ def test_hands_that_swing_do_not_turn_a_body():
     rng = np.random.default_rng(0)
     clip = np.zeros((200, 4, 3))
     clip[:, 1], clip[:, 2] = [0.2, -0.1, 0], [-0.2, -0.1, 0]  # hips
-    clip[:, 3] = rng.normal(size=(200, 3))  # a hand
-    assert np.abs(heading(clip, heading_reference([clip]))).std() < 0.02
+    clip[:, 3] = [0.3, 0.2, 0.2] + 0.25 * rng.normal(size=(200, 3))  # a hand
+    assert np.std(heading(clip, heading_reference([clip]))) < 0.03
 
 
 # There and back
