@@ -18,7 +18,7 @@ from layersync_kernels.sit.config.motion import MotionConfig
 from layersync_kernels.sit.data.registry import load_data
 from layersync_kernels.sit.modality.motion import HUMANML3D_PARENTS, Motion
 from layersync_kernels.sit.modality.motion_drawing import CELL, save_film
-from layersync_kernels.sit.modality.motion_kinematics import forward_kinematics, heading, turn
+from layersync_kernels.sit.modality.motion_kinematics import forward_kinematics, heading, heading_reference, turn
 from layersync_kernels.sit.modality.registry import build_modality, modality_facts
 
 PARENTS = (-1, 0, 1, 0, 3, 0, 5)
@@ -92,6 +92,14 @@ def test_heading_follows_a_turning_body():
     angles = np.linspace(-3, 3, 9)
     reference = clip[0][:, [0, 2]] - clip[0][:1, [0, 2]]
     np.testing.assert_allclose(heading(turn(clip, angles[:, None]), reference), angles, atol=1e-9)
+
+
+def test_hands_that_swing_do_not_turn_a_body():
+    rng = np.random.default_rng(0)
+    clip = np.zeros((200, 4, 3))
+    clip[:, 1], clip[:, 2] = [0.2, -0.1, 0], [-0.2, -0.1, 0]  # hips
+    clip[:, 3] = [0.3, 0.2, 0.2] + 0.25 * rng.normal(size=(200, 3))  # a hand
+    assert np.std(heading(clip, heading_reference([clip]))) < 0.03
 
 
 # There and back
@@ -534,6 +542,8 @@ def test_cmu_actions_split_and_rate(tmp_path):
     metre = 0.45 * 100 / 2.54
     np.testing.assert_allclose(np.diff(clip[:, 0, 2]), np.diff(values[:, 2]) / metre, atol=1e-4)
     np.testing.assert_allclose(np.linalg.norm(clip[:, 3] - clip[:, 2], axis=-1), 7.5936 / metre, atol=1e-4)  # a thigh
+    thigh = Rotation.from_rotvec(-values[:, 9:12]).apply([2.5972, -7.13576, 0])  # the files' matrices are transposed
+    np.testing.assert_allclose(clip[:, 3, 1] - clip[:, 2, 1], thigh[:, 1] / metre, atol=1e-4)
 
 
 def test_cmu_is_looked_for_in_the_environment_too(tmp_path, monkeypatch):
@@ -548,9 +558,11 @@ def test_cmu_is_looked_for_in_the_environment_too(tmp_path, monkeypatch):
 def test_cmu_recordings_are_cut_where_the_body_turns_over(tmp_path):
     name = "data|cmu_mocap|train|walking|walking_1.txt"
     values = cmu(tmp_path)[name]
-    values[150, 3:6] = [0, 2, 2]
+    values[149:153, 3:6] = [0, 2, 2]
     cmu(tmp_path, **{name: values})
     data = load_data(cmu_config(tmp_path, split="train"))
+    whole = load_data(cmu_config(tmp_path, split="train")).labels == 0
+    assert data.lengths[whole].sum() > 80  # what lies on both sides is used
     turns = data.modality.features(data.modality.restore(data.samples))[:, 0]
     assert turns.abs().max() < 0.2
 

@@ -12,7 +12,7 @@ from ..config.sampling import SamplingConfig
 
 PRESETS: dict[str, TrainConfig] = {
     # Two CPU cores learn six actions of CMU's recordings. A frame is a token: its 70 values and as many of noise have
-    # to pass through a token, and with patches of 4 frames a width of 192 is too little.
+    # to pass through a token, and with patches of 4 frames (280 values) a width of 192 is too little.
     "motion": TrainConfig(
         data=DataConfig(
             data="cmu-mocap",
@@ -43,6 +43,7 @@ PRESETS: dict[str, TrainConfig] = {
             data="HumanML3D",
             split="train",
             text_encoder="transformers/openai/clip-vit-base-patch32",
+            memory_limit_gb=64.0,  # each of 70,000 captions is a sample: 15 GB of motion, up to 11 GB of words
             motion=MotionConfig(motion_frames=196, motion_stride=196, motion_fps=None),
         ),
         model=ModelConfig(model="SiT-B/2", patch_size=(1,), hidden_size=512, depth=8, num_heads=8, condition="cross"),
