@@ -94,6 +94,8 @@ def fsdp2(target: Target, model: nn.Module) -> nn.Module:
 
 DISTRIBUTED_MODES = {"DDP": Mode(ddp), "FSDP2": Mode(fsdp2)}
 ALL_MODES = [*MODES, *DISTRIBUTED_MODES]
+TRACED = ("SiT, published block", "DiT", "SD3", "MDM encoder")
+"""Whose model as a whole is compiled in every run of the tests."""
 COMPILED = [name for name, mode in MODES.items() if mode.compiled]
 
 
@@ -186,7 +188,7 @@ def cells(request):
 
 @pytest.fixture(scope="module")
 def distributed(tmp_path_factory):
-    return run_distributed(distributed_cells, tmp_path_factory.mktemp("matrix"), seconds=240)
+    return run_distributed(distributed_cells, tmp_path_factory.mktemp("matrix"), seconds=900)
 
 
 def dashed(name: str) -> str:
@@ -214,8 +216,19 @@ def test_the_alignment_is_no_trifle_in_the_gradients(target):
     assert distance(reference(target, aligned=False)[:1], reference(target)[:1]) > SHARE
 
 
-@pytest.mark.parametrize("mode", MODES, ids=dashed)
-@each_target
+def marks_of(target: Target, mode: str) -> list[pytest.MarkDecorator]:
+    """A whole model takes long to trace, and its compiled blocks say nearly as much: of most it is for `make slow`."""
+    return [pytest.mark.slow] if mode == "compiled model" and target.name not in TRACED else []
+
+
+@pytest.mark.parametrize(
+    ("target", "mode"),
+    [
+        pytest.param(target, mode, id=f"{dashed(target.name)}-{dashed(mode)}", marks=marks_of(target, mode))
+        for target in TARGETS
+        for mode in MODES
+    ],
+)
 def test_same_losses_and_gradients_as_by_hand(target, mode, cells):
     need(target)
     cells[target.name, mode] = cell = try_cell(target, MODES[mode])

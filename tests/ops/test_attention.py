@@ -12,7 +12,7 @@ from layersync_kernels.functional import self_attention
 from layersync_kernels.ops import dispatch, native
 from layersync_kernels.ops.attention import op, self_attention_reference
 
-from ..support.backends import assert_as_exact_as, run_on_lower_instruction_set
+from ..support.backends import LOWER_INSTRUCTION_SETS, assert_as_exact_as, run_on_lower_instruction_set
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -310,7 +310,7 @@ print(peak() - before)
 
 
 @needs_cpp
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", LOWER_INSTRUCTION_SETS)
 def test_lower_instruction_sets_pass_the_same_tests(isa):
     numbers = "cpp_values or cpp_sharp or cpp_scores or cpp_inputs or cpp_nothing or cpp_nan"
     run_on_lower_instruction_set(isa, __file__, numbers)

@@ -17,6 +17,7 @@ from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,
+    LOWER_INSTRUCTION_SETS,
     STRIDED,
     assert_as_exact_as,
     device_of,
@@ -461,7 +462,7 @@ def test_fp64_runs_through_the_reference():
         layersync_loss(student, student, backend="cpp")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", LOWER_INSTRUCTION_SETS)
 def test_lower_instruction_sets_pass_the_same_tests(isa):
     run_on_lower_instruction_set(isa, __file__, "cpp and not instruction")
 

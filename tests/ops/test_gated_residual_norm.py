@@ -16,6 +16,7 @@ from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,
+    LOWER_INSTRUCTION_SETS,
     STRIDED,
     assert_as_exact_as,
     device_of,
@@ -835,7 +836,7 @@ def test_eps_reaches_the_kernel(backend):
         torch.testing.assert_close(actual, call(x, (8,), eps=0.1))
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", LOWER_INSTRUCTION_SETS)
 def test_lower_instruction_sets_pass_the_same_tests(isa):
     numbers = "values or modulation or width or rows or strides or nan or large or deterministic or alignment"
     run_on_lower_instruction_set(isa, __file__, f"(cpp or large) and ({numbers}) and not checkpoint")

@@ -15,6 +15,7 @@ from ..support.backends import (
     ALL,
     FUSED,
     HAS_GPU,
+    LOWER_INSTRUCTION_SETS,
     STRIDED,
     assert_as_exact_as,
     device_of,
@@ -399,7 +400,7 @@ def test_fp64_runs_through_the_reference():
         linear_gelu(*inputs, backend="cpp")
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", LOWER_INSTRUCTION_SETS)
 def test_lower_instruction_sets_pass_the_same_tests(isa):
     numbers = "values or width or rows or line or nan or stride or large or deterministic"
     run_on_lower_instruction_set(isa, __file__, f"(cpp or large) and ({numbers})")

@@ -11,7 +11,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from layersync_kernels.functional.gram import gram_alignment_loss
 from layersync_kernels.ops.gram_alignment import KINDS, op, strips
 
-from ..support.backends import ALL, FUSED, STRIDED, assert_as_exact_as, device_of, run_on_lower_instruction_set
+from ..support.backends import (
+    ALL,
+    FUSED,
+    LOWER_INSTRUCTION_SETS,
+    STRIDED,
+    assert_as_exact_as,
+    device_of,
+    run_on_lower_instruction_set,
+)
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -334,7 +342,7 @@ def test_results_do_not_depend_on_the_number_of_threads():
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("isa", ["generic", "avx2"])
+@pytest.mark.parametrize("isa", LOWER_INSTRUCTION_SETS)
 def test_lower_instruction_sets_pass_the_same_tests(isa):
     run_on_lower_instruction_set(isa, __file__, "cpp and (values or nan)")
 

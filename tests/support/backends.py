@@ -59,6 +59,10 @@ STRIDED = {
 }
 
 
+LOWER_INSTRUCTION_SETS = [pytest.param("generic", marks=pytest.mark.slow), "avx2"]
+"""Below that of the machine; the portable loops take as long as all others together."""
+
+
 def run_on_lower_instruction_set(isa, file, tests):
     """Run tests of a file (an expression as for pytest's -k) in a process that the CPU kernels of `isa` serve.
 
