@@ -104,10 +104,12 @@ def test_rotary_positions_turn_by_differences_alone(extent, width):
 @pytest.mark.skipif(not native.cpp().loaded, reason="the C++ extension is not there")
 def test_the_ledger_counts_the_padding_too():
     """Tensors are counted by their shapes: lengths add their own eight bytes a sample to the attention, and no more."""
-    block = filled(AdaLNZeroBlock(WIDTH, HEADS))
-    x, c = torch.randn(3, 9, WIDTH, requires_grad=True), torch.randn(3, WIDTH)
-    without = count_step(lambda: block(x, c).sum())
-    with_lengths = count_step(lambda: block(x, c, lengths=LENGTHS).sum())
+
+    def count(lengths):
+        block, x = AdaLNZeroBlock(WIDTH, HEADS), torch.randn(3, 9, WIDTH, requires_grad=True)
+        return count_step(lambda: block(x, torch.zeros(3, WIDTH), lengths=lengths).sum())
+
+    without, with_lengths = count(None), count(LENGTHS)
     assert with_lengths.outside == without.outside
     assert with_lengths.inside.read - without.inside.read == 2 * 8 * len(LENGTHS)  # forward and backward
     assert with_lengths.inside.written == without.inside.written
