@@ -124,8 +124,39 @@ def test_nothing_but_broken_sounds_stops(tmp_path):
 
 
 def test_sounds_beyond_the_memory_limit_stop(folder):
-    with pytest.raises(DataError, match=r"--memory-limit-gb .*--clip-seconds"):
-        load(folder, limit=1e-5)  # one file fits, the spectrograms do not
+    with pytest.raises(DataError, match=r"sounds up to .*--memory-limit-gb .*--clip-seconds"):
+        load(folder, limit=1e-5)  # one file fits, all do not
+    with pytest.raises(DataError, match=r"clips of . sounds.*--memory-limit-gb .*--clip-seconds"):
+        load(folder, limit=5e-5, hop_ms=1.0)  # all sounds fit, the spectrograms do not
+
+
+def test_no_more_of_a_file_is_read_than_its_clips_take(tmp_path):
+    for i in range(4):
+        soundfile.write(tmp_path / f"{i}.wav", np.concatenate([tone(500, 0.1), tone(900, 5)]), RATE)
+    few = {"sound": "waveform", "clip_seconds": 0.1, "limit": 100 / 2**20}  # 100 kB; a file takes 160
+    data = load(tmp_path, sample_rate=RATE // 2, **few)
+    assert data.samples.shape == (4, 1, 400)
+    assert pitch(data.samples[0, 0].numpy(), RATE // 2) == pytest.approx(500, abs=6)
+    assert data.samples[0, 0, -10:].abs().max() > 0.5  # to the end of the clip
+    with pytest.raises(DataError, match=r"0\.wav, 40800 samples .*--memory-limit-gb"):
+        load(tmp_path, clips_per_sound=0, **few)
+
+
+def test_header_of_any_size_takes_no_memory(folder):
+    """A flac that says it holds 2**36 samples, and a wav that says it has one a second."""
+    soundfile.write(folder / "low" / "long.flac", tone(500), RATE)
+    damaged = bytearray((folder / "low" / "long.flac").read_bytes())
+    damaged[21] |= 15
+    damaged[22:26] = b"\xff" * 4
+    (folder / "low" / "long.flac").write_bytes(damaged)
+    data = load(folder)
+    assert [name.rpartition("/")[2] for name in data.broken] == ["long.flac"]
+    (folder / "low" / "long.flac").unlink()
+    damaged = bytearray((folder / "low" / "0.wav").read_bytes())
+    damaged[24:28] = (1).to_bytes(4, "little")
+    (folder / "low" / "0.wav").write_bytes(damaged)
+    with pytest.raises(DataError, match=r"0.wav at 8000 samples a second: .*--memory-limit-gb"):
+        load(folder, clips_per_sound=0, sample_rate=RATE, limit=0.01)
 
 
 def test_clip_shorter_than_a_patch_is_one_patch(tmp_path):
@@ -222,12 +253,35 @@ def test_digits_that_are_missing_can_be_fetched(tmp_path, monkeypatch):
     assert data.labels.tolist() == [3]
     assert [path.name for path in (tmp_path / "data").rglob("*.wav")] == ["3_theo_9.wav"]
     assert not list(tmp_path.rglob("evil.wav"))
-    monkeypatch.setattr(audio, "FSDD_URL", (tmp_path / "none.zip").as_uri())
-    with pytest.raises(DataError, match="cannot download"):
-        fsdd(tmp_path / "other", download=True)
+    with zipfile.ZipFile(tmp_path / "damaged.zip", "w") as archive:
+        for take in range(2):
+            archive.writestr(f"repository/recordings/3_theo_{take}.wav", sound.getvalue())
+    damaged = bytearray((tmp_path / "damaged.zip").read_bytes())
+    damaged[damaged.rfind(b"RIFF") + 100] ^= 255  # the second one's sound
+    (tmp_path / "damaged.zip").write_bytes(damaged)
+    with zipfile.ZipFile(tmp_path / "empty.zip", "w") as archive:
+        archive.writestr("repository/README.md", "text")
+    for name in ("none", "damaged", "empty"):
+        monkeypatch.setattr(audio, "FSDD_URL", (tmp_path / f"{name}.zip").as_uri())
+        for _ in range(2):  # nothing is left that would be taken for the whole
+            with pytest.raises(DataError, match="cannot download"):
+                fsdd(tmp_path / "other", download=True)
 
 
-@pytest.mark.parametrize("change", [{"n": np.array([5])}, {"digit": np.full(20, 10)}, {"x": np.zeros(3, np.int16)}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"n": np.array([5])},
+        {"digit": np.full(20, 10)},
+        {"x": np.zeros(3, np.int16)},
+        {"n": np.full(20, 10.0)},
+        {"n": np.array(20)},
+        {"digit": np.full((20, 2), 1)},
+        {"digit": np.full(20, "1")},
+        {"x": np.zeros(0, np.int16), **dict.fromkeys(["n", "digit", "take"], np.zeros(0, np.int64))},
+        {"x": np.zeros(20, np.int16), "n": np.array([2**63, 2**63 + 2, *[1] * 18], np.uint64)},  # 20 in 64 bits
+    ],
+)
 def test_digits_that_do_not_fit_together_are_refused(tmp_path, change):
     digits(tmp_path)
     np.savez(tmp_path / "fsdd.npz", **(dict(np.load(tmp_path / "fsdd.npz")) | change))
@@ -297,7 +351,30 @@ def test_modality_is_the_same_after_json(modality):
     assert build_modality(json.loads(json.dumps(modality_facts(modality)))) == modality
 
 
-@pytest.mark.parametrize("change", [{"sample_rate": 0}, {"hop": 0}, {"window": 100}, {"bands": 0}])
+@pytest.mark.parametrize("modality", [mel(), Waveform(sample_rate=RATE)])
+def test_samples_that_are_not_finite_are_silent(tmp_path, modality):
+    """A run that diverges still draws."""
+    samples = torch.full((2, modality.channels, 600), float("nan"))
+    samples[1] = float("inf")
+    _, joined = modality.overview(samples, tmp_path / "step_1", columns=2)
+    assert np.abs(soundfile.read(joined)[0]).max() < 1e-3
+    assert np.abs(modality.arrays(samples)["waveforms"]).max() < 1e-3
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample_rate": 0},
+        {"hop": 0},
+        {"window": 100},
+        {"bands": 0},
+        {"window": 2**34},
+        {"bands": 2**34},
+        {"mean": (0.0,) * 3},
+        {"mean": (float("nan"),) * 80},
+        {"std": (0.0,) * 80},
+    ],
+)
 def test_modality_out_of_range_is_refused(change):
     with pytest.raises(ValueError, match="expected"):
         dataclasses.replace(mel(), **change)

@@ -5,8 +5,12 @@ from __future__ import annotations
 import dataclasses
 import io
 import logging
+import math
+import tempfile
+import threading
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -17,7 +21,7 @@ import torch
 
 from ...errors import DataError
 from ..config.data import DataConfig
-from ..files import atomic_path, optional_module
+from ..files import TEMPORARY, optional_module
 from ..modality.audio import INSTALL, Mel, Sound, Waveform, resampled
 from ..modality.base import channel_statistics
 from ..spec import SampleSpec
@@ -65,7 +69,8 @@ def is_audio_folder(name: str) -> bool:
 def load_audio_folder(config: DataConfig) -> MemorySet:
     """A folder of sounds (wav, flac, ogg, mp3, aiff), a sub-folder for each class.
 
-    Several channels are mixed down. A file that cannot be read, that holds NaN or nothing, counts as broken.
+    Several channels are mixed down. A file that cannot be read, that holds NaN or nothing, counts as broken. Of a file
+    no more is read than its clips take.
 
     Raises:
         DataError: none can be read, or they are more than the memory limit.
@@ -73,10 +78,15 @@ def load_audio_folder(config: DataConfig) -> MemorySet:
     soundfile = optional_module("soundfile", f"--data {config.data}", INSTALL)
     files, classes = class_files(Path(config.data), SUFFIXES)
     mixed: list[str] = []
+    held, lock = 0, threading.Lock()
 
     def read(number: int) -> Recording:
+        nonlocal held
         path, label = files[number]
         sound, rate, channels = _read(soundfile, path, path.name, config)
+        with lock:
+            held += sound.nbytes
+            check_fits(f"sounds up to {path.name}", held, config, instead=SHORTER)
         if channels > 1:
             mixed.append(path.name)
         return Recording(str(path), sound, rate, label)
@@ -89,12 +99,13 @@ def load_audio_folder(config: DataConfig) -> MemorySet:
 
 def _read(soundfile: Any, source: Any, name: str, config: DataConfig) -> tuple[np.ndarray, int, int]:
     """Mono float32 (L,), rate and channels; raises ValueError for what is no sound."""
+    audio = config.audio
     with soundfile.SoundFile(source) as file:
-        frames, channels, rate = file.frames, file.channels, int(file.samplerate)
-        check_fits(
-            f"{name}, {frames} samples of {channels} channels", 4 * max(frames, 0) * channels, config, instead=""
-        )
-        sound = file.read(dtype="float32", always_2d=True)
+        frames, channels, rate = max(file.frames, 0), file.channels, int(file.samplerate)
+        if audio.clips_per_sound:
+            frames = min(frames, audio.clips_per_sound * math.ceil(audio.clip_seconds * rate) + 1)
+        check_fits(f"{name}, {frames} samples of {channels} channels", 4 * frames * channels, config, instead=SHORTER)
+        sound = file.read(frames, dtype="float32", always_2d=True)
     if not len(sound):
         raise ValueError("it holds no samples")
     if not np.isfinite(sound).all():
@@ -138,9 +149,16 @@ def _fsdd_arrays(path: Path, config: DataConfig) -> list[Recording]:
         return list(wanted)
 
     sounds, counts, labels, takes = read_arrays(path, choose, config).values()
-    fits = len(counts) == len(labels) == len(takes) and sounds.ndim == 1 and sounds.dtype == np.int16
-    if not fits or (counts < 1).any() or int(counts.sum()) != len(sounds) or not 0 <= labels.min() <= labels.max() < 10:
+    whole = all(array.ndim == 1 and array.dtype.kind in "iu" for array in (sounds, counts, labels, takes))
+    fits = whole and sounds.dtype == np.int16 and 0 < len(counts) == len(labels) == len(takes)
+    if not (
+        fits
+        and 1 <= counts.min() <= counts.max() <= len(sounds)
+        and 0 <= labels.min() <= labels.max() < 10
+        and int(counts.astype(np.int64).sum()) == len(sounds)
+    ):
         raise DataError(f"{path}: its arrays do not fit together; it is damaged")
+    counts = counts.astype(np.int64)
     ends = np.cumsum(counts)
     return [
         Recording(
@@ -172,16 +190,22 @@ def _fsdd_folder(folder: Path, config: DataConfig) -> tuple[list[Recording], dic
 
 
 def _download(root: Path) -> Path:
-    """The recordings alone, into a folder under `root`."""
+    """The recordings alone, into a folder under `root`, which is there when all of them are."""
     try:
         with urllib.request.urlopen(FSDD_URL) as answer:
             archive = zipfile.ZipFile(io.BytesIO(answer.read()))
-        for member in archive.infolist():
-            path = PurePosixPath(member.filename)
-            if path.suffix == ".wav" and path.parent.name == "recordings":
-                with atomic_path(root / FSDD_FOLDER / path.name) as temporary:
-                    temporary.write_bytes(archive.read(member))
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        root.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=TEMPORARY, dir=root) as temporary:
+            folder = Path(temporary) / FSDD_FOLDER
+            folder.mkdir()
+            for member in archive.infolist():
+                path = PurePosixPath(member.filename)
+                if path.suffix == ".wav" and path.parent.name == "recordings":
+                    (folder / path.name).write_bytes(archive.read(member))
+            if not any(folder.iterdir()):
+                raise ValueError("it holds no recordings")
+            folder.rename(root / FSDD_FOLDER)
+    except (OSError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"cannot download {FSDD_URL}: {error}") from error
     return root / FSDD_FOLDER
 
@@ -210,12 +234,17 @@ def audio_set(
     modality: Sound
     if audio.sound == "mel":
         window, hop = (max(2, round(ms * rate / 1000)) for ms in (audio.window_ms, audio.hop_ms))
-        modality = Mel(sample_rate=rate, window=window, hop=hop, bands=audio.mel_bins)
+        try:
+            modality = Mel(sample_rate=rate, window=window, hop=hop, bands=audio.mel_bins)
+        except ValueError as error:
+            raise DataError(f"--mel-bins, --window-ms and --hop-ms at {rate} samples a second: {error}") from error
     else:
         modality = Waveform(sample_rate=rate)
     values, owners = [], []
     total = 0
     for number, recording in enumerate(recordings):
+        longer = math.ceil(len(recording.sound) * rate / recording.rate)
+        check_fits(f"{recording.name} at {rate} samples a second", 4 * longer, config, instead=SHORTER)
         sound = resampled(recording.sound, recording.rate, rate)
         clips = -(-len(sound) // size) if audio.clips_per_sound == 0 else audio.clips_per_sound
         for start in range(0, min(len(sound), clips * size), size):

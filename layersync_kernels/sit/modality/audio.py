@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from abc import abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,8 @@ ITERATIONS = 32
 """Of Griffin-Lim."""
 SAVED_PEAK = 0.99
 """A sound that is louder than a file can hold is made that loud."""
+MAX_BANDS, MAX_WINDOW = 1024, 2**16
+"""Filters of a spectrogram take memory by these, which a file of a checkpoint sets."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,16 @@ class Sound(Modality):
     def __post_init__(self) -> None:
         if self.sample_rate < 1:
             raise ValueError(f"sample_rate is {self.sample_rate}; expected at least 1")
+        for name, values in (("mean", self.mean), ("std", self.std)):
+            if len(values) not in (0, self.channels) or not all(map(math.isfinite, values)):
+                raise ValueError(f"{name} has {len(values)} values; expected {self.channels}, all finite")
+        if any(value <= 0 for value in self.std):
+            raise ValueError(f"std goes down to {min(self.std):g}; expected more than 0")
+
+    @property
+    @abstractmethod
+    def channels(self) -> int:
+        """C."""
 
     @abstractmethod
     def encode(self, waveform: Tensor) -> Tensor:
@@ -57,11 +70,16 @@ class Sound(Modality):
 
     def sounds(self, samples: Tensor, lengths: Tensor | None = None) -> list[np.ndarray]:
         """Waveforms float32 (L,) of samples (N, C, T), each cut to its length."""
-        return [self.waveform(self.restore(own[None].float().cpu())[0]) for own in cut(samples, lengths)]
+        return [self.waveform(self._values(own[None])[0]) for own in cut(samples, lengths)]
+
+    def _values(self, samples: Tensor) -> Tensor:
+        """Restored, on the CPU; what is not finite is silence."""
+        values = self.restore(samples.float().cpu())
+        return torch.where(values.isfinite(), values, self.silence)
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """Spectrograms as PNG, and all sounds in one wav, row by row with gaps between them."""
-        values = self.restore(samples.float().cpu())
+        values = self._values(samples)
         if lengths is not None:
             inside = torch.arange(samples.shape[2]) < lengths.cpu()[:, None]
             values = torch.where(inside[:, None], values, self.silence)
@@ -103,8 +121,15 @@ class Mel(Sound):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 1 <= self.hop <= self.window or self.window < 2 or self.bands < 1:
-            raise ValueError(f"window {self.window}, hop {self.hop}, bands {self.bands}: expected 1 <= hop <= window")
+        if not 1 <= self.hop <= self.window or not 2 <= self.window <= MAX_WINDOW:
+            raise ValueError(f"window {self.window}, hop {self.hop}: expected 1 <= hop <= window <= {MAX_WINDOW}")
+        if not 1 <= self.bands <= MAX_BANDS:
+            raise ValueError(f"bands is {self.bands}; expected 1 to {MAX_BANDS}")
+
+    @property
+    def channels(self) -> int:
+        """As many as bands."""
+        return self.bands
 
     def encode(self, waveform: Tensor) -> Tensor:
         """A waveform (L,) to (bands, frames): a frame for each hop that has begun."""
@@ -140,6 +165,11 @@ class Waveform(Sound):
     """Waveforms (1, samples) in [-1, 1]."""
 
     kind: ClassVar[str] = "waveform"
+
+    @property
+    def channels(self) -> int:
+        """1."""
+        return 1
 
     def encode(self, waveform: Tensor) -> Tensor:
         """As it is, with a channel."""
