@@ -13,7 +13,7 @@ from layersync_kernels.ops.attention import length_mask
 from layersync_kernels.sit.batch import Batch, Condition
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import registry
-from layersync_kernels.sit.data.media import class_files, holds, read_all
+from layersync_kernels.sit.data.media import class_files, holds, mostly, read_all
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.modality.base import Modality, channel_statistics, cut
 from layersync_kernels.sit.modality.images import Images
@@ -137,6 +137,26 @@ def test_folder_holds_a_kind_of_file_at_any_depth(tmp_path):
     assert holds(str(tmp_path), {".wav"})
     assert not holds(str(tmp_path), {".mp3"})
     assert not holds("x" * 5000, {".wav"})
+
+
+def test_a_folder_is_what_most_of_its_files_are(tmp_path):
+    for i in range(3):
+        (tmp_path / f"{i}.png").touch()
+    (tmp_path / "stray.wav").touch()
+    (tmp_path / "notes.txt").touch()
+    assert not mostly(str(tmp_path), {".wav"})
+    assert mostly(str(tmp_path), {".png"})
+    assert not mostly(str(tmp_path / "none"), {".png"})
+    assert not mostly("x" * 5000, {".png"})
+
+
+def test_files_beside_class_folders_are_told(tmp_path, caplog):
+    for name in ("a/1.txt", "2.txt", "3.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    files, classes = class_files(tmp_path, {".txt"})
+    assert (len(files), classes) == (1, ["a"])
+    assert "2 files beside the 1 class folders are left out" in caplog.text
 
 
 def test_broken_files_are_counted_and_the_others_keep_their_order(caplog):

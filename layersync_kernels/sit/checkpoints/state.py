@@ -9,6 +9,7 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..config.io import build
+from ..modality.audio import Sound
 from ..modality.base import Modality
 from ..modality.images import Images
 from ..modality.latents import Latents
@@ -54,7 +55,10 @@ class DataFacts:
             raise ValueError(f"lengths are those of {len(self.lengths)} classes; expected {self.num_classes}")
         if not all(1 <= length <= self.shape[1] for own in self.lengths for length in own):
             raise ValueError(f"lengths go beyond 1 to {self.shape[1]}")
-        _ = self.what
+        if len(self.what.mean) not in (0, self.shape[0]):
+            raise ValueError(f"modality.mean has {len(self.what.mean)} values; expected {self.shape[0]}, one a channel")
+        if isinstance(self.what, Sound) and self.what.channels != self.shape[0]:
+            raise ValueError(f"modality has {self.what.channels} channels; expected {self.shape[0]}")
 
     @property
     def spec(self) -> SampleSpec:

@@ -25,7 +25,7 @@ from ..files import TEMPORARY, optional_module
 from ..modality.audio import INSTALL, Mel, Sound, Waveform, resampled
 from ..modality.base import channel_statistics
 from ..spec import SampleSpec
-from .media import class_files, find_named, holds, read_all
+from .media import class_files, find_named, mostly, read_all
 from .memory import MemorySet, check_fits
 from .npz import read_arrays
 
@@ -63,7 +63,7 @@ class Recording:
 
 def is_audio_folder(name: str) -> bool:
     """Whether a folder has sounds in it."""
-    return holds(name, SUFFIXES)
+    return mostly(name, SUFFIXES)
 
 
 def load_audio_folder(config: DataConfig) -> MemorySet:

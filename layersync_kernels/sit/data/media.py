@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 from collections.abc import Callable, Collection, Sequence
@@ -18,6 +19,15 @@ logger = logging.getLogger(__name__)
 V = TypeVar("V")
 
 
+MEDIA = frozenset(
+    [
+        *(".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif", ".tar", ".bvh"),
+        *(".wav", ".flac", ".ogg", ".mp3", ".aiff", ".aif", ".mp4", ".m4v", ".mov", ".avi", ".mkv", ".webm"),
+    ]
+)
+"""Files that can be samples."""
+LOOKED_AT = 1000
+"""Of a folder, to see what it is."""
 ROOT = "LAYERSYNC_DATA"
 """Environment variable: a second folder in which named sets are looked for."""
 
@@ -40,12 +50,25 @@ def holds(name: str, suffixes: Collection[str]) -> bool:
     return any(Path(file).suffix.lower() in suffixes for _, _, files in os.walk(name) for file in files)
 
 
+def mostly(name: str, suffixes: Collection[str]) -> bool:
+    """Whether at least half of the media in a folder of that name, of the first `LOOKED_AT`, are of these kinds."""
+    if not os.path.isdir(name):
+        return False
+    found = (Path(file).suffix.lower() for _, _, files in os.walk(name) for file in files)
+    media = list(itertools.islice((suffix for suffix in found if suffix in MEDIA or suffix in suffixes), LOOKED_AT))
+    return bool(media) and 2 * sum(suffix in suffixes for suffix in media) >= len(media)
+
+
 def class_files(folder: Path, suffixes: Collection[str]) -> tuple[list[tuple[Path, int]], list[str]]:
     """The files of these kinds in order of their names, each with its class, and the names of the classes.
 
     A sub-folder is a class, with all that is below it. Where there are none, all files are of one.
     """
-    names = sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and holds(str(entry), suffixes))
+    entries = list(folder.iterdir())
+    names = sorted(entry.name for entry in entries if entry.is_dir() and holds(str(entry), suffixes))
+    beside = sum(entry.suffix.lower() in suffixes and entry.is_file() for entry in entries)
+    if names and beside:
+        logger.warning("%s: %d files beside the %d class folders are left out", folder, beside, len(names))
     found = []
     for label, name in enumerate(names or ["."]):
         files = sorted((folder / name).rglob("*") if names else folder.iterdir())

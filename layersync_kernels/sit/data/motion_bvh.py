@@ -12,7 +12,7 @@ from ..config.data import DataConfig
 from ..files import optional_module
 from ..modality.motion import Motion
 from ..modality.motion_kinematics import from_euler
-from .media import class_files, holds, read_all
+from .media import class_files, mostly, read_all
 from .memory import MemorySet, check_fits
 from .motion import Recording, check_fps, check_values, common_skeleton, motion_set
 
@@ -21,7 +21,7 @@ SUFFIXES = {".bvh"}
 
 def is_bvh(name: str) -> bool:
     """Whether a folder has such files."""
-    return holds(name, SUFFIXES)
+    return mostly(name, SUFFIXES)
 
 
 def load_bvh(config: DataConfig) -> MemorySet:

@@ -15,7 +15,7 @@ from ..files import optional_module
 from ..modality.video import EXTRA, Video
 from ..spec import SampleSpec
 from .base import SampleSet
-from .media import class_files, holds, read_all
+from .media import class_files, mostly, read_all
 from .memory import check_fits, limit_bytes, memory_set
 from .streaming import Source, StreamingSet
 from .video_files import DEMUXERS, Clip, Film, clips_of, probe, read_clips
@@ -27,7 +27,7 @@ SHORTER = ", or take fewer --frames or a smaller --video-size"
 
 def is_video_folder(name: str) -> bool:
     """Whether a folder of that name has films in it."""
-    return holds(name, DEMUXERS)
+    return mostly(name, DEMUXERS)
 
 
 def load_video_folder(config: DataConfig) -> SampleSet:

@@ -19,7 +19,7 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from .base import SampleSet
 from .folders import captioned, check_image, from_source
-from .media import holds
+from .media import mostly
 from .memory import limit_bytes
 from .streaming import Source
 
@@ -29,7 +29,7 @@ _RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 def is_webdataset(name: str) -> bool:
     """Whether a name is that of a tar file, several (``{000..009}.tar``), or a folder of such."""
-    return name.endswith(".tar") or holds(name, {".tar"})
+    return name.endswith(".tar") or mostly(name, {".tar"})
 
 
 def load_webdataset(config: DataConfig) -> SampleSet:
