@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..config.data import DataConfig
+from ..config.loss import LayerSyncConfig
 from ..config.model import ModelConfig
 from ..config.optim import OptimConfig
 from ..config.run import LogConfig, TrainConfig
@@ -31,5 +32,22 @@ PRESETS = {
         sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
         log=LogConfig(log_every=50, sample_every=1500, checkpoint_every=1500),
         precision="fp32",  # bf16 is no faster at this width
+    ),
+    # Photographs of 32x32 on a card, as pixels.
+    "images-cifar10": TrainConfig(
+        data=DataConfig(data="cifar10", split="train", flip=True),
+        model=ModelConfig(model="SiT-B/2"),
+        layersync=LayerSyncConfig(layersync=("4:8",), weight=(0.3,)),
+        optim=OptimConfig(steps=200_000, warmup_steps=1000, lr=2e-4, batch_size=256),
+        log=LogConfig(sample_every=10_000, checkpoint_every=10_000),
+    ),
+    # The paper's setting for a card: latents of Stable Diffusion's autoencoder, which `layersync latents --flip` writes.
+    "images-imagenet-256": TrainConfig(
+        data=DataConfig(data="imagenet-latents", flip=True),
+        model=ModelConfig(model="SiT-XL/2"),
+        layersync=LayerSyncConfig(layersync=("8:16",), weight=(0.2,)),
+        optim=OptimConfig(steps=400_000, lr=1e-4, batch_size=256, weight_decay=0.0, ema_decay=0.9999),
+        sampling=SamplingConfig(sampler="sde", solver="euler", sampling_steps=250),
+        log=LogConfig(sample_every=50_000, checkpoint_every=50_000),
     ),
 }
