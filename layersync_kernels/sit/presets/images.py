@@ -41,7 +41,7 @@ PRESETS = {
         optim=OptimConfig(steps=200_000, warmup_steps=1000, lr=2e-4, batch_size=256),
         log=LogConfig(sample_every=10_000, checkpoint_every=10_000),
     ),
-    # The paper's setting for a card: latents of Stable Diffusion's autoencoder, which `layersync latents --flip` writes.
+    # The setting of the paper for a card: latents of Stable Diffusion, which `layersync latents --flip` writes.
     "images-imagenet-256": TrainConfig(
         data=DataConfig(data="imagenet-latents", flip=True),
         model=ModelConfig(model="SiT-XL/2"),
