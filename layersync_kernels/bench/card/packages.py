@@ -20,6 +20,7 @@ PACKAGES = {
     "safetensors": "safetensors",
     "setuptools": "setuptools",
     "tyro": "tyro",
+    "yaml": "pyyaml",
 }
 """Module to package: what building, testing and timing import beside torch and Triton."""
 _PLATFORMS = ("manylinux2014_x86_64", "manylinux_2_17_x86_64", "manylinux_2_27_x86_64", "manylinux_2_28_x86_64")

@@ -96,7 +96,7 @@ class OfRun:
     """A run, a checkpoint folder, a .safetensors file or a published .pt."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StartingPoint:
     """Where the settings below the flags come from."""
 
