@@ -88,8 +88,8 @@ def floats(*shape):
 
 # The raw ops behind them: the Python edge leaves most empty tensors to the reference.
 RAW_CALLS = {
-    "attention_forward": lambda op: op(no_samples(3, 3 * D).detach(), 2),
-    "attention_backward": lambda op: op(x(), no_samples(3, 3 * D).detach(), 2),
+    "attention_forward": lambda op: op(no_samples(3, 3 * D).detach(), None, 2),
+    "attention_backward": lambda op: op(x(), no_samples(3, 3 * D).detach(), None, 2),
     "cosine_alignment_forward": lambda op: op(x(), x(), None, 1e-6, 1),
     "cosine_alignment_backward": lambda op: op(floats(), x(), x(), None, floats(3, 0), floats(), True, True),
     "cosine_alignment_in_place": lambda op: op(x(), x(), None, floats(), 1e-6, 1.0, 1, True),
