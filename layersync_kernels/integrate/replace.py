@@ -16,6 +16,7 @@ from torch import nn
 
 from ..compiler.recompute import check_mode
 from ..modules.block import AdaLNZeroBlock
+from ..modules.published import SiTBlock
 from .proof import LINEARS, MODULE_STATE, Verdict, assembled, examine, sizes
 
 __all__ = ["Replacement", "apply_layersync_kernels"]
@@ -233,7 +234,8 @@ def _odd_behaviour(block: Any, modules: Mapping[str, nn.Module]) -> str | None:
     if type(heads) is not int or heads < 1 or width % heads:
         return f"attn.num_heads is {heads}; expected a divisor of {width}"
     arguments = inspect.signature(block.forward).parameters
-    if len(arguments) != 2:
+    ours = type(block) is SiTBlock and block.cross_attn is None  # whose other arguments the fused block takes too
+    if len(arguments) != 2 and not ours:
         return f"its forward takes ({', '.join(map(str, arguments.values()))}), not (x, c)"
     return None
 
