@@ -23,7 +23,7 @@ PARTS = {
     **dict.fromkeys(["cli", "doctor"], 8),
 }
 ROOMS = {
-    **dict.fromkeys(["spec", "batch", "files", "console", "device"], 0),
+    **dict.fromkeys(["spec", "batch", "files", "extras", "console", "device"], 0),
     "config": 1,
     **dict.fromkeys(["modality", "presets", "text"], 2),
     **dict.fromkeys(["diffusion", "models", "data", "distributed"], 3),
@@ -135,3 +135,16 @@ def test_pytest_looks_into_every_folder_of_tests(request):
     for folder in {path.parent.relative_to(ROOT) for path in (ROOT / "tests").rglob("test_*.py")}:
         for part in folder.parts:
             assert not any(fnmatch.fnmatch(part, pattern) for pattern in ignored), f"{folder} is passed over"
+
+
+def test_tests_are_collected_without_the_extras():
+    """benchmarks/gpu.sh collects all of them on a machine that has none: a module of tests asks for such a package."""
+    extras = {"soundfile", "librosa", "diffusers", "datasets", "bvhio", "av", "pybullet", "accelerate", "peft", "timm"}
+    extras |= {"transformers", "efficientnet_lite_pytorch", "mlxtend"}
+    found = []
+    for path in (ROOT / "tests").rglob("*.py"):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+                found += [f"{path.relative_to(ROOT)}: {name}" for name in names if name.split(".")[0] in extras]
+    assert found == []

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import importlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from ..errors import ConfigError
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -62,20 +59,3 @@ def save_figure(figure: Figure, path: Path) -> Path:
     with atomic_path(path) as temporary:
         figure.savefig(temporary, format="png", dpi=120)
     return path
-
-
-def optional_module(name: str, purpose: str, install: str) -> Any:
-    """A module of a package that need not be installed.
-
-    Args:
-        name: of the module.
-        purpose: what needs it, for the message.
-        install: what `pip install` has to be given.
-
-    Raises:
-        ConfigError: it cannot be imported; names what brings it.
-    """
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"{purpose} needs a package: {error}; pip install '{install}'") from error

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+import sys
 import tarfile
 from pathlib import Path
 
@@ -13,7 +14,6 @@ from PIL import Image
 
 from layersync_kernels import cli
 from layersync_kernels.errors import ConfigError, DataError
-from layersync_kernels.sit import files
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data.registry import load_data
 from layersync_kernels.sit.data.streaming import StreamingSet
@@ -156,10 +156,7 @@ def test_hub_is_asked_with_download_only(hub):
 
 
 def test_missing_datasets_package_is_named(monkeypatch):
-    def absent(name):
-        raise ImportError(f"No module named {name!r}")
-
-    monkeypatch.setattr(files.importlib, "import_module", absent)
+    monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"pip install 'layersync_kernels\[datasets\]'"):
         load("hf:any")
 

@@ -7,7 +7,6 @@ import warnings
 
 import numpy as np
 import pytest
-import soundfile
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -21,6 +20,7 @@ from layersync_kernels.sit.modality.autoencoder import Autoencoder
 from layersync_kernels.sit.modality.latents import Latents
 
 diffusers = pytest.importorskip("diffusers")
+soundfile = pytest.importorskip("soundfile")
 CPU = torch.device("cpu")
 
 

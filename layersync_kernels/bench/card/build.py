@@ -21,7 +21,7 @@ ROOT = PACKAGE.parent
 
 
 def stamp(root: Path) -> Path:
-    """What says that the extension in the package is of this source, built on this machine."""
+    """What says that the extension in the package is of this source, for the card and Python of this machine."""
     return root / "build" / "gpu" / f"built-{source_digest()}"
 
 
@@ -51,6 +51,9 @@ def main(argv: Sequence[str]) -> int:
     import torch
 
     dry_run = "--dry-run" in argv
+    if not dry_run and stamp(ROOT).exists():
+        print(f"the extension in {PACKAGE.name}/ is of this source already")
+        return 0
     work = ROOT / "build" / "gpu" / "tree"
     copy_sources(work)
     archs = "9.0" if dry_run else "{}.{}".format(*torch.cuda.get_device_capability())

@@ -21,7 +21,8 @@ import torch
 
 from ...errors import DataError
 from ..config.data import DataConfig
-from ..files import TEMPORARY, optional_module
+from ..extras import optional_module
+from ..files import TEMPORARY
 from ..modality.audio import INSTALL, Mel, Sound, Waveform, resampled
 from ..modality.base import channel_statistics
 from ..spec import SampleSpec

@@ -9,7 +9,7 @@ from PIL import Image
 
 from ...errors import DataError
 from ..config.data import DataConfig
-from ..files import optional_module
+from ..extras import optional_module
 from .base import SampleSet
 from .folders import captioned, from_source
 from .media import first_line

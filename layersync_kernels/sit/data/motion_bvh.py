@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..config.data import DataConfig
-from ..files import optional_module
+from ..extras import optional_module
 from ..modality.motion import Motion
 from ..modality.motion_kinematics import from_euler
 from .media import class_files, mostly, read_all

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config.data import DataConfig
-from ..files import optional_module
+from ..extras import optional_module
 from ..modality.video import EXTRA, Video
 from ..spec import SampleSpec
 from .base import SampleSet

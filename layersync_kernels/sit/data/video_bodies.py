@@ -14,7 +14,8 @@ from rich.progress import track
 from ...errors import DataError
 from ..config.data import DataConfig
 from ..console import console
-from ..files import atomic_path, optional_module
+from ..extras import optional_module
+from ..files import atomic_path
 from ..modality.video import Video
 from .memory import MemorySet, check_fits, memory_set
 from .npz import read_arrays

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..config.data import DataConfig
-from ..files import optional_module
+from ..extras import optional_module
 from ..modality.video import EXTRA
 from .memory import limit_bytes
 from .pixels import resize_pixels

@@ -13,7 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_path, optional_module
+from ..extras import optional_module
+from ..files import atomic_path
 from .base import Modality, cut
 from .images import save_grid
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from ..files import atomic_path, optional_module
+from ..extras import optional_module
+from ..files import atomic_path
 from .base import Modality
 from .images import GRID_CELL, save_picture, unit_to_pixels
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..files import optional_module
+from ..extras import optional_module
 from .base import TextEncoder
 
 BATCH = 64
