@@ -52,11 +52,11 @@ def _eager_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tens
     return eager_loss(F.linear(hidden, weight, bias), teacher)
 
 
-def _eager_gram(student: Tensor, teacher: Tensor) -> Tensor:
+def _eager_gram(student: Tensor, teacher: Tensor, margin: float = _GRAM_MARGIN) -> Tensor:
     """VideoREPA's token relation distillation and, without its margin, VA-VAE's matrix term, in the tokens' dtype."""
     student, teacher = F.normalize(student, dim=-1), F.normalize(teacher, dim=-1)
     difference = torch.bmm(student, student.mT) - torch.bmm(teacher, teacher.mT)
-    return F.relu(difference.abs() - _GRAM_MARGIN).mean()
+    return F.relu(difference.abs() - margin).mean()
 
 
 def _eager_attention(qkv: Tensor) -> Tensor:
@@ -132,6 +132,8 @@ class Op:
         moved: (rows, width)-sized tensors that an ideal kernel reads and writes forward and backward, or None for an op
             with matrix products.
         exact: the formula for fp64 inputs, where eager casts to fp32.
+        beside: the formula with its kinks moved to either side by what fp32 may round, for fp64 inputs: a rounding puts
+            a value that lies there on the other side, and the gradient of one pair in 16 million is seen.
         unfused: the op as a linear layer and a fused loss, if it is one.
     """
 
@@ -141,6 +143,7 @@ class Op:
     constants: int = 0
     moved: tuple[int, int] | None = None
     exact: Function | None = None
+    beside: tuple[Function, ...] = ()
     unfused: Function | None = None
 
 
@@ -171,6 +174,7 @@ OPS = {
         functools.partial(functional.gram_alignment_loss, margin=_GRAM_MARGIN),
         inputs=lambda rows, width: [(1, rows, width), (1, rows, width)],
         constants=1,
+        beside=tuple(functools.partial(_eager_gram, margin=_GRAM_MARGIN * (1 + side * 2.0**-20)) for side in (-1, 1)),
     ),
     "self_attention": Op(_eager_attention, _fused_attention, inputs=lambda rows, width: [_tokens(rows, 3 * width)]),
     "spatial_norm": Op(

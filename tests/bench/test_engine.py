@@ -1,5 +1,7 @@
 """The benchmark engine: it refuses to time what is wrong, and its numbers are what they say."""
 
+import dataclasses
+import functools
 import json
 
 import pytest
@@ -272,3 +274,18 @@ def test_inputs_are_drawn_where_they_are_used(monkeypatch):
     inputs = Case("gated_residual_norm", 512, 32, torch.bfloat16, "cuda").inputs(0)
     assert drawn == ["cuda"] * 6
     assert [x.dtype for x in inputs] == [torch.bfloat16] * 5
+
+
+def test_a_gradient_with_a_kink_may_have_values_beside_it_on_the_other_side(monkeypatch):
+    """Rounding moves a pair over the margin: what that does to the gradient is no error."""
+    case = Case("gram_alignment", 512, 64, torch.float32, "cpu")
+    op = OPS["gram_alignment"]
+    wide = functools.partial(op.eager, margin=0.1 * (1 + 2.0**-7))
+    plain = engine.truth_of(case)
+    monkeypatch.setitem(OPS, "gram_alignment", dataclasses.replace(op, beside=(wide,)))
+    allowed = engine.truth_of(case).allowed
+    assert allowed[0] == plain.allowed[0] < 1e-5
+    assert allowed[1] > 100 * plain.allowed[1]
+    assert engine.check(case, op.eager, plain) is None
+    assert engine.check(case, wide, plain).startswith("wrong output 1")
+    assert len(op.beside) == 2

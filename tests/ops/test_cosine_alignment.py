@@ -21,6 +21,7 @@ from ..support.backends import (
     STRIDED,
     assert_as_exact_as,
     device_of,
+    moved,
     run_on_lower_instruction_set,
 )
 
@@ -41,7 +42,7 @@ def check(student, teacher, backend, *, grad=None, **kwargs):
     move = lambda x, dtype=None: None if x is None else x.to(device, dtype or x.dtype)  # noqa: E731
     tensors = {k: move(v) for k, v in kwargs.items() if isinstance(v, torch.Tensor)}
     options = {**kwargs, **tensors}
-    actual = run(student.to(device), teacher.to(device), backend, grad=move(grad), **options)
+    actual = run(moved(student, device), moved(teacher, device), backend, grad=move(grad), **options)
     baseline = run(student, teacher, "reference", grad=grad, **kwargs)
     if "token_weight" in kwargs:
         kwargs["token_weight"] = kwargs["token_weight"].double()
@@ -97,8 +98,8 @@ def test_any_leading_dimensions(backend):
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize(("student_view", "teacher_view"), list(itertools.product(STRIDED, STRIDED)))
 def test_row_strides_cost_no_copy(backend, student_view, teacher_view, poisoned_memory):
-    student = STRIDED[student_view](torch.randn(3, 4, 40)).to(device_of(backend))
-    teacher = STRIDED[teacher_view](torch.randn(3, 4, 40).bfloat16()).to(device_of(backend))
+    student = moved(STRIDED[student_view](torch.randn(3, 4, 40)), device_of(backend))
+    teacher = moved(STRIDED[teacher_view](torch.randn(3, 4, 40).bfloat16()), device_of(backend))
     assert not student.is_contiguous()
     assert not teacher.is_contiguous()
     with profile() as profiler:

@@ -21,6 +21,7 @@ from ..support.backends import (
     assert_as_exact_as,
     device_of,
     each_backend,
+    moved,
     run_on_lower_instruction_set,
 )
 
@@ -72,7 +73,7 @@ def run(name, inputs, backend, grads=None, autocast=None):
     """Outputs and gradients of one call by name, on fresh leaves that keep the strides."""
     function, names, outputs = OPS[name]
     device = device_of(backend)
-    leaves = {n: None if inputs[n] is None else inputs[n].detach().to(device).requires_grad_() for n in names}
+    leaves = {n: None if inputs[n] is None else moved(inputs[n].detach(), device).requires_grad_() for n in names}
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         results = function(*leaves.values(), backend=backend)
     results = dict(zip(outputs, results if isinstance(results, tuple) else (results,), strict=True))
@@ -197,7 +198,7 @@ VIEWS = list(itertools.product(STRIDED, STRIDED))
 def test_row_strides_cost_no_copy(backend, views, poisoned_memory):
     inputs = tensors((3, 4, 40), modulation="part of a joint projection")
     for n, view in zip(("x", "branch"), views, strict=True):
-        inputs[n] = STRIDED[view](inputs[n]).to(device_of(backend))
+        inputs[n] = moved(STRIDED[view](inputs[n]), device_of(backend))
         assert not inputs[n].is_contiguous()
     for name in ("residual_layer_norm", "layer_norm"):
         with profile() as profiler:
@@ -510,7 +511,7 @@ def test_raw_ops_refuse_inputs_that_the_edge_would_have_caught(backend):
         (x, modulation[:, :4], None, None, True, FP32, r"gate must have shape \(G, 8\)"),
         (x, modulation, modulation[:1], None, True, FP32, r"scale must have shape \(G, 8\) with one G"),
         (x, modulation.half(), None, None, True, FP32, "must all be float32, or all of the dtype"),
-        (x, torch.randn(4, 8), None, None, True, FP32, "4 rows for 6 tokens"),
+        (x, torch.randn(4, 8, device=x.device), None, None, True, FP32, "4 rows for 6 tokens"),
         (None, modulation, None, None, True, FP32, "a gate without a branch"),
         (x, None, modulation, None, False, FP32, "shift or scale without norm"),
         (x, None, None, x[:, :2], True, FP32, "student and x differ in dimension 1"),
@@ -598,7 +599,7 @@ def eager_pair(x, branch, gate, shift, scale, branch2):
 
 def run_pair(function, inputs, grads, *, device="cpu", autocast=None, used=range(5), names=(*SEAM, "branch2")):
     """Outputs and gradients, those of outputs that are not used and of inputs that do not matter left out."""
-    leaves = {n: inputs[n].detach().to(device).requires_grad_() for n in names}
+    leaves = {n: moved(inputs[n].detach(), device).requires_grad_() for n in names}
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
         outputs = function(*leaves.values())
     gradients = torch.autograd.grad(

@@ -20,6 +20,7 @@ from ..support.backends import (
     assert_as_exact_as,
     device_of,
     each_backend,
+    moved,
     run_on_lower_instruction_set,
 )
 
@@ -42,11 +43,11 @@ def tensors(name, shape=(2, 3, 8), inner=24, out=10, dtype=torch.float32):
 def run(name, inputs, backend, grad=None):
     """Output and gradients of one call by name, on fresh leaves that keep the strides."""
     device = device_of(backend)
-    leaves = {n: None if t is None else t.detach().to(device).requires_grad_() for n, t in inputs.items()}
+    leaves = {n: None if t is None else moved(t.detach(), device).requires_grad_() for n, t in inputs.items()}
     output = OPS[name][0](*leaves.values(), backend=backend)
     wanted = {n: leaf for n, leaf in leaves.items() if leaf is not None}
     gradients = torch.autograd.grad(
-        output, list(wanted.values()), torch.ones_like(output) if grad is None else grad.to(output)
+        output, list(wanted.values()), torch.ones_like(output) if grad is None else moved(grad, device).to(output)
     )
     results = {"output": output} | {f"d_{n}": g for n, g in zip(wanted, gradients, strict=True)}
     return {n: result.detach().cpu() for n, result in results.items()}
@@ -223,7 +224,8 @@ def test_frozen_inputs_change_no_other_gradient(backend, frozen):
         if set(names) <= set(frozen):
             continue
         leaves = {n: t.to(device).requires_grad_(n not in frozen) for n, t in inputs.items()}
-        function(*leaves.values(), backend=backend).sum().backward()
+        output = function(*leaves.values(), backend=backend)
+        output.backward(torch.ones_like(output))  # as `run` does: the products of an expanded gradient go another way
         expected = run(name, inputs, backend)
         for n, leaf in leaves.items():
             assert leaf.grad is None if n in frozen else torch.equal(leaf.grad.cpu(), expected[f"d_{n}"])
@@ -377,7 +379,8 @@ def test_checkpointing(backend, use_reentrant, name):
     inputs = tensors(name)
     leaves = {n: t.to(device_of(backend)).requires_grad_() for n, t in inputs.items()}
     call = functools.partial(OPS[name][0], backend=backend)
-    torch.utils.checkpoint.checkpoint(call, *leaves.values(), use_reentrant=use_reentrant).sum().backward()
+    output = torch.utils.checkpoint.checkpoint(call, *leaves.values(), use_reentrant=use_reentrant)
+    output.backward(torch.ones_like(output))
     expected = run(name, inputs, backend)
     for n, leaf in leaves.items():
         assert torch.equal(leaf.grad.cpu(), expected[f"d_{n}"])

@@ -17,6 +17,7 @@ from ..support.backends import (
     STRIDED,
     assert_as_exact_as,
     device_of,
+    moved,
     run_on_lower_instruction_set,
 )
 
@@ -46,7 +47,7 @@ def run(hidden, weight, bias, teacher, backend, *, grad=None, **kwargs):
 
 
 def move(value, backend):
-    return value.to(device_of(backend)) if isinstance(value, torch.Tensor) else value
+    return moved(value, device_of(backend)) if isinstance(value, torch.Tensor) else value
 
 
 def check(tensors, backend, *, grad=None, **kwargs):

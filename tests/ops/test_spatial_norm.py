@@ -15,6 +15,7 @@ from ..support.backends import (
     assert_as_exact_as,
     device_of,
     each_backend,
+    moved,
     run_on_lower_instruction_set,
 )
 
@@ -22,7 +23,7 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def run(x, backend, **kwargs):
-    return spatial_norm(x.to(device_of(backend)), backend=backend, **kwargs).cpu()
+    return spatial_norm(moved(x, device_of(backend)), backend=backend, **kwargs).cpu()
 
 
 def check(x, backend, alpha=1.0, eps=1e-6):

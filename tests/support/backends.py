@@ -59,6 +59,14 @@ STRIDED = {
 }
 
 
+def moved(x, device):
+    """`x` on a device. A view with gaps keeps its strides, where `.to` would close the gaps."""
+    if x.device.type == torch.device(device).type or x.is_contiguous():
+        return x.to(device)
+    storage = torch.empty(0, dtype=x.dtype).set_(x.untyped_storage())
+    return storage.to(device).as_strided(x.shape, x.stride(), x.storage_offset())
+
+
 LOWER_INSTRUCTION_SETS = [pytest.param("generic", marks=pytest.mark.slow), "avx2"]
 """Below that of the machine; the portable loops take as long as all others together."""
 
