@@ -7,7 +7,7 @@ import sys
 import pytest
 import torch
 
-from layersync_kernels.ops import dispatch
+from layersync_kernels.ops import dispatch, native
 
 from .emulation import EMULATED
 
@@ -27,6 +27,8 @@ def mark(backend):
     elif backend == "cuda":
         if not EMULATED:
             reasons.append(pytest.mark.gpu)
+        if HAS_GPU:
+            native.cuda()  # as `dispatch` does, which a test of a raw op has not asked
     else:
         try:
             dispatch.choose("cosine_alignment", backend, device_of(backend), torch.float32)
