@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, first_line
 from ..extras import optional_module
 
 KINDS = {
@@ -52,8 +52,7 @@ class Autoencoder:
         except ConfigError:
             raise
         except Exception as error:  # a hub, files and a package of many parts raise anything
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"cannot load the autoencoder {name}: {lines[0]}") from error
+            raise ConfigError(f"cannot load the autoencoder {name}: {first_line(error)}") from error
         self.name, self.of = name, KINDS[kind]
         self.network = network.to(device).eval().requires_grad_(False)
         own = self.network.config
@@ -85,8 +84,9 @@ class Autoencoder:
         try:
             posterior = self.network.encode(samples.to(self.device)).latent_dist
         except (RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"the autoencoder {self.name} cannot take {tuple(samples.shape[1:])}: {first}") from error
+            raise ConfigError(
+                f"the autoencoder {self.name} cannot take {tuple(samples.shape[1:])}: {first_line(error)}"
+            ) from error
         return posterior.mean, posterior.std
 
     @torch.no_grad()
