@@ -37,6 +37,11 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def add_suffix(stem: Path, suffix: str) -> Path:
+    """A stem with ".png" or the like behind its name, which may have dots of its own."""
+    return stem.with_name(f"{stem.name}{suffix}")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON values, and paths as strings."""
     with atomic_path(path) as temporary:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..extras import optional_module
-from ..files import atomic_path
+from ..files import add_suffix, atomic_path
 from .base import Modality, cut
 from .images import save_grid
 
@@ -85,14 +85,14 @@ class Sound(Modality):
             inside = torch.arange(samples.shape[2]) < lengths.cpu()[:, None]
             values = torch.where(inside[:, None], values, self.silence)
         pictures = torch.stack([self.picture(own) for own in values])
-        shown = save_grid(pictures, stem.with_name(f"{stem.name}.png"), columns=columns)
+        shown = save_grid(pictures, add_suffix(stem, ".png"), columns=columns)
         gap = np.zeros(round(GAP * self.sample_rate), np.float32)
         joined = np.concatenate([part for sound in self.sounds(samples, lengths) for part in (sound, gap)])
-        return [shown, save_wav(joined, self.sample_rate, stem.with_name(f"{stem.name}.wav"))]
+        return [shown, save_wav(joined, self.sample_rate, add_suffix(stem, ".wav"))]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """A wav of 16 bits."""
-        return save_wav(self.sounds(sample[None])[0], self.sample_rate, stem.with_name(f"{stem.name}.wav"))
+        return save_wav(self.sounds(sample[None])[0], self.sample_rate, add_suffix(stem, ".wav"))
 
     def arrays(self, samples: Tensor, lengths: Tensor | None = None) -> dict[str, np.ndarray]:
         """Waveforms float32 (N, L), zeros beyond ends; their lengths; and "sample_rate"."""

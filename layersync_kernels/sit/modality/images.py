@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..files import add_suffix
 from .base import Modality
 from .pictures import enlarged, save_picture, tiled, to_image
 
@@ -35,19 +36,15 @@ class Images(Modality):
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """A grid as PNG."""
-        return [save_grid(samples, _png(stem), columns=columns)]
+        return [save_grid(samples, add_suffix(stem, ".png"), columns=columns)]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """A PNG."""
-        return save_picture(to_image(unit_to_pixels(sample.cpu())), _png(stem))
+        return save_picture(to_image(unit_to_pixels(sample.cpu())), add_suffix(stem, ".png"))
 
     def arrays(self, samples: Tensor, lengths: Tensor | None = None) -> dict[str, np.ndarray]:
         """uint8 (N, H, W, C) under "arr_0": the layout of ADM's evaluation suite."""
         return {"arr_0": unit_to_pixels(samples.cpu()).permute(0, 2, 3, 1).contiguous().numpy()}
-
-
-def _png(stem: Path) -> Path:
-    return stem.with_name(f"{stem.name}.png")
 
 
 def save_grid(samples: Tensor, path: Path, *, columns: int, latent: bool = False) -> Path:

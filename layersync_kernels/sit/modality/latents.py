@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import add_suffix, atomic_path
 from .audio import Waveform
 from .autoencoder import Autoencoder, is_local
 from .base import Modality
@@ -57,14 +57,14 @@ class Latents(Modality):
             samples = samples[:, None]
         elif samples.ndim == 5:
             samples = samples[:, :, samples.shape[2] // 2]
-        return [save_grid(samples, stem.with_name(f"{stem.name}.png"), columns=columns, latent=True)]
+        return [save_grid(samples, add_suffix(stem, ".png"), columns=columns, latent=True)]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """As the decoded sample; without an autoencoder as .npy."""
         if (decoded := self.decoded(sample[None])) is not None:
             modality, values = decoded
             return modality.save(values[0], stem)
-        path = stem.with_name(f"{stem.name}.npy")
+        path = add_suffix(stem, ".npy")
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, self.restore(sample[None].float().cpu())[0].numpy())
         return path

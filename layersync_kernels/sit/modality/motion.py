@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import add_suffix, atomic_path
 from .base import Modality, channel_statistics, cut
 from .motion_drawing import save_film, save_strips
 from .motion_kinematics import (
@@ -188,16 +188,16 @@ class Motion(Modality):
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """A few moments of each as PNG, and all of it as an animated GIF."""
         clips = self.skeletons(samples, lengths)
-        picture = save_strips(clips, self.parents, stem.with_name(f"{stem.name}.png"), columns=columns)
-        return [picture, save_film(clips, self.parents, self.fps, stem.with_name(f"{stem.name}.gif"), columns=columns)]
+        picture = save_strips(clips, self.parents, add_suffix(stem, ".png"), columns=columns)
+        return [picture, save_film(clips, self.parents, self.fps, add_suffix(stem, ".gif"), columns=columns)]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """Joints as .npz, which can be trained on again, and a GIF beside it."""
         places = self.skeletons(sample[None])[0]
-        path = stem.with_name(f"{stem.name}.npz")
+        path = add_suffix(stem, ".npz")
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.savez_compressed(file, positions=places.astype(np.float32), **self._skeleton())
-        save_film([places], self.parents, self.fps, stem.with_name(f"{stem.name}.gif"), columns=1)
+        save_film([places], self.parents, self.fps, add_suffix(stem, ".gif"), columns=1)
         return path
 
     def _skeleton(self) -> dict[str, Any]:

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..extras import optional_module
-from ..files import atomic_path
+from ..files import add_suffix, atomic_path
 from .base import Modality
 from .images import unit_to_pixels
 from .pictures import GREY, enlarged, save_animation, save_picture, tiled, to_image
@@ -47,15 +47,15 @@ class Video(Modality):
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """A few frames of each as PNG, and all of them side by side as an animated GIF."""
         films = enlarged(unit_to_pixels(samples.detach().cpu()))
-        sheet = save_picture(to_image(contact_sheet(films, columns)), stem.with_name(f"{stem.name}.png"))
+        sheet = save_picture(to_image(contact_sheet(films, columns)), add_suffix(stem, ".png"))
         frames = tiled(films, columns, GAP).transpose(0, 1)
-        return [sheet, save_gif(frames, self.fps, stem.with_name(f"{stem.name}.gif"))]
+        return [sheet, save_gif(frames, self.fps, add_suffix(stem, ".gif"))]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """A film, as `container` says."""
         frames = unit_to_pixels(sample.detach().cpu()).transpose(0, 1)
         write = save_mp4 if self.container == "mp4" else save_gif
-        return write(frames, self.fps, stem.with_name(f"{stem.name}.{self.container}"))
+        return write(frames, self.fps, add_suffix(stem, f".{self.container}"))
 
     def arrays(self, samples: Tensor, lengths: Tensor | None = None) -> dict[str, np.ndarray]:
         """uint8 (N, T, H, W, C) under "videos", which can be trained on again, and frames a second under "fps"."""
