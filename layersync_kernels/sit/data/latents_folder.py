@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ConfigError, DataError
-from ..batch import Batch, Condition
+from ..batch import Batch, Condition, within_lengths
 from ..config.data import DataConfig
 from ..config.io import build, parse_json
 from ..console import console
@@ -121,8 +121,7 @@ class LatentSet(SampleSet):
         samples = self.modality.normalise(mean)
         lengths = self.parts["lengths"][index] if "lengths" in self.parts else None
         if lengths is not None:
-            inside = torch.arange(samples.shape[2]) < lengths[:, None]
-            samples = torch.where(inside.view(len(index), 1, -1, *[1] * (samples.ndim - 3)), samples, 0)
+            samples = torch.where(within_lengths(lengths, samples), samples, 0)
         return Batch(samples, Condition(self.parts["labels"][index], lengths), index, mirrored)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import within_lengths
 from ..extras import optional_module
 from ..files import add_suffix, atomic_path
 from .base import Modality, cut
@@ -82,8 +83,7 @@ class Sound(Modality):
         """Spectrograms as PNG, and all sounds in one wav, row by row with gaps between them."""
         values = self._values(samples)
         if lengths is not None:
-            inside = torch.arange(samples.shape[2]) < lengths.cpu()[:, None]
-            values = torch.where(inside[:, None], values, self.silence)
+            values = torch.where(within_lengths(lengths.cpu(), values), values, self.silence)
         pictures = torch.stack([self.picture(own) for own in values])
         shown = save_grid(pictures, add_suffix(stem, ".png"), columns=columns)
         gap = np.zeros(round(GAP * self.sample_rate), np.float32)
