@@ -11,7 +11,8 @@ from ...errors import DataError, first_line
 from ..config.data import DataConfig
 from ..extras import optional_module
 from .base import SampleSet
-from .folders import captioned, from_source
+from .captions import captioned
+from .folders import from_source
 from .streaming import Source
 
 PREFIX = "hf:"
