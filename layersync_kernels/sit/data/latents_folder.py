@@ -22,6 +22,7 @@ from ..files import atomic_path, write_json
 from ..modality.audio import Sound
 from ..modality.autoencoder import Autoencoder
 from ..modality.latents import Latents
+from ..modality.video import Video
 from ..spec import SampleSpec
 from .augment import mirror
 from .base import EpochShuffle, SampleSet
@@ -47,6 +48,7 @@ class LatentsIndex:
         num_classes, class_names: of the data.
         shift, scale: per channel, or one for all: a model's latents are (latents - shift) * scale.
         sample_rate: of sounds.
+        fps: of films, before they were encoded.
     """
 
     source: str
@@ -62,6 +64,7 @@ class LatentsIndex:
     shift: tuple[float, ...]
     scale: tuple[float, ...]
     sample_rate: int
+    fps: float = Latents.fps
 
     def __post_init__(self) -> None:
         if min(self.samples, self.shard, self.num_classes) < 1 or not all(self.scale):
@@ -166,7 +169,14 @@ def load_latents_folder(config: DataConfig) -> LatentSet:
     channels = index.shape[0]
     mean = index.shift * channels if len(index.shift) == 1 else index.shift
     std = tuple(1 / factor for factor in (index.scale * channels if len(index.scale) == 1 else index.scale))
-    modality = Latents(mean=mean, std=std, of=index.of, autoencoder=index.autoencoder, sample_rate=index.sample_rate)
+    modality = Latents(
+        mean=mean,
+        std=std,
+        of=index.of,
+        autoencoder=index.autoencoder,
+        sample_rate=index.sample_rate,
+        fps=index.fps,
+    )
     return LatentSet(
         spec=SampleSpec.of(index.shape, variable=index.variable),
         num_classes=index.num_classes,
@@ -185,7 +195,7 @@ def write_latents(
 
     Args:
         autoencoder: of what the data holds.
-        data: pixels, or waveforms.
+        data: pixels, waveforms or films.
         folder: for ``index.json`` and ``latents_00000.safetensors`` and so on, in fp16.
         source: what the data is called.
         flip: also encode mirrored samples.
@@ -222,6 +232,7 @@ def write_latents(
         shift=tuple(autoencoder.shift.tolist()),
         scale=tuple(autoencoder.scale.tolist()),
         sample_rate=rate,
+        fps=data.modality.fps if isinstance(data.modality, Video) else Latents.fps,
     )
     place = folder / INDEX
     if place.exists():

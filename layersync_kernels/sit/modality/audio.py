@@ -145,9 +145,8 @@ class Mel(Sound):
     def waveform(self, values: Tensor) -> np.ndarray:
         """By the filters' pseudo-inverse, then Griffin-Lim."""
         librosa = _librosa()
-        inverse = np.linalg.pinv(_filters(self.sample_rate, self.window, self.bands))
         mel = values.clamp(self.silence, 10.0).exp().numpy()
-        amplitudes = np.maximum(inverse @ mel, 0.0)
+        amplitudes = np.maximum(_inverse(self.sample_rate, self.window, self.bands) @ mel, 0.0)
         if amplitudes.shape[1] < 2:  # too short for a phase
             return np.zeros(self.hop, np.float32)
         sound = librosa.griffinlim(
@@ -211,6 +210,12 @@ def _filters(sample_rate: int, window: int, bands: int) -> np.ndarray:
     """(bands, window / 2 + 1), float32."""
     filters: np.ndarray = _librosa().filters.mel(sr=sample_rate, n_fft=window, n_mels=bands)
     return filters.astype(np.float32)
+
+
+@functools.cache
+def _inverse(sample_rate: int, window: int, bands: int) -> np.ndarray:
+    """The filters' pseudo-inverse, (window / 2 + 1, bands), float32."""
+    return np.linalg.pinv(_filters(sample_rate, window, bands))
 
 
 def resampled(waveform: np.ndarray, rate: int, wanted: int) -> np.ndarray:

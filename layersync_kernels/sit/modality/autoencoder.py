@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -99,3 +100,13 @@ class Autoencoder:
 def is_local(name: str) -> bool:
     """Whether an autoencoder of that name is a folder here."""
     return any((Path(name) / part).is_file() for part in ("config.json", "vae/config.json"))
+
+
+def local_autoencoder(folder: str) -> Autoencoder:
+    """That in a folder, on the CPU; kept until another one is asked for. Raises as `Autoencoder`."""
+    return _kept(str(Path(folder).resolve()))
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(folder: str) -> Autoencoder:
+    return Autoencoder(folder, torch.device("cpu"))

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from ..files import add_suffix, atomic_path
 from .audio import Waveform
-from .autoencoder import Autoencoder, is_local
+from .autoencoder import is_local, local_autoencoder
 from .base import Modality
 from .images import Images, save_grid
+from .video import Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,10 +39,12 @@ class Latents(Modality):
         """Samples of the data, and their modality; None where there is no autoencoder here."""
         if not self.autoencoder or not is_local(self.autoencoder):
             return None
-        network = Autoencoder(self.autoencoder, torch.device("cpu"))
+        network = local_autoencoder(self.autoencoder)
         values = torch.cat([network.decode(own) for own in self.restore(samples.float().cpu()).split(8)])
         if self.of == "waveform":
             return Waveform(sample_rate=self.sample_rate), values.mean(1, keepdim=True)
+        if self.of == "video":
+            return Video(fps=self.fps), values
         return Images(), values
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
