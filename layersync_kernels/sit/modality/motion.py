@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import add_suffix, atomic_path
+from ..files import add_suffix, save_arrays
 from .base import Modality, channel_statistics, cut
 from .motion_drawing import save_film, save_strips
 from .motion_kinematics import (
@@ -194,9 +194,8 @@ class Motion(Modality):
     def save(self, sample: Tensor, stem: Path) -> Path:
         """Joints as .npz, which can be trained on again, and a GIF beside it."""
         places = self.skeletons(sample[None])[0]
-        path = add_suffix(stem, ".npz")
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, positions=places.astype(np.float32), **self._skeleton())
+        arrays = {"positions": places.astype(np.float32), **self._skeleton()}
+        path = save_arrays(add_suffix(stem, ".npz"), arrays, compressed=True)
         save_film([places], self.parents, self.fps, add_suffix(stem, ".gif"), columns=1)
         return path
 
