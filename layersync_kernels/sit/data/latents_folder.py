@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -25,7 +24,7 @@ from ..modality.latents import Latents
 from ..modality.video import Video
 from ..spec import SampleSpec
 from .augment import mirror
-from .base import EpochShuffle, SampleSet
+from .base import EpochShuffle, SampleSet, seeded
 from .memory import check_fits
 
 INDEX = "index.json"
@@ -107,8 +106,7 @@ class LatentSet(SampleSet):
         """See `SampleSet.batches`; what is drawn follows from the seed and the position."""
         shuffle = EpochShuffle(len(self), seed)
         while True:
-            mixed = int(np.random.SeedSequence((seed, start, 1)).generate_state(1, np.uint64)[0])
-            yield self._batch(shuffle.indices(start, batch_size), torch.Generator().manual_seed(mixed >> 1))
+            yield self._batch(shuffle.indices(start, batch_size), seeded(seed, start, 1))
             start += batch_size
 
     def _batch(self, index: Tensor, generator: torch.Generator | None) -> Batch:
