@@ -168,6 +168,7 @@ def test_latents_of_something_else_are_not_mixed(pictures, kl, capsys):
     ("spoil", "match"),
     [
         (lambda folder: (folder / "index.json").write_text("{"), "cannot read .*index.json"),
+        (lambda folder: declare(folder, fps=0), "cannot read .*index.json: fps is 0"),
         (lambda folder: (folder / "latents_00001.safetensors").write_bytes(b"x"), "cannot read .*latents_00001"),
         (lambda folder: change(folder, mean=torch.zeros(3, 4, 8, 8)), "do not fit index.json"),
         (lambda folder: change(folder, labels=torch.tensor([0, 1, 2, 0])), "labels are not those of 2 classes"),
@@ -184,6 +185,11 @@ def test_damaged_folders_are_refused(pictures, kl, spoil, match):
 def change(folder, **tensors):
     path = folder / "latents_00000.safetensors"
     save_file(load_file(path) | tensors, path)
+
+
+def declare(folder, **facts):
+    path = folder / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | facts))
 
 
 def test_a_run_on_latents_is_decoded_to_be_seen(pictures, kl):

@@ -20,6 +20,7 @@ from ..console import console
 from ..files import atomic_path, write_json
 from ..modality.audio import Sound
 from ..modality.autoencoder import Autoencoder
+from ..modality.base import check_fps
 from ..modality.latents import Latents
 from ..modality.video import Video
 from ..spec import SampleSpec
@@ -69,6 +70,7 @@ class LatentsIndex:
         if min(self.samples, self.shard, self.num_classes) < 1 or not all(self.scale):
             raise ValueError("samples, shard, num_classes and scale are positive numbers")
         SampleSpec.of(self.shape)
+        check_fps(self.fps)
 
     @property
     def files(self) -> int:

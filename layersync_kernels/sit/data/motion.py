@@ -59,13 +59,6 @@ def check_values(values: Tensor) -> None:
         raise ValueError(f"frame {int(finite.logical_not().nonzero()[0])} is not finite (NaN or infinity)")
 
 
-def check_fps(fps: float) -> float:
-    """The same; raises ValueError where nobody records like that."""
-    if not 0 < fps <= 1000:
-        raise ValueError(f"{fps:g} frames a second; expected more than 0, and up to 1000")
-    return fps
-
-
 def common_skeleton(skeletons: Mapping[str, Motion]) -> Motion:
     """The one that all files, by name, are of; their bodies may be of different size.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..files import add_suffix, atomic_path
 from .audio import Waveform
 from .autoencoder import is_local, local_autoencoder
-from .base import Modality
+from .base import Modality, check_fps
 from .images import Images, save_grid
 from .video import Video
 
@@ -34,6 +34,9 @@ class Latents(Modality):
     autoencoder: str = ""
     sample_rate: int = 44_100
     fps: float = 10.0
+
+    def __post_init__(self) -> None:
+        check_fps(self.fps)
 
     def decoded(self, samples: Tensor) -> tuple[Modality, Tensor] | None:
         """Samples of the data, and their modality; None where there is no autoencoder here."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..files import add_suffix, save_arrays
-from .base import Modality, channel_statistics, cut
+from .base import Modality, channel_statistics, check_fps, cut
 from .motion_drawing import save_film, save_strips
 from .motion_kinematics import (
     follow_path,
@@ -70,8 +70,7 @@ class Motion(Modality):
 
     def __post_init__(self) -> None:
         parents, joints, width = self.parents, self.joints, self.feature_width
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}; expected a number of frames a second")
+        check_fps(self.fps)
         if parents and not (parents[0] == -1 and all(0 <= p < j for j, p in enumerate(parents[1:], 1))):
             raise ValueError(f"parents are {parents}; expected -1, then for each joint a number below its own")
         if self.representation == "rotations" and not (parents and len(self.offsets) == len(parents)):

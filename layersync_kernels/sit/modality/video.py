@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..extras import optional_module
 from ..files import add_suffix, atomic_path
-from .base import Modality
+from .base import Modality, check_fps
 from .images import unit_to_pixels
 from .pictures import GREY, enlarged, save_animation, save_picture, tiled, to_image
 
@@ -41,8 +41,7 @@ class Video(Modality):
     container: Literal["gif", "mp4"] = "gif"
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}; expected a number of frames a second")
+        check_fps(self.fps)
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """A few frames of each as PNG, and all of them side by side as an animated GIF."""
