@@ -25,3 +25,8 @@ class TeacherError(UserError, RuntimeError):
 
 class TrainingDiverged(UserError, ArithmeticError):
     """The loss or the weights stopped being finite."""
+
+
+def first_line(error: Exception) -> str:
+    """What an error of somebody else's code says, in a line without a full stop; its type where it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -10,6 +10,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..ops.attention import length_mask
+
 P = TypeVar("P", bound="_Parts")
 
 
@@ -95,3 +97,9 @@ class Batch(_Parts):
     def labels(self) -> Tensor:
         """Int64 (B,)."""
         return self.condition.labels
+
+
+def within_lengths(lengths: Tensor, samples: Tensor) -> Tensor:
+    """What is there of samples (B, C, L, ...) of lengths (B,): bool (B, 1, L, 1, ...)."""
+    size = samples.shape[2]
+    return length_mask(lengths, size).view(samples.shape[0], 1, size, *[1] * (samples.ndim - 3))

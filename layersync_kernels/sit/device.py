@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 
 def resolve_device(name: str) -> torch.device:
@@ -19,7 +19,7 @@ def resolve_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # a build without CUDA asserts
-        raise ConfigError(f"--device {name}: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"--device {name}: {first_line(error)}") from error
     return device
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -37,10 +39,23 @@ def atomic_path(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def add_suffix(stem: Path, suffix: str) -> Path:
+    """A stem with ".png" or the like behind its name, which may have dots of its own."""
+    return stem.with_name(f"{stem.name}{suffix}")
+
+
 def write_json(path: Path, content: Any) -> None:
     """Writes JSON values, and paths as strings."""
     with atomic_path(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2, default=os.fspath) + "\n", encoding="utf-8")
+
+
+def save_arrays(path: Path, arrays: Mapping[str, np.ndarray], *, compressed: bool = False) -> Path:
+    """Writes arrays by name as .npz, and returns where they are."""
+    write: Callable[..., None] = np.savez_compressed if compressed else np.savez
+    with atomic_path(path) as temporary, temporary.open("wb") as file:
+        write(file, **arrays)
+    return path
 
 
 def new_figure(width: float, height: float) -> Figure:

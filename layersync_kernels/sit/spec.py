@@ -40,14 +40,3 @@ class SampleSpec:
     def shape(self) -> tuple[int, ...]:
         """(C, ...)."""
         return self.channels, *self.extent
-
-    @property
-    def side(self) -> int:
-        """H = W of a square image.
-
-        Raises:
-            ValueError: it is none.
-        """
-        if len(self.extent) != 2 or self.extent[0] != self.extent[1]:
-            raise ValueError(f"samples are {'x'.join(map(str, self.extent))}; expected square images")
-        return self.extent[0]

@@ -106,6 +106,19 @@ def test_captions_that_are_missing_or_not_there_at_all(tmp_path):
         load("mnist", image_size=14, text_encoder="hashed")
 
 
+def test_equal_captions_have_equal_embeddings_which_the_memory_limit_counts(tmp_path):
+    captions = {"a.txt": b"dark", "b.txt": b"word " * 64, "c.txt": b"dark"}
+    name = tar(tmp_path / "x.tar", {f"{key}.png": packed(0) for key in "abc"} | captions)
+    data = load(name, text_encoder="hashed")
+    assert data.captions == ("dark", captions["b.txt"].decode().strip())
+    assert data.text_lengths.tolist() == [1, 64, 1]
+    assert torch.equal(data.text[0], data.text[2])
+    limit = {"memory_limit_gb": 0.9 * data.text.nbytes / 2**30}
+    assert len(load(name, **limit)) == 3
+    with pytest.raises(DataError, match="embeddings of 3 captions, 64 x 128 each"):
+        load(name, text_encoder="hashed", **limit)
+
+
 def test_broken_images_in_tar_files_take_their_captions_along(tmp_path):
     members = {"a.png": b"broken", "a.txt": b"one", "b.png": packed(9), "b.txt": b"two"}
     data = load(tar(tmp_path / "x.tar", members), text_encoder="hashed")

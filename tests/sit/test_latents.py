@@ -17,6 +17,7 @@ from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import latents_folder
 from layersync_kernels.sit.data.registry import load_data
 from layersync_kernels.sit.modality.autoencoder import Autoencoder
+from layersync_kernels.sit.modality.images import unit_to_pixels
 from layersync_kernels.sit.modality.latents import Latents
 
 diffusers = pytest.importorskip("diffusers")
@@ -59,6 +60,24 @@ def oobleck(tmp_path_factory):
             sampling_rate=8000,
         )
     path = tmp_path_factory.mktemp("oobleck")
+    network.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def wan(tmp_path_factory):
+    """An autoencoder of films: 5x16x16 to 4 channels of 2x4x4."""
+    torch.manual_seed(0)
+    network = diffusers.AutoencoderKLWan(
+        base_dim=4,
+        z_dim=4,
+        dim_mult=[1, 1, 1],
+        num_res_blocks=1,
+        temperal_downsample=[True, True],
+        latents_mean=[0.5, -0.5, 0.0, 0.25],
+        latents_std=[2.0, 1.0, 0.5, 4.0],
+    )
+    path = tmp_path_factory.mktemp("wan")
     network.save_pretrained(path)
     return path
 
@@ -149,6 +168,7 @@ def test_latents_of_something_else_are_not_mixed(pictures, kl, capsys):
     ("spoil", "match"),
     [
         (lambda folder: (folder / "index.json").write_text("{"), "cannot read .*index.json"),
+        (lambda folder: declare(folder, fps=0), "cannot read .*index.json: fps is 0"),
         (lambda folder: (folder / "latents_00001.safetensors").write_bytes(b"x"), "cannot read .*latents_00001"),
         (lambda folder: change(folder, mean=torch.zeros(3, 4, 8, 8)), "do not fit index.json"),
         (lambda folder: change(folder, labels=torch.tensor([0, 1, 2, 0])), "labels are not those of 2 classes"),
@@ -165,6 +185,11 @@ def test_damaged_folders_are_refused(pictures, kl, spoil, match):
 def change(folder, **tensors):
     path = folder / "latents_00000.safetensors"
     save_file(load_file(path) | tensors, path)
+
+
+def declare(folder, **facts):
+    path = folder / "index.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | facts))
 
 
 def test_a_run_on_latents_is_decoded_to_be_seen(pictures, kl):
@@ -215,6 +240,42 @@ def test_sounds_become_latents_and_sounds_again(tmp_path, oobleck, capsys):
     heard, rate = soundfile.read(sound)
     assert rate == 8000
     assert len(heard) == 160 + 80 + 2 * 2000
+
+
+def test_films_become_latents_and_films_again(tmp_path, wan, monkeypatch):
+    films = np.random.default_rng(0).integers(0, 256, (3, 5, 16, 16, 3), dtype=np.uint8)
+    np.savez(tmp_path / "films.npz", videos=films)
+    argv = [f"--data={tmp_path / 'films.npz'}", "--frames=5", "--video-fps=12.5"]
+    assert encode(tmp_path, wan, *argv) == 0
+    data = load(tmp_path, latent_sample="mean")
+    assert data.spec.shape == (4, 2, 4, 4)
+    assert data.modality.fps == 12.5
+    samples = data.take(torch.arange(3)).samples
+    loads = []
+    real = diffusers.AutoencoderKLWan.from_pretrained
+    monkeypatch.setattr(diffusers.AutoencoderKLWan, "from_pretrained", lambda *a, **k: loads.append(a) or real(*a, **k))
+    picture, film = data.modality.overview(samples, tmp_path / "s", columns=2)
+    assert Image.open(picture).mode == "RGB"
+    with Image.open(film) as shown:
+        assert (shown.n_frames, shown.info["duration"]) == (5, 80)
+    path = data.modality.save(samples[0], tmp_path / "one")
+    assert len(loads) == 1
+    modality, values = data.modality.decoded(samples[:1])
+    with Image.open(path) as shown:
+        assert (shown.n_frames, shown.size) == (5, (16, 16))
+        first = torch.from_numpy(np.array(shown.convert("RGB"))).permute(2, 0, 1)
+    assert (modality.kind, modality.fps) == ("video", 12.5)
+    assert (unit_to_pixels(values[0, :, 0]).int() - first.int()).abs().float().mean() < 8  # GIF has 256 colours
+
+
+def test_folders_from_before_films_had_a_rate_are_read(pictures, kl):
+    encode(pictures, kl)
+    path = pictures / "latents" / "index.json"
+    index = json.loads(path.read_bytes())
+    del index["fps"]
+    path.write_text(json.dumps(index))
+    assert load(pictures).modality.fps == 10
+    assert encode(pictures, kl) == 0
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...errors import CheckpointError
+from ...errors import CheckpointError, first_line
 
 
 def read_published(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -29,10 +29,9 @@ def read_published(path: Path, *, ema: bool) -> tuple[dict[str, Tensor], dict[st
         with torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # bytes that are no checkpoint can fail anywhere in the unpickler
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise CheckpointError(
             f"cannot read {path}: it is truncated, no PyTorch checkpoint, or holds objects other than tensors, "
-            f"which are never unpickled ({reason})"
+            f"which are never unpickled ({first_line(error)})"
         ) from error
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds a {type(content).__name__}; expected a dictionary of tensors")

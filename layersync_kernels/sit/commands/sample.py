@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
 from ..checkpoints.local import run_of
@@ -18,7 +18,8 @@ from ..config.sampling import SamplingConfig, TransportConfig
 from ..console import start_logging
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
-from ..files import atomic_path
+from ..files import save_arrays
+from ..modality.base import cut
 from ..sampling.draw import conditions
 from ..sampling.load import Trained, load_trained
 from ..sampling.many import Drawing, draw_many
@@ -75,7 +76,14 @@ def sample(command: SampleCommand) -> Path:
     device = resolve_device(command.device)
     trained = load_trained(command.source, which=command.weights, num_heads=command.num_heads)
     classes = _classes(command, trained)
-    text, text_lengths, rows = _words(command, trained)
+    text, text_lengths = _words(command, trained)
+    rows = len(classes) if text is None else len(text)
+    if command.number is None:
+        which = torch.arange(rows).repeat_interleave(command.per_class)
+    else:
+        which = torch.arange(command.number) % rows
+    labels = torch.tensor(classes)[which] if text is None else torch.zeros_like(which)
+    condition = conditions(labels, trained.lengths, text, text_lengths, which)
     drawing = Drawing(
         trained.model.to(device),
         build_transport(command.transport),
@@ -89,26 +97,18 @@ def sample(command: SampleCommand) -> Path:
     try:
         if command.number is not None:
             folder = command.out or default / "many"
-            which = torch.arange(command.number) % (rows or len(classes))
-            labels = torch.zeros_like(which) if rows else torch.tensor(classes)[which]
-            condition = conditions(labels, trained.lengths, text, text_lengths, which)
             draw_many(drawing, trained, condition, folder, shard=command.shard, files=command.files, device=device)
             return folder
-        which = torch.arange(rows or len(classes)).repeat_interleave(command.per_class)
-        labels = torch.zeros_like(which) if rows else torch.tensor(classes)[which]
-        condition = conditions(labels, trained.lengths, text, text_lengths, which)
         samples = drawing(condition.to(device))
         if not samples.isfinite().all():
             raise CheckpointError(f"{command.source} gives samples that are not finite; its weights may have diverged")
         if command.array is not None:
-            with atomic_path(command.array) as temporary, temporary.open("wb") as file:
-                np.savez(file, samples=samples.cpu().numpy(), labels=condition.labels.numpy())
+            save_arrays(command.array, {"samples": samples.cpu().numpy(), "labels": labels.numpy()})
         stem = (command.out or default / ("grid" if run else command.source.name)).with_suffix("")
         drawn = trained.modality.overview(samples, stem, columns=command.per_class, lengths=condition.lengths)
         if command.files:
-            for i, own in enumerate(samples):
-                length = None if condition.lengths is None else int(condition.lengths[i])
-                trained.modality.save(own if length is None else own[:, :length], stem / f"{i:06d}")
+            for i, own in enumerate(cut(samples, condition.lengths)):
+                trained.modality.save(own, stem / f"{i:06d}")
         return drawn[0]
     except OSError as error:
         raise CheckpointError(f"cannot write the samples: {error}") from error
@@ -124,19 +124,18 @@ def _classes(command: SampleCommand, trained: Trained) -> tuple[int, ...]:
     return classes
 
 
-def _words(command: SampleCommand, trained: Trained) -> tuple[torch.Tensor | None, torch.Tensor | None, int]:
-    """Embeddings of the captions, how many words each has, and how many captions there are; 0: no texts."""
+def _words(command: SampleCommand, trained: Trained) -> tuple[Tensor | None, Tensor | None]:
+    """Embeddings of the captions, and how many words each has; None: no texts."""
     if trained.text_encoder is None:
         if command.captions:
             raise ConfigError("--captions: the model was not trained with texts; give --classes")
-        return None, None, 0
+        return None, None
     if command.classes:
         raise ConfigError("--classes: the model was trained with texts; give --captions")
     captions = command.captions or trained.captions[: 10 if command.number is None else None]
     if not captions:
         raise ConfigError("the run kept no captions; give --captions")
-    text, lengths = load_text_encoder(trained.text_encoder).encode(captions)
-    return text, lengths, len(captions)
+    return load_text_encoder(trained.text_encoder).encode(captions)
 
 
 def sample_main(argv: Sequence[str]) -> int:

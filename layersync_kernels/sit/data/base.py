@@ -25,6 +25,12 @@ BROKEN = "broken_files.txt"
 """Name of the list of broken files in a run's folder."""
 
 
+def seeded(*numbers: int) -> torch.Generator:
+    """A generator on the CPU of numbers from 0 on, which are mixed: those of (0, 1) and of (1, 0) differ."""
+    mixed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    return torch.Generator().manual_seed(mixed >> 1)
+
+
 class EpochShuffle:
     """The endless shuffled stream of sample numbers: epoch after epoch, each in its own order.
 
@@ -38,10 +44,7 @@ class EpochShuffle:
 
     def _order(self, epoch: int) -> Tensor:
         if self._cached[0] != epoch:
-            # SeedSequence mixes both numbers: (seed 0, epoch 1) and (seed 1, epoch 0) differ.
-            mixed = int(np.random.SeedSequence((self.seed, epoch)).generate_state(1, np.uint64)[0])
-            generator = torch.Generator().manual_seed(mixed >> 1)
-            self._cached = (epoch, torch.randperm(self.num_samples, generator=generator))
+            self._cached = (epoch, torch.randperm(self.num_samples, generator=seeded(self.seed, epoch)))
         return self._cached[1]
 
     def indices(self, start: int, count: int) -> Tensor:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ...errors import DataError
 from ..batch import Batch
-from .base import EpochShuffle, SampleSet
+from .base import EpochShuffle, SampleSet, seeded
 from .memory import MemorySet
 
 
@@ -71,8 +71,7 @@ class BucketedSet(SampleSet):
     def _turn(counts: Sequence[int], seed: int, epoch: int, position: int) -> tuple[int, int]:
         """The size of a batch of an epoch, and which of that size's batches it is."""
         owners = np.repeat(np.arange(len(counts)), counts)
-        mixed = int(np.random.SeedSequence((seed, epoch, len(counts))).generate_state(1, np.uint64)[0])
-        order = torch.randperm(len(owners), generator=torch.Generator().manual_seed(mixed >> 1)).numpy()
+        order = torch.randperm(len(owners), generator=seeded(seed, epoch, len(counts))).numpy()
         shuffled = owners[order]
         owner = int(shuffled[position])
         return owner, int((shuffled[:position] == owner).sum())

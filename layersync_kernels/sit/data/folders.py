@@ -18,7 +18,6 @@ from torch import Tensor
 from ...errors import DataError
 from ..config.data import DataConfig
 from ..spec import SampleSpec
-from ..text.registry import load_text_encoder
 from .base import SampleSet
 from .buckets import BucketedSet, nearest_bucket
 from .media import read_all
@@ -28,9 +27,6 @@ from .streaming import DECODE_ERRORS, Source, StreamingSet, all_broken_message, 
 
 logger = logging.getLogger(__name__)
 
-
-EXAMPLES = 64
-"""Captions that a run keeps to draw others with."""
 TORCHVISION = "torchvision:"
 """What a name of one of its sets starts with."""
 
@@ -198,34 +194,6 @@ def _in_memory(
 ) -> MemorySet:
     samples, labels = torch.stack([image for image, _ in items]), torch.tensor([label for _, label in items])
     return memory_set(samples, labels, config, class_names=source.class_names, broken=broken)
-
-
-def captioned(data: SampleSet, captions: Sequence[object], names: Sequence[str], config: DataConfig) -> SampleSet:
-    """The set with its captions encoded, where `config.text_encoder` asks for that.
-
-    Args:
-        data: of `from_source`, with all samples but those that are broken.
-        captions: of all samples, broken ones included; None where there is none.
-        names: of the samples, as `data.broken` has them.
-        config: of the data.
-
-    Raises:
-        DataError: a caption is missing, or the data is streamed.
-    """
-    if config.text_encoder is None:
-        return data
-    if not isinstance(data, MemorySet):
-        raise DataError(f"--text-encoder: {config.data} is streamed; raise --memory-limit-gb")
-    words = []
-    for name, caption in zip(names, captions, strict=True):
-        if name in data.broken:
-            continue
-        if not isinstance(caption, str) or not caption.strip():
-            raise DataError(f"{name} has no caption, which --text-encoder {config.text_encoder} needs for each sample")
-        words.append(caption)
-    data.text, data.text_lengths = load_text_encoder(config.text_encoder).encode(words)
-    data.captions, data.text_encoder = tuple(dict.fromkeys(words))[:EXAMPLES], config.text_encoder
-    return data
 
 
 def _first_readable(source: Source[Image.Image]) -> Image.Image:

@@ -7,12 +7,12 @@ from typing import Any
 
 from PIL import Image
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from ..config.data import DataConfig
 from ..extras import optional_module
 from .base import SampleSet
-from .folders import captioned, from_source
-from .media import first_line
+from .captions import captioned
+from .folders import from_source
 from .streaming import Source
 
 PREFIX = "hf:"

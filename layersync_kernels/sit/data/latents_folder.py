@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from rich.progress import track
 from safetensors import SafetensorError, safe_open
@@ -14,17 +13,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ConfigError, DataError
-from ..batch import Batch, Condition
+from ..batch import Batch, Condition, within_lengths
 from ..config.data import DataConfig
 from ..config.io import build, parse_json
 from ..console import console
 from ..files import atomic_path, write_json
 from ..modality.audio import Sound
 from ..modality.autoencoder import Autoencoder
+from ..modality.base import check_fps
 from ..modality.latents import Latents
+from ..modality.video import Video
 from ..spec import SampleSpec
 from .augment import mirror
-from .base import EpochShuffle, SampleSet
+from .base import EpochShuffle, SampleSet, seeded
 from .memory import check_fits
 
 INDEX = "index.json"
@@ -47,6 +48,7 @@ class LatentsIndex:
         num_classes, class_names: of the data.
         shift, scale: per channel, or one for all: a model's latents are (latents - shift) * scale.
         sample_rate: of sounds.
+        fps: of films, before they were encoded.
     """
 
     source: str
@@ -62,11 +64,13 @@ class LatentsIndex:
     shift: tuple[float, ...]
     scale: tuple[float, ...]
     sample_rate: int
+    fps: float = Latents.fps
 
     def __post_init__(self) -> None:
         if min(self.samples, self.shard, self.num_classes) < 1 or not all(self.scale):
             raise ValueError("samples, shard, num_classes and scale are positive numbers")
         SampleSpec.of(self.shape)
+        check_fps(self.fps)
 
     @property
     def files(self) -> int:
@@ -104,8 +108,7 @@ class LatentSet(SampleSet):
         """See `SampleSet.batches`; what is drawn follows from the seed and the position."""
         shuffle = EpochShuffle(len(self), seed)
         while True:
-            mixed = int(np.random.SeedSequence((seed, start, 1)).generate_state(1, np.uint64)[0])
-            yield self._batch(shuffle.indices(start, batch_size), torch.Generator().manual_seed(mixed >> 1))
+            yield self._batch(shuffle.indices(start, batch_size), seeded(seed, start, 1))
             start += batch_size
 
     def _batch(self, index: Tensor, generator: torch.Generator | None) -> Batch:
@@ -121,8 +124,7 @@ class LatentSet(SampleSet):
         samples = self.modality.normalise(mean)
         lengths = self.parts["lengths"][index] if "lengths" in self.parts else None
         if lengths is not None:
-            inside = torch.arange(samples.shape[2]) < lengths[:, None]
-            samples = torch.where(inside.view(len(index), 1, -1, *[1] * (samples.ndim - 3)), samples, 0)
+            samples = torch.where(within_lengths(lengths, samples), samples, 0)
         return Batch(samples, Condition(self.parts["labels"][index], lengths), index, mirrored)
 
 
@@ -167,7 +169,14 @@ def load_latents_folder(config: DataConfig) -> LatentSet:
     channels = index.shape[0]
     mean = index.shift * channels if len(index.shift) == 1 else index.shift
     std = tuple(1 / factor for factor in (index.scale * channels if len(index.scale) == 1 else index.scale))
-    modality = Latents(mean=mean, std=std, of=index.of, autoencoder=index.autoencoder, sample_rate=index.sample_rate)
+    modality = Latents(
+        mean=mean,
+        std=std,
+        of=index.of,
+        autoencoder=index.autoencoder,
+        sample_rate=index.sample_rate,
+        fps=index.fps,
+    )
     return LatentSet(
         spec=SampleSpec.of(index.shape, variable=index.variable),
         num_classes=index.num_classes,
@@ -186,7 +195,7 @@ def write_latents(
 
     Args:
         autoencoder: of what the data holds.
-        data: pixels, or waveforms.
+        data: pixels, waveforms or films.
         folder: for ``index.json`` and ``latents_00000.safetensors`` and so on, in fp16.
         source: what the data is called.
         flip: also encode mirrored samples.
@@ -223,6 +232,7 @@ def write_latents(
         shift=tuple(autoencoder.shift.tolist()),
         scale=tuple(autoencoder.scale.tolist()),
         sample_rate=rate,
+        fps=data.modality.fps if isinstance(data.modality, Video) else Latents.fps,
     )
     place = folder / INDEX
     if place.exists():

@@ -38,11 +38,6 @@ def find_named(config: DataConfig, *names: str) -> Path | None:
     return next((folder / name for folder in folders for name in names if (folder / name).exists()), None)
 
 
-def first_line(error: Exception) -> str:
-    """What an error of somebody else's code says, in a line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)
-
-
 def holds(name: str, suffixes: Collection[str]) -> bool:
     """Whether a folder of that name has a file of these kinds in it, or in a sub-folder: suffixes in lower case."""
     if not os.path.isdir(name):  # Path.is_dir raises on names too long

@@ -14,8 +14,7 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from ..modality.motion import Motion
 from ..spec import SampleSpec
-from ..text.registry import load_text_encoder
-from .folders import EXAMPLES
+from .captions import with_captions
 from .memory import MemorySet, check_fits
 
 logger = logging.getLogger(__name__)
@@ -58,13 +57,6 @@ def check_values(values: Tensor) -> None:
     finite = values.isfinite().all(0)
     if not finite.all():
         raise ValueError(f"frame {int(finite.logical_not().nonzero()[0])} is not finite (NaN or infinity)")
-
-
-def check_fps(fps: float) -> float:
-    """The same; raises ValueError where nobody records like that."""
-    if not 0 < fps <= 1000:
-        raise ValueError(f"{fps:g} frames a second; expected more than 0, and up to 1000")
-    return fps
 
 
 def common_skeleton(skeletons: Mapping[str, Motion]) -> Motion:
@@ -135,10 +127,9 @@ def motion_set(
     samples = torch.zeros(len(pieces), *shape)
     for sample, piece in zip(samples, pieces, strict=True):
         sample[:, : piece.shape[1]] = modality.normalise(piece[None])[0]
-    text, text_lengths = _encoded(captions, config)
     labels = torch.tensor([recordings[owner].label for owner in owners])
     logger.info("%d recordings, %d samples of %d frames at %g a second", len(recordings), len(pieces), extent, fps)
-    return MemorySet(
+    data = MemorySet(
         spec=SampleSpec(*shape[:1], shape[1:], variable=True),
         num_classes=len(class_names),
         class_names=list(class_names),
@@ -147,12 +138,9 @@ def motion_set(
         samples=samples,
         labels=labels,
         lengths=torch.tensor([piece.shape[1] for piece in pieces]),
-        text=text,
-        text_lengths=text_lengths,
         test=test,
-        captions=tuple(dict.fromkeys(captions))[:EXAMPLES] if config.text_encoder else (),
-        text_encoder=config.text_encoder,
     )
+    return with_captions(data, captions, config)
 
 
 def _parts(recording: Recording, values: Tensor, fps: float, config: DataConfig) -> list[tuple[Tensor, str]]:
@@ -188,14 +176,3 @@ def _held_out(recordings: Sequence[Recording]) -> Tensor:
     held = torch.zeros(len(recordings), dtype=torch.bool)
     held[order[: len(recordings) // 10]] = True
     return held
-
-
-def _encoded(captions: list[str], config: DataConfig) -> tuple[Tensor | None, Tensor | None]:
-    if config.text_encoder is None:
-        return None, None
-    unique = {text: number for number, text in enumerate(dict.fromkeys(captions))}
-    text, lengths = load_text_encoder(config.text_encoder).encode(list(unique))
-    size = 4 * len(captions) * text.shape[1] * text.shape[2]
-    check_fits(f"embeddings of {len(captions)} captions, {text.shape[1]} x {text.shape[2]} each", size, config)
-    index = torch.tensor([unique[caption] for caption in captions])
-    return text[index], lengths[index]

@@ -10,11 +10,12 @@ import torch
 
 from ..config.data import DataConfig
 from ..extras import optional_module
+from ..modality.base import check_fps
 from ..modality.motion import Motion
 from ..modality.motion_kinematics import from_euler
 from .media import class_files, mostly, read_all
 from .memory import MemorySet, check_fits
-from .motion import Recording, check_fps, check_values, common_skeleton, motion_set
+from .motion import Recording, check_values, common_skeleton, motion_set
 
 SUFFIXES = {".bvh"}
 
@@ -96,7 +97,7 @@ def _read(path: Path, parser: Any) -> tuple[torch.Tensor, Motion]:
     values = np.concatenate([root, rotations.reshape(len(table), -1)], 1).astype(np.float32)
     skeleton = Motion(
         representation="rotations",
-        fps=check_fps(round(1 / tree.FrameTime, 3)),
+        fps=check_fps(round(1 / tree.FrameTime, 3), declared=True),
         parents=tuple(parents),
         offsets=((0.0, 0.0, 0.0), *offsets[1:]),
     )

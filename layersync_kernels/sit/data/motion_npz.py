@@ -11,10 +11,11 @@ import torch
 
 from ...errors import DataError
 from ..config.data import DataConfig
+from ..modality.base import check_fps
 from ..modality.motion import Motion, Representation
 from .media import class_files, read_all
 from .memory import MemorySet, check_labels, naming
-from .motion import Caption, Recording, check_fps, check_values, common_skeleton, motion_set
+from .motion import Caption, Recording, check_values, common_skeleton, motion_set
 from .npz import array_names, read_arrays
 
 KINDS: tuple[Representation, ...] = ("positions", "rotations")
@@ -127,7 +128,7 @@ def _skeleton(kind: Representation, arrays: dict[str, np.ndarray], joints: int) 
     try:
         return Motion(
             representation=kind,
-            fps=check_fps(float(fps.reshape(()))),
+            fps=check_fps(float(fps.reshape(())), declared=True),
             parents=() if parents is None else tuple(int(parent) for parent in parents),
             offsets=() if offsets is None or kind == "positions" else tuple((x, y, z) for x, y, z in offsets.tolist()),
             reference=((0.0, 0.0),) * joints,

@@ -7,10 +7,9 @@ import os
 import re
 import sys
 
-from ...errors import DataError
+from ...errors import DataError, first_line
 from ..config.data import DataConfig
 from .base import SampleSet
-from .media import first_line
 
 _PATH = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 

@@ -15,7 +15,7 @@ from ...errors import DataError
 from ..config.data import DataConfig
 from ..console import console
 from ..extras import optional_module
-from ..files import atomic_path
+from ..files import save_arrays
 from ..modality.video import Video
 from .memory import MemorySet, check_fits, memory_set
 from .npz import read_arrays
@@ -80,8 +80,7 @@ def _make(path: Path, shape: tuple[int, ...], step: float) -> None:
             videos[clip] = _film(bullet, engine, np.random.default_rng((0, clip)), number, box, shape[1:4], step)
     finally:
         bullet.disconnect(engine)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
-        np.savez_compressed(file, videos=videos, labels=labels)
+    save_arrays(path, {"videos": videos, "labels": labels}, compressed=True)
 
 
 def _film(

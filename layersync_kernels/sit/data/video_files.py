@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..config.data import DataConfig
 from ..extras import optional_module
+from ..modality.base import check_fps
 from ..modality.video import EXTRA
 from .memory import limit_bytes
 from .pixels import resize_pixels
@@ -72,9 +73,7 @@ def probe(path: Path, label: int, config: DataConfig) -> Film:
     """
     with _open(path) as container:
         stream = _stream(container, config)
-        fps = float(stream.average_rate or stream.guessed_rate or 0)
-        if not 0 < fps <= 1000:
-            raise ValueError(f"it declares {fps:g} frames a second; expected more than 0, and up to 1000")
+        fps = check_fps(float(stream.average_rate or stream.guessed_rate or 0), declared=True)
         size = (stream.codec_context.height, stream.codec_context.width)
         frames = stream.frames or sum(1 for packet in container.demux(stream) if packet.size)
         return Film(path, label, frames, fps, size)

@@ -18,7 +18,8 @@ from PIL import Image
 from ...errors import DataError
 from ..config.data import DataConfig
 from .base import SampleSet
-from .folders import captioned, check_image, from_source
+from .captions import captioned
+from .folders import check_image, from_source
 from .media import mostly
 from .memory import limit_bytes
 from .streaming import Source

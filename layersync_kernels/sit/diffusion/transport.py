@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...ops.attention import length_mask
+from ..batch import within_lengths
 from ..config.sampling import TransportConfig
 from .checks import check_prediction, choose
 from .interpolants import INTERPOLANTS, Interpolant, per_sample
@@ -144,8 +144,7 @@ def _mean(square: Tensor, lengths: Tensor | None) -> Tensor:
     """The mean of each sample (B, C, L, ...) over what is there: (B,)."""
     if lengths is None:
         return square.mean(dim=tuple(range(1, square.ndim)))
-    inside = length_mask(lengths, square.shape[2]).view(len(square), 1, -1, *[1] * (square.ndim - 3))
-    total = torch.where(inside, square, 0).flatten(1).sum(1)
+    total = torch.where(within_lengths(lengths, square), square, 0).flatten(1).sum(1)
     return total / (lengths * (square[0].numel() // square.shape[2]))
 
 

@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..batch import within_lengths
 from ..extras import optional_module
-from ..files import atomic_path
+from ..files import add_suffix, atomic_path
 from .base import Modality, cut
 from .images import save_grid
 
@@ -82,17 +83,16 @@ class Sound(Modality):
         """Spectrograms as PNG, and all sounds in one wav, row by row with gaps between them."""
         values = self._values(samples)
         if lengths is not None:
-            inside = torch.arange(samples.shape[2]) < lengths.cpu()[:, None]
-            values = torch.where(inside[:, None], values, self.silence)
+            values = torch.where(within_lengths(lengths.cpu(), values), values, self.silence)
         pictures = torch.stack([self.picture(own) for own in values])
-        shown = save_grid(pictures, stem.with_name(f"{stem.name}.png"), columns=columns)
+        shown = save_grid(pictures, add_suffix(stem, ".png"), columns=columns)
         gap = np.zeros(round(GAP * self.sample_rate), np.float32)
         joined = np.concatenate([part for sound in self.sounds(samples, lengths) for part in (sound, gap)])
-        return [shown, save_wav(joined, self.sample_rate, stem.with_name(f"{stem.name}.wav"))]
+        return [shown, save_wav(joined, self.sample_rate, add_suffix(stem, ".wav"))]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """A wav of 16 bits."""
-        return save_wav(self.sounds(sample[None])[0], self.sample_rate, stem.with_name(f"{stem.name}.wav"))
+        return save_wav(self.sounds(sample[None])[0], self.sample_rate, add_suffix(stem, ".wav"))
 
     def arrays(self, samples: Tensor, lengths: Tensor | None = None) -> dict[str, np.ndarray]:
         """Waveforms float32 (N, L), zeros beyond ends; their lengths; and "sample_rate"."""
@@ -145,9 +145,8 @@ class Mel(Sound):
     def waveform(self, values: Tensor) -> np.ndarray:
         """By the filters' pseudo-inverse, then Griffin-Lim."""
         librosa = _librosa()
-        inverse = np.linalg.pinv(_filters(self.sample_rate, self.window, self.bands))
         mel = values.clamp(self.silence, 10.0).exp().numpy()
-        amplitudes = np.maximum(inverse @ mel, 0.0)
+        amplitudes = np.maximum(_inverse(self.sample_rate, self.window, self.bands) @ mel, 0.0)
         if amplitudes.shape[1] < 2:  # too short for a phase
             return np.zeros(self.hop, np.float32)
         sound = librosa.griffinlim(
@@ -211,6 +210,12 @@ def _filters(sample_rate: int, window: int, bands: int) -> np.ndarray:
     """(bands, window / 2 + 1), float32."""
     filters: np.ndarray = _librosa().filters.mel(sr=sample_rate, n_fft=window, n_mels=bands)
     return filters.astype(np.float32)
+
+
+@functools.cache
+def _inverse(sample_rate: int, window: int, bands: int) -> np.ndarray:
+    """The filters' pseudo-inverse, (window / 2 + 1, bands), float32."""
+    return np.linalg.pinv(_filters(sample_rate, window, bands))
 
 
 def resampled(waveform: np.ndarray, rate: int, wanted: int) -> np.ndarray:

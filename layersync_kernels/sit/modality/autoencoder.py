@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
+from ...errors import ConfigError, first_line
 from ..extras import optional_module
 
 KINDS = {
@@ -52,8 +53,7 @@ class Autoencoder:
         except ConfigError:
             raise
         except Exception as error:  # a hub, files and a package of many parts raise anything
-            lines = str(error).strip().splitlines() or [type(error).__name__]
-            raise ConfigError(f"cannot load the autoencoder {name}: {lines[0]}") from error
+            raise ConfigError(f"cannot load the autoencoder {name}: {first_line(error)}") from error
         self.name, self.of = name, KINDS[kind]
         self.network = network.to(device).eval().requires_grad_(False)
         own = self.network.config
@@ -85,8 +85,9 @@ class Autoencoder:
         try:
             posterior = self.network.encode(samples.to(self.device)).latent_dist
         except (RuntimeError, ValueError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise ConfigError(f"the autoencoder {self.name} cannot take {tuple(samples.shape[1:])}: {first}") from error
+            raise ConfigError(
+                f"the autoencoder {self.name} cannot take {tuple(samples.shape[1:])}: {first_line(error)}"
+            ) from error
         return posterior.mean, posterior.std
 
     @torch.no_grad()
@@ -99,3 +100,13 @@ class Autoencoder:
 def is_local(name: str) -> bool:
     """Whether an autoencoder of that name is a folder here."""
     return any((Path(name) / part).is_file() for part in ("config.json", "vae/config.json"))
+
+
+def local_autoencoder(folder: str) -> Autoencoder:
+    """That in a folder, on the CPU; kept until another one is asked for. Raises as `Autoencoder`."""
+    return _kept(str(Path(folder).resolve()))
+
+
+@functools.lru_cache(maxsize=1)
+def _kept(folder: str) -> Autoencoder:
+    return Autoencoder(folder, torch.device("cpu"))

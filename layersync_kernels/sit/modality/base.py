@@ -63,6 +63,23 @@ class Modality(ABC):
         return arrays if lengths is None else arrays | {"lengths": lengths.cpu().numpy()}
 
 
+def check_fps(fps: float, *, declared: bool = False) -> float:
+    """Frames a second, as given.
+
+    Args:
+        fps: more than 0, and up to 1000.
+        declared: whether a file says so, for the message.
+
+    Raises:
+        ValueError: nobody records like that.
+    """
+    if not 0 < fps <= 1000:
+        if declared:
+            raise ValueError(f"it declares {fps:g} frames a second; expected more than 0, and up to 1000")
+        raise ValueError(f"fps is {fps:g}; expected a number of frames a second")
+    return fps
+
+
 def cut(samples: Tensor, lengths: Tensor | None) -> Sequence[Tensor]:
     """Each sample (C, ...) of (N, C, ...) with no more of its first extent than its length."""
     if lengths is None:

@@ -8,14 +8,14 @@ from typing import ClassVar
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import add_suffix
 from .base import Modality
+from .pictures import enlarged, save_picture, tiled, to_image
 
-GRID_CELL = 56
-"""Smaller samples are enlarged to about this many pixels, so that a digit of 14 pixels can be seen."""
+GAP = 2
+"""Pixels between the samples of a grid."""
 
 
 def pixels_to_unit(pixels: Tensor) -> Tensor:
@@ -36,27 +36,15 @@ class Images(Modality):
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """A grid as PNG."""
-        return [save_grid(samples, _png(stem), columns=columns)]
+        return [save_grid(samples, add_suffix(stem, ".png"), columns=columns)]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """A PNG."""
-        return save_picture(unit_to_pixels(sample.cpu()), _png(stem))
+        return save_picture(to_image(unit_to_pixels(sample.cpu())), add_suffix(stem, ".png"))
 
     def arrays(self, samples: Tensor, lengths: Tensor | None = None) -> dict[str, np.ndarray]:
         """uint8 (N, H, W, C) under "arr_0": the layout of ADM's evaluation suite."""
         return {"arr_0": unit_to_pixels(samples.cpu()).permute(0, 2, 3, 1).contiguous().numpy()}
-
-
-def _png(stem: Path) -> Path:
-    return stem.with_name(f"{stem.name}.png")
-
-
-def save_picture(pixels: Tensor, path: Path) -> Path:
-    """Writes uint8 (1 or 3, H, W) as PNG."""
-    array = pixels[0].numpy() if len(pixels) == 1 else pixels.permute(1, 2, 0).contiguous().numpy()
-    with atomic_path(path) as temporary:
-        Image.fromarray(array).save(temporary, format="PNG")
-    return path
 
 
 def save_grid(samples: Tensor, path: Path, *, columns: int, latent: bool = False) -> Path:
@@ -75,13 +63,4 @@ def save_grid(samples: Tensor, path: Path, *, columns: int, latent: bool = False
     if latent:
         low, high = samples.amin((0, 2, 3), keepdim=True), samples.amax((0, 2, 3), keepdim=True)
         samples = (samples - low) / (high - low).clamp_min(1e-6) * 2 - 1
-    pixels = unit_to_pixels(samples)
-    factor = max(1, GRID_CELL // pixels.shape[-1])
-    pixels = pixels.repeat_interleave(factor, 2).repeat_interleave(factor, 3)
-    count, channels, height, width = pixels.shape
-    rows, gap = -(-count // columns), 2
-    grid = torch.full((channels, rows * (height + gap) + gap, columns * (width + gap) + gap), 128, dtype=torch.uint8)
-    for i, picture in enumerate(pixels):
-        top, left = (i // columns) * (height + gap) + gap, (i % columns) * (width + gap) + gap
-        grid[:, top : top + height, left : left + width] = picture
-    return save_picture(grid, path)
+    return save_picture(to_image(tiled(enlarged(unit_to_pixels(samples)), columns, GAP)), path)

@@ -10,11 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
+from ..files import add_suffix, atomic_path
 from .audio import Waveform
-from .autoencoder import Autoencoder, is_local
-from .base import Modality
+from .autoencoder import is_local, local_autoencoder
+from .base import Modality, check_fps
 from .images import Images, save_grid
+from .video import Video
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,14 +35,19 @@ class Latents(Modality):
     sample_rate: int = 44_100
     fps: float = 10.0
 
+    def __post_init__(self) -> None:
+        check_fps(self.fps)
+
     def decoded(self, samples: Tensor) -> tuple[Modality, Tensor] | None:
         """Samples of the data, and their modality; None where there is no autoencoder here."""
         if not self.autoencoder or not is_local(self.autoencoder):
             return None
-        network = Autoencoder(self.autoencoder, torch.device("cpu"))
+        network = local_autoencoder(self.autoencoder)
         values = torch.cat([network.decode(own) for own in self.restore(samples.float().cpu()).split(8)])
         if self.of == "waveform":
             return Waveform(sample_rate=self.sample_rate), values.mean(1, keepdim=True)
+        if self.of == "video":
+            return Video(fps=self.fps), values
         return Images(), values
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
@@ -57,14 +63,14 @@ class Latents(Modality):
             samples = samples[:, None]
         elif samples.ndim == 5:
             samples = samples[:, :, samples.shape[2] // 2]
-        return [save_grid(samples, stem.with_name(f"{stem.name}.png"), columns=columns, latent=True)]
+        return [save_grid(samples, add_suffix(stem, ".png"), columns=columns, latent=True)]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """As the decoded sample; without an autoencoder as .npy."""
         if (decoded := self.decoded(sample[None])) is not None:
             modality, values = decoded
             return modality.save(values[0], stem)
-        path = stem.with_name(f"{stem.name}.npy")
+        path = add_suffix(stem, ".npy")
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, self.restore(sample[None].float().cpu())[0].numpy())
         return path

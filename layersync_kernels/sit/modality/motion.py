@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..files import atomic_path
-from .base import Modality, channel_statistics, cut
+from ..files import add_suffix, save_arrays
+from .base import Modality, channel_statistics, check_fps, cut
 from .motion_drawing import save_film, save_strips
 from .motion_kinematics import (
     follow_path,
@@ -70,8 +70,7 @@ class Motion(Modality):
 
     def __post_init__(self) -> None:
         parents, joints, width = self.parents, self.joints, self.feature_width
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}; expected a number of frames a second")
+        check_fps(self.fps)
         if parents and not (parents[0] == -1 and all(0 <= p < j for j, p in enumerate(parents[1:], 1))):
             raise ValueError(f"parents are {parents}; expected -1, then for each joint a number below its own")
         if self.representation == "rotations" and not (parents and len(self.offsets) == len(parents)):
@@ -188,16 +187,15 @@ class Motion(Modality):
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """A few moments of each as PNG, and all of it as an animated GIF."""
         clips = self.skeletons(samples, lengths)
-        picture = save_strips(clips, self.parents, stem.with_name(f"{stem.name}.png"), columns=columns)
-        return [picture, save_film(clips, self.parents, self.fps, stem.with_name(f"{stem.name}.gif"), columns=columns)]
+        picture = save_strips(clips, self.parents, add_suffix(stem, ".png"), columns=columns)
+        return [picture, save_film(clips, self.parents, self.fps, add_suffix(stem, ".gif"), columns=columns)]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """Joints as .npz, which can be trained on again, and a GIF beside it."""
         places = self.skeletons(sample[None])[0]
-        path = stem.with_name(f"{stem.name}.npz")
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez_compressed(file, positions=places.astype(np.float32), **self._skeleton())
-        save_film([places], self.parents, self.fps, stem.with_name(f"{stem.name}.gif"), columns=1)
+        arrays = {"positions": places.astype(np.float32), **self._skeleton()}
+        path = save_arrays(add_suffix(stem, ".npz"), arrays, compressed=True)
+        save_film([places], self.parents, self.fps, add_suffix(stem, ".gif"), columns=1)
         return path
 
     def _skeleton(self) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..files import atomic_path
 from .motion_kinematics import turn
+from .pictures import save_animation, save_picture
 
 Colour = tuple[int, int, int]
 
@@ -102,16 +102,7 @@ def save_film(clips: Sequence[np.ndarray], parents: Sequence[int], fps: float, p
             now = min(frame, len(stage.seen) - 1)
             stage.draw(draw, now, number % columns * CELL, number // columns * CELL)
         frames.append(picture.quantize(palette=palette, dither=Image.Dither.NONE))
-    with atomic_path(path) as temporary:
-        frames[0].save(
-            temporary,
-            format="GIF",
-            save_all=True,
-            append_images=frames[1:],
-            duration=max(10 * round(100 * skip / fps), 20),
-            loop=0,
-        )
-    return path
+    return save_animation(frames, fps / skip, path)
 
 
 def save_strips(clips: Sequence[np.ndarray], parents: Sequence[int], path: Path, *, columns: int) -> Path:
@@ -133,6 +124,4 @@ def save_strips(clips: Sequence[np.ndarray], parents: Sequence[int], path: Path,
         left, top = number % columns * width, number // columns * CELL
         for moment, frame in enumerate(np.linspace(0, len(clip) - 1, MOMENTS).round().astype(int)):
             stage.draw(draw, int(frame), left + moment * (CELL // 2), top)
-    with atomic_path(path) as temporary:
-        picture.save(temporary, format="PNG")
-    return path
+    return save_picture(picture, path)

@@ -10,17 +10,18 @@ from typing import ClassVar, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
 from ..extras import optional_module
-from ..files import atomic_path
-from .base import Modality
-from .images import GRID_CELL, save_picture, unit_to_pixels
+from ..files import add_suffix, atomic_path
+from .base import Modality, check_fps
+from .images import unit_to_pixels
+from .pictures import GREY, enlarged, save_animation, save_picture, tiled, to_image
 
 SHOWN = 8
 """Frames of a film in a contact sheet, at most."""
-GAP, LINE, GREY = 4, 1, 128
+GAP, LINE = 4, 1
+"""Pixels between films, and between the frames of one."""
 EXTRA = "layersync_kernels[video]"
 """What brings PyAV."""
 
@@ -40,23 +41,20 @@ class Video(Modality):
     container: Literal["gif", "mp4"] = "gif"
 
     def __post_init__(self) -> None:
-        if not 0 < self.fps <= 1000:
-            raise ValueError(f"fps is {self.fps}; expected a number of frames a second")
+        check_fps(self.fps)
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
         """A few frames of each as PNG, and all of them side by side as an animated GIF."""
-        films = unit_to_pixels(samples.detach().cpu())
-        factor = max(1, GRID_CELL // films.shape[-1])
-        films = films.repeat_interleave(factor, 3).repeat_interleave(factor, 4)
-        sheet = save_picture(contact_sheet(films, columns), stem.with_name(f"{stem.name}.png"))
-        frames = torch.stack([_tiled(frame, columns) for frame in films.unbind(2)])
-        return [sheet, save_gif(frames, self.fps, stem.with_name(f"{stem.name}.gif"))]
+        films = enlarged(unit_to_pixels(samples.detach().cpu()))
+        sheet = save_picture(to_image(contact_sheet(films, columns)), add_suffix(stem, ".png"))
+        frames = tiled(films, columns, GAP).transpose(0, 1)
+        return [sheet, save_gif(frames, self.fps, add_suffix(stem, ".gif"))]
 
     def save(self, sample: Tensor, stem: Path) -> Path:
         """A film, as `container` says."""
         frames = unit_to_pixels(sample.detach().cpu()).transpose(0, 1)
         write = save_mp4 if self.container == "mp4" else save_gif
-        return write(frames, self.fps, stem.with_name(f"{stem.name}.{self.container}"))
+        return write(frames, self.fps, add_suffix(stem, f".{self.container}"))
 
     def arrays(self, samples: Tensor, lengths: Tensor | None = None) -> dict[str, np.ndarray]:
         """uint8 (N, T, H, W, C) under "videos", which can be trained on again, and frames a second under "fps"."""
@@ -76,29 +74,12 @@ def contact_sheet(films: Tensor, columns: int) -> Tensor:
     strips = F.pad(films[:, :, moments], (0, LINE), value=GREY // 2).permute(0, 1, 3, 2, 4).flatten(3)[..., :-LINE]
     divisors = [n for n in range(1, columns + 1) if columns % n == 0]
     square = (count * height / (shown * width)) ** 0.5
-    return _tiled(strips, min(divisors, key=lambda n: abs(n - square)))
-
-
-def _tiled(pictures: Tensor, columns: int) -> Tensor:
-    """Pictures uint8 (N, C, H, W) as one (C, ...), row by row on grey."""
-    count, channels, height, width = pictures.shape
-    rows = -(-count // columns)
-    sheet = torch.full((channels, rows * (height + GAP) + GAP, columns * (width + GAP) + GAP), GREY, dtype=torch.uint8)
-    for i, picture in enumerate(pictures):
-        top, left = (i // columns) * (height + GAP) + GAP, (i % columns) * (width + GAP) + GAP
-        sheet[:, top : top + height, left : left + width] = picture
-    return sheet
+    return tiled(strips, min(divisors, key=lambda n: abs(n - square)), GAP)
 
 
 def save_gif(frames: Tensor, fps: float, path: Path) -> Path:
-    """Writes uint8 frames (T, 1 or 3, H, W) as an endless animation; GIF counts hundredths of a second, 2 at least."""
-    pictures = [_picture(frame) for frame in frames]
-    duration = 10 * max(2, round(100 / fps))
-    with atomic_path(path) as temporary:
-        pictures[0].save(
-            temporary, "GIF", save_all=True, append_images=pictures[1:], duration=duration, loop=0, optimize=False
-        )
-    return path
+    """Writes uint8 frames (T, 1 or 3, H, W) as a GIF without end."""
+    return save_animation([to_image(frame) for frame in frames], fps, path)
 
 
 def save_mp4(frames: Tensor, fps: float, path: Path) -> Path:
@@ -118,8 +99,3 @@ def save_mp4(frames: Tensor, fps: float, path: Path) -> Path:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     return path
-
-
-def _picture(frame: Tensor) -> Image.Image:
-    array = frame[0].numpy() if len(frame) == 1 else frame.permute(1, 2, 0).contiguous().numpy()
-    return Image.fromarray(array)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ...functional.checks import check_lengths
 from ..spec import SampleSpec
 
 
@@ -76,6 +77,15 @@ def check_condition(
     ):
         came = "nothing" if text is None else tuple(text.shape)
         raise ValueError(f"SiT: text is {came}; expected words ({x.shape[0]}, L, {text_width})")
+
+
+def check_sample_lengths(lengths: Tensor, x: Tensor) -> None:
+    """Raises as `check_lengths` does, and on the CPU ValueError for lengths outside 1..L of x (N, C, L, ...)."""
+    check_lengths("SiT", lengths, x)
+    if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
+        low, high = int(lengths.min()), int(lengths.max())
+        if low < 1 or high > x.shape[2]:
+            raise ValueError(f"SiT: lengths run from {low} to {high}; expected 1 to {x.shape[2]}")
 
 
 def check_capture(capture: Sequence[Any], depth: int, kernels: str) -> list[tuple[int, int]]:

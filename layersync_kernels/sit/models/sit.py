@@ -20,10 +20,17 @@ from ...modules.attention import rotary_positions
 from ...modules.block import AdaLNZeroBlock
 from ...modules.norm import Stream
 from ...modules.published import SiTBlock
-from ...ops.attention import length_mask
-from ..batch import Condition
+from ..batch import Condition, within_lengths
 from ..spec import SampleSpec
-from .checks import check_capture, check_condition, check_names, check_samples, check_sizes, check_width
+from .checks import (
+    check_capture,
+    check_condition,
+    check_names,
+    check_sample_lengths,
+    check_samples,
+    check_sizes,
+    check_width,
+)
 from .embedders import LabelEmbedder, TextEmbedder, TimestepEmbedder
 from .patches import FinalLayer, PatchEmbed, PlainFinalLayer, sincos_positions, unpatchify
 
@@ -245,7 +252,7 @@ class SiT(nn.Module):
         Raises:
             ValueError: shapes that do not fit, a block number outside 1..depth, on the CPU a label or length out of
                 range, pairs that cannot be fused, a condition that is missing.
-            TypeError: labels that are not integers, a `capture` that is no sequence of ints and pairs.
+            TypeError: labels or lengths that are not integers, a `capture` that is no sequence of ints and pairs.
         """
         check_samples(x, self.spec, self.patch_size, other_sizes=self.positions != "learnt")
         check_condition(x, t, y, text, labelled=self.y_embedder is not None, text_width=self.text_width)
@@ -253,7 +260,8 @@ class SiT(nn.Module):
         grid = self.grid_of(x.shape[2:])
         inside, token_lengths = None, None
         if lengths is not None:
-            inside = self._inside(lengths, x)
+            check_sample_lengths(lengths, x)
+            inside = within_lengths(lengths, x)
             x = torch.where(inside, x, 0)
             token_lengths = self.token_lengths(lengths, x.shape[2:])
         c = self.t_embedder(t)
@@ -289,18 +297,6 @@ class SiT(nn.Module):
         if grid == self.grid or self.positions == "learnt":
             return self.get_parameter("pos_embed")
         return sincos_positions(self.hidden_size, grid, self.get_parameter("pos_embed").device)[None].to(dtype)
-
-    def _inside(self, lengths: Tensor, x: Tensor) -> Tensor:
-        """What is there of x: bool (N, 1, first dimension, 1, ...)."""
-        if lengths.shape != x.shape[:1] or lengths.dtype != torch.int64:
-            raise ValueError(
-                f"SiT: lengths are {lengths.dtype} {tuple(lengths.shape)}; expected int64 ({x.shape[0]},), one a sample"
-            )
-        if lengths.device.type == "cpu" and not torch.compiler.is_compiling():
-            low, high = int(lengths.min()), int(lengths.max())
-            if low < 1 or high > x.shape[2]:
-                raise ValueError(f"SiT: lengths run from {low} to {high}; expected 1 to {x.shape[2]}")
-        return length_mask(lengths, x.shape[2]).view(x.shape[0], 1, x.shape[2], *[1] * (x.ndim - 3))
 
     def _fused_blocks(
         self,

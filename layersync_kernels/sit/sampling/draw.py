@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ...ops.attention import length_mask
-from ..batch import Condition
+from ..batch import Condition, within_lengths
 from ..config.sampling import SamplingConfig
 from ..diffusion.sampler import Sampler
 from ..diffusion.transport import Transport
@@ -98,7 +97,7 @@ def draw(
     noise = torch.randn(len(condition), *model.spec.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     inside = None
     if condition.lengths is not None:
-        inside = length_mask(condition.lengths, noise.shape[2]).view(len(noise), 1, -1, *[1] * (noise.ndim - 3))
+        inside = within_lengths(condition.lengths, noise)
         noise = torch.where(inside, noise, 0)
     interval = None if sampling.guidance_interval == (0.0, 1.0) else sampling.guidance_interval
     drawn = []

@@ -17,7 +17,8 @@ from ..batch import Condition
 from ..config.sampling import SamplingConfig
 from ..console import console
 from ..diffusion.transport import Transport
-from ..files import atomic_path, write_json
+from ..files import save_arrays, write_json
+from ..modality.base import cut
 from ..models.sit import SiT
 from .draw import draw
 from .load import Trained
@@ -111,14 +112,11 @@ def draw_many(
         if not samples.isfinite().all():
             raise CheckpointError("the samples are not finite; the weights may have diverged")
         if files:
-            for i, sample in enumerate(samples):
-                length = None if own.lengths is None else int(own.lengths[i])
-                stem = folder / "files" / f"{number * shard + i:06d}"
-                trained.modality.save(sample if length is None else sample[:, :length], stem)
-        arrays: dict[str, Any] = trained.modality.arrays(samples, own.lengths)
+            for i, sample in enumerate(cut(samples, own.lengths), start=number * shard):
+                trained.modality.save(sample, folder / "files" / f"{i:06d}")
+        arrays = trained.modality.arrays(samples, own.lengths)
         arrays["arr_1" if "arr_0" in arrays else "labels"] = own.labels.numpy()
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, **arrays)
+        save_arrays(path, arrays)
 
 
 def _digest(model: SiT) -> float:

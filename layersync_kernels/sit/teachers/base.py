@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...errors import TeacherError
+from ...errors import TeacherError, first_line
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -90,8 +90,3 @@ class Teacher(nn.Module):
 def not_finite(name: str) -> str:
     """What is said of a teacher that returns NaN."""
     return f"the teacher {name} returns NaN or infinity"
-
-
-def first_line(error: Exception) -> str:
-    """What an error says, in a line."""
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...errors import ConfigError, TeacherError, UserError
+from ...errors import ConfigError, TeacherError, UserError, first_line
 from ..checkpoints.weights import fill_model, load_weights
-from .base import Teacher, first_line
+from .base import Teacher
 
 DINOV2 = tuple(f"dinov2-{size}14{registers}" for size in ("vits", "vitb", "vitl", "vitg") for registers in ("", "-reg"))
 KNOWN = f"efficientnet-lite0, {', '.join(DINOV2)}, timm/NAME, hub/REPO:NAME or hub/FOLDER:NAME"
