@@ -81,7 +81,7 @@ class Batch(_Parts):
     Attributes:
         samples: float32 (B, C, ...); zeros beyond a sample's length.
         condition: what is known of them.
-        index: int64 (B,), their numbers in the data set.
+        index: int64 (B,) on the CPU, their numbers in the data set.
         mirrored: bool (B, 1, ...), those that have been mirrored; None where none ever is.
     """
 
@@ -92,6 +92,12 @@ class Batch(_Parts):
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Batch:
+        """The same on a device, but for the index, which only the host reads."""
+        condition = self.condition.to(device, non_blocking=non_blocking)
+        mirrored = None if self.mirrored is None else self.mirrored.to(device, non_blocking=non_blocking)
+        return Batch(self.samples.to(device, non_blocking=non_blocking), condition, self.index, mirrored)
 
     @property
     def labels(self) -> Tensor:

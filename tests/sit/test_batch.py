@@ -40,6 +40,16 @@ def sequences(count=20, **options):
     )
 
 
+def test_the_index_of_a_batch_stays_on_the_host():
+    """From memory that is not pinned a copy to a card waits for all that the card has to do."""
+    batch = sequences().take(torch.arange(4))
+    moved = dataclasses.replace(batch, mirrored=torch.ones(4, 1, 1, dtype=torch.bool)).to(torch.device("meta"))
+    assert moved.index is batch.index
+    assert moved.samples.is_meta
+    assert moved.mirrored.is_meta
+    assert moved.condition.text_lengths.is_meta
+
+
 def test_batch_is_cut_and_moved_with_all_that_is_known():
     data = sequences()
     batch = next(data.batches(6, seed=0))

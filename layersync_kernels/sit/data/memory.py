@@ -125,7 +125,9 @@ class MemorySet(SampleSet):
 
     def take(self, index: Tensor) -> Batch:
         """See `SampleSet.take`; on the device of the samples, but for the index."""
-        there = index.to(self.samples.device)
+        there = index
+        if self.samples.is_cuda:  # from memory that is not pinned, a copy waits for all that the card has to do
+            there = index.pin_memory().to(self.samples.device, non_blocking=True)
         samples = self.samples[there]
         values = pixels_to_unit(samples) if samples.dtype == torch.uint8 else samples.float() * self.scale
         condition: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import logging
 import math
 import time
@@ -124,7 +123,7 @@ class Trainer:
                 block.compile()
         self.meter = Meter()
         self._started: float | None = None  # when the time that `state.seconds` does not know yet began
-        self._tokens: list[int | Tensor] = []  # of each step since the last record
+        self._tokens: int | Tensor = 0  # of the steps since the last record; a sum of lengths stays on the device
         self._peak = _peak_flops(self.device, self.autocast_dtype)
         self._unchecked: list[Tensor] = []  # the loss of each step since `check_finite`, still on the device
 
@@ -185,9 +184,9 @@ class Trainer:
         self._unchecked.append(loss)
         lengths, extent = batch.condition.lengths, batch.samples.shape[2:]
         if lengths is None:
-            self._tokens.append(len(batch) * math.prod(self.model.grid_of(extent)))
+            self._tokens = self._tokens + len(batch) * math.prod(self.model.grid_of(extent))
         else:
-            self._tokens.append(self.model.token_lengths(lengths, extent).sum())
+            self._tokens = self._tokens + self.model.token_lengths(lengths, extent).sum()
 
     def check_finite(self) -> None:
         """Reads back whether all losses since the last check, and the weights now, are finite.
@@ -324,8 +323,7 @@ class Trainer:
         """What `step` takes, from where the run stands."""
         size, start = self.config.optim.batch_size, self.state.samples_seen
         for batch in self.data.batches(size, seed=self.config.seed, start=start):
-            moved = batch.to(self.device, non_blocking=True)
-            yield dataclasses.replace(moved, index=batch.index)  # only ever read on the host
+            yield batch.to(self.device, non_blocking=True)
 
     def _step(self, batch: Batch, last: int) -> None:
         """A step on what `batches` gives; terms measure what they like before a record, and in step `last`."""
@@ -338,13 +336,13 @@ class Trainer:
 
     def _record(self, means: dict[str, float], steps: int, seconds: float) -> dict[str, Any]:
         samples_per_second = steps * self.config.optim.batch_size / seconds
-        tokens, self._tokens = self._tokens, []
+        tokens, self._tokens = float(self._tokens), 0
         record: dict[str, Any] = {
             "step": self.steps_done,
             **{name: value for name, value in means.items() if not name.startswith("cosine/")},
             "lr": self.state.optimizer.param_groups[0]["lr"],
             "samples_per_second": samples_per_second,
-            "tokens_per_second": float(sum(map(float, tokens))) / seconds,
+            "tokens_per_second": tokens / seconds,
             "seconds": self.seconds,
         }
         if self._peak is not None:

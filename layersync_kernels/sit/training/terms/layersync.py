@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -41,14 +42,12 @@ class LayerSyncTerm(AlignmentTerm):
 
     def targets(self, batch: Batch, passes: int) -> Iterator[Tensor | None]:
         """Which tokens are there: bool (B / passes, N), or None for all."""
-        extent = batch.samples.shape[2:]
-        for part in batch.split(len(batch) // passes):
-            lengths = part.condition.lengths
-            if lengths is None:
-                yield None
-            else:
-                count = math.prod(self._model.grid_of(extent))
-                yield length_mask(self._model.token_lengths(lengths, extent), count)
+        extent, lengths = batch.samples.shape[2:], batch.condition.lengths
+        if lengths is None:
+            yield from itertools.repeat(None, passes)
+        else:
+            present = length_mask(self._model.token_lengths(lengths, extent), math.prod(self._model.grid_of(extent)))
+            yield from present.split(len(batch) // passes)
 
     def loss(self, states: Mapping[Any, Tensor], target: Tensor | None, step: int) -> Tensor:
         """The weighted sum over pairs."""
