@@ -261,6 +261,29 @@ def test_a_mask_is_batch_first_and_cut_like_the_tokens(token_dim, masked, tokens
     torch.testing.assert_close(sync.loss(mask=mask[:, 1:] if masked == "selected" else mask), expected)
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_of_a_padded_batch_is_that_of_its_samples(backend, dtype):
+    """The mean over all tokens that are there, not over samples; what the padding holds changes nothing."""
+    model = Model().to(dtype)
+    sync = LayerSync(model, 2, 4, 1.0, backend=backend)
+    samples = [torch.randn(length, WIDTH, dtype=dtype) for length in (7, 4, 1)]
+    model(torch.cat(samples)[None])
+    expected = sync.loss()
+    gradients = torch.autograd.grad(expected, list(model.blocks[:2].parameters()))
+    mask = torch.arange(7) < torch.tensor([[7], [4], [1]])
+    for filling in (0.0, 100.0, float("nan")):
+        padded = torch.full((3, 7, WIDTH), filling, dtype=dtype)
+        padded[mask] = torch.cat(samples)
+        model(padded)
+        loss = sync.loss(mask=mask)
+        torch.testing.assert_close(loss, expected)
+        if filling == filling:  # through a linear layer 0 times NaN is NaN
+            actual = torch.autograd.grad(loss, list(model.blocks[:2].parameters()))
+            for a, e in zip(actual, gradients, strict=True):
+                torch.testing.assert_close(a, e, **({} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}))
+
+
 @pytest.mark.parametrize(("select", "student", "teacher"), [("tail", slice(-7, None), slice(None)),
                                                              ("head", slice(7), slice(None))])  # fmt: skip
 def test_blocks_with_other_token_counts_are_aligned_at_an_end(select, student, teacher):

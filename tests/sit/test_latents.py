@@ -268,6 +268,13 @@ def test_films_become_latents_and_films_again(tmp_path, wan, monkeypatch):
     assert (unit_to_pixels(values[0, :, 0]).int() - first.int()).abs().float().mean() < 8  # GIF has 256 colours
 
 
+def test_frames_that_an_autoencoder_would_lose_stop_it(tmp_path, wan, capsys):
+    np.savez(tmp_path / "films.npz", videos=np.zeros((2, 8, 16, 16, 3), np.uint8))
+    assert encode(tmp_path, wan, f"--data={tmp_path / 'films.npz'}", "--frames=8") == 1
+    said = " ".join(capsys.readouterr().err.split())
+    assert "keeps 5 x 16 x 16 of samples of 8 x 16 x 16, and loses the rest; give --frames 5" in said
+
+
 def test_folders_from_before_films_had_a_rate_are_read(pictures, kl):
     encode(pictures, kl)
     path = pictures / "latents" / "index.json"

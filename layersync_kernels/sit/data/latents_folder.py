@@ -203,7 +203,8 @@ def write_latents(
         batch_size: samples at a time.
 
     Raises:
-        ConfigError: the folder holds latents of something else; the data is not what the autoencoder encodes.
+        ConfigError: the folder holds latents of something else; the data is not what the autoencoder encodes, or of
+            a size that it does not give back.
         DataError: latents that are not finite in fp16.
     """
     kind = data.modality.kind
@@ -218,6 +219,11 @@ def write_latents(
     if flip and kind == "waveform":
         raise ConfigError("--flip: sounds have no mirror image")
     first, _ = _encoded(autoencoder, data, torch.arange(1), mirrored=False)
+    extent = tuple(autoencoder.decode(first.float()).shape[2:])
+    if kind != "waveform" and extent != data.spec.extent:  # whose last moments may be shorter than a latent
+        size, given = (" x ".join(map(str, numbers)) for numbers in (extent, data.spec.extent))
+        option = f"--frames {extent[0]}" if extent[1:] == data.spec.extent[1:] else "other sizes"
+        raise ConfigError(f"{autoencoder.name} keeps {size} of samples of {given}, and loses the rest; give {option}")
     index = LatentsIndex(
         source=source,
         autoencoder=autoencoder.name,
