@@ -190,8 +190,6 @@ def _grouped(hints: dict[str, Any], values: dict[str, Any], *, partial: bool = F
 
     Those of `when` had no prefix there, those of `align_when` "align_".
     """
-    if isinstance(values.get("patch_size"), int) and hints.get("patch_size") == tuple[int, ...] | None:
-        values = {**values, "patch_size": [values["patch_size"]]}  # it was one number for both sides of an image
     for group, hint in hints.items():
         if isinstance(hint, type) and issubclass(hint, ScheduleConfig) and group not in values and not partial:
             flat = {group.removesuffix("when") + f.name: f.name for f in dataclasses.fields(hint)}

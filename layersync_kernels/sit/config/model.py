@@ -15,7 +15,7 @@ class ModelConfig:
 
     model: str = "SiT-S/2"
     """A published or preset name, such as SiT-XL/2."""
-    patch_size: tuple[int, ...] | None = None
+    patch_size: int | tuple[int, ...] | None = None
     """Overrides that of the name: one size for all dimensions of a sample, or one for each."""
     hidden_size: int | None = None
     """Overrides that of the name."""

@@ -54,8 +54,6 @@ def build_model(config: ModelConfig, spec: SampleSpec, num_classes: int, text_wi
         for name in ("patch_size", "hidden_size", "depth", "num_heads")
         if (value := getattr(config, name)) is not None
     }
-    if config.patch_size is not None and len(config.patch_size) == 1:
-        overrides["patch_size"] = config.patch_size[0]
     condition = config.condition
     if condition == "auto":
         condition = "class" if text_width is None else "cross"

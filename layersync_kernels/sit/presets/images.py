@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..config.data import DataConfig
 from ..config.loss import LayerSyncConfig
 from ..config.model import ModelConfig
 from ..config.optim import OptimConfig
 from ..config.run import LogConfig, TrainConfig
 from ..config.sampling import SamplingConfig
+from .small import OPTIM, SAMPLING
 
 PRESETS = {
     # Two CPU cores learn to draw recognisable digits in five minutes. On this budget steps count: a small model, small
@@ -17,19 +20,8 @@ PRESETS = {
     "images": TrainConfig(
         data=DataConfig(data="mnist", image_size=14),
         model=ModelConfig(model="SiT-P/2", hidden_size=96, num_heads=3),
-        optim=OptimConfig(
-            steps=20_000,
-            max_seconds=300.0,
-            batch_size=16,
-            lr=4e-3,
-            lr_schedule="cosine",
-            warmup_steps=100,
-            betas=(0.9, 0.99),
-            clip_norm=1.0,
-            ema_decay=0.995,
-            ema_warmup=True,
-        ),
-        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
+        optim=dataclasses.replace(OPTIM, steps=20_000, max_seconds=300.0, lr=4e-3, ema_decay=0.995),
+        sampling=SAMPLING,
         log=LogConfig(log_every=50, sample_every=1500, checkpoint_every=1500),
         precision="fp32",  # bf16 is no faster at this width
     ),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..config.data import DataConfig
 from ..config.loss import LayerSyncConfig
 from ..config.model import ModelConfig
@@ -9,6 +11,7 @@ from ..config.motion import MotionConfig
 from ..config.optim import OptimConfig
 from ..config.run import LogConfig, TrainConfig
 from ..config.sampling import SamplingConfig
+from .small import OPTIM, SAMPLING
 
 PRESETS: dict[str, TrainConfig] = {
     # Two CPU cores learn six actions of CMU's recordings. A frame is a token: its 70 values and as many of noise have
@@ -19,20 +22,9 @@ PRESETS: dict[str, TrainConfig] = {
             split="train",
             motion=MotionConfig(motion_frames=36, motion_stride=4, motion_fps=15.0),
         ),
-        model=ModelConfig(model="SiT-P/2", patch_size=(1,), hidden_size=128, depth=6, num_heads=4),
-        optim=OptimConfig(
-            steps=100_000,
-            max_seconds=480.0,
-            batch_size=16,
-            lr=3e-3,
-            lr_schedule="cosine",
-            warmup_steps=100,
-            betas=(0.9, 0.99),
-            clip_norm=1.0,
-            ema_decay=0.998,
-            ema_warmup=True,
-        ),
-        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=2.0),
+        model=ModelConfig(model="SiT-P/2", patch_size=1, hidden_size=128, depth=6, num_heads=4),
+        optim=dataclasses.replace(OPTIM, lr=3e-3, ema_decay=0.998),
+        sampling=SAMPLING,
         log=LogConfig(log_every=50, sample_every=2000, checkpoint_every=2000, grid_columns=4),
         precision="fp32",
     ),
@@ -46,7 +38,7 @@ PRESETS: dict[str, TrainConfig] = {
             memory_limit_gb=64.0,  # each of 70,000 captions is a sample: 15 GB of motion, up to 11 GB of words
             motion=MotionConfig(motion_frames=196, motion_stride=196, motion_fps=None),
         ),
-        model=ModelConfig(model="SiT-B/2", patch_size=(1,), hidden_size=512, depth=8, num_heads=8, condition="cross"),
+        model=ModelConfig(model="SiT-B/2", patch_size=1, hidden_size=512, depth=8, num_heads=8, condition="cross"),
         layersync=LayerSyncConfig(layersync=("3:6",)),
         optim=OptimConfig(batch_size=64, steps=600_000),
         sampling=SamplingConfig(cfg_scale=2.5),

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from ..config.data import DataConfig
 from ..config.loss import LayerSyncConfig
 from ..config.model import ModelConfig
@@ -9,6 +11,7 @@ from ..config.optim import OptimConfig
 from ..config.run import LogConfig, TrainConfig
 from ..config.sampling import SamplingConfig
 from ..config.video import VideoConfig
+from .small import OPTIM, SAMPLING
 
 PRESETS: dict[str, TrainConfig] = {
     # Digits that move sideways: a frame of 14x20 has no other room. Patches of all frames and 2x2 pixels: those of 4
@@ -20,19 +23,8 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         model=ModelConfig(model="SiT-P/2", patch_size=(8, 2, 2), hidden_size=96, depth=6, num_heads=3),
         layersync=LayerSyncConfig(layersync=("2:4",)),
-        optim=OptimConfig(
-            steps=100_000,
-            max_seconds=480.0,
-            batch_size=16,
-            lr=4e-3,
-            lr_schedule="cosine",
-            warmup_steps=100,
-            betas=(0.9, 0.99),
-            clip_norm=1.0,
-            ema_decay=0.997,
-            ema_warmup=True,
-        ),
-        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=4.0),
+        optim=dataclasses.replace(OPTIM, lr=4e-3, ema_decay=0.997),
+        sampling=dataclasses.replace(SAMPLING, cfg_scale=4.0),
         log=LogConfig(log_every=50, sample_every=1500, checkpoint_every=1500),
         precision="fp32",
     ),
@@ -43,19 +35,8 @@ PRESETS: dict[str, TrainConfig] = {
         ),
         model=ModelConfig(model="SiT-P/2", patch_size=(4, 4, 4), hidden_size=192, depth=6, num_heads=6),
         layersync=LayerSyncConfig(layersync=("2:4",)),
-        optim=OptimConfig(
-            steps=100_000,
-            max_seconds=1200.0,
-            batch_size=16,
-            lr=2e-3,
-            lr_schedule="cosine",
-            warmup_steps=100,
-            betas=(0.9, 0.99),
-            clip_norm=1.0,
-            ema_decay=0.997,
-            ema_warmup=True,
-        ),
-        sampling=SamplingConfig(solver="heun", sampling_steps=25, cfg_scale=1.5),
+        optim=dataclasses.replace(OPTIM, max_seconds=1200.0, lr=2e-3, ema_decay=0.997),
+        sampling=dataclasses.replace(SAMPLING, cfg_scale=1.5),
         log=LogConfig(log_every=50, sample_every=2000, checkpoint_every=2000),
         precision="fp32",
     ),

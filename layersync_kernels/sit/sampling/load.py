@@ -120,7 +120,7 @@ def _check_sizes(weights: Weights, config: ModelConfig, spec: SampleSpec, num_cl
     }
     if config.patch_size is not None:
         patch = config.patch_size
-        wanted["patch_size"] = (patch * len(spec.extent) if len(patch) == 1 else patch,)
+        wanted["patch_size"] = ((patch,) * len(spec.extent) if isinstance(patch, int) else patch,)
     if len(sizes.patch_size) == len(spec.extent):
         steps = zip(spec.extent, sizes.patch_size, strict=True)
         wanted["tokens"] = (math.prod(size // step for size, step in steps), None)
