@@ -61,7 +61,7 @@ test-card: $(CARD)/.built  ## install the versions of rented H100s, then run the
 dry-run: $(VENV)/.built  ## check benchmarks/gpu.sh and its computed budget on a machine without a card
 	PYTHON=$(BIN)/python benchmarks/gpu.sh --dry-run
 
-slow: $(VENV)/.built  ## run the tests that take minutes for one thing: a build, gpu.sh without a card, all of Triton's launches
+slow: $(VENV)/.built  ## run the tests that take minutes for one thing: a build, gpu.sh without a card, the model of all launches, the portable loops
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m slow
 
 fuzz: $(VENV)/.built  ## read 2,000 damaged files of each kind (some 20 minutes on 2 cores)

@@ -11,16 +11,14 @@ can reach, and about samples.
 
 import argparse
 import dataclasses
-import importlib.util
 import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import librosa
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.run import CONFIG
@@ -29,37 +27,26 @@ from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.data.registry import load_data
 from layersync_kernels.sit.diffusion.transport import build_transport
 from layersync_kernels.sit.evaluation.probes import linear_probe
-from layersync_kernels.sit.modality.audio import Sound, resampled
+from layersync_kernels.sit.modality.audio import Sound
 from layersync_kernels.sit.sampling.draw import conditions, draw
 from layersync_kernels.sit.sampling.load import load_trained
+from layersync_kernels.sit.teachers.grids import SpeechNetwork
 
-RATE = 16_000
-"""Samples a second that the network hears."""
 PARTS = 8
-LOUDNESS = 10 ** (-30 / 20)
-"""Root mean square that it is used to."""
 
 
 class Ear:
-    """Resemblyzer's network, whose weights are in its package."""
+    """Resemblyzer's network, averaged over parts of a sound."""
 
     def __init__(self) -> None:
-        spec = importlib.util.find_spec("resemblyzer")
-        if spec is None or spec.origin is None:
-            raise SystemExit("needs a package: pip install --no-deps Resemblyzer==0.1.4")
-        state = torch.load(Path(spec.origin).parent / "pretrained.pt", "cpu", weights_only=True)["model_state"]
-        self.lstm = nn.LSTM(40, 256, 3, batch_first=True).eval().requires_grad_(False)
-        self.lstm.load_state_dict({k.removeprefix("lstm."): v for k, v in state.items() if k.startswith("lstm.")})
+        self.network = SpeechNetwork()
 
     def features(self, sounds: Sequence[np.ndarray], rate: int) -> Tensor:
         """(N, 8·256)."""
         rows = []
         for sound in sounds:
-            wide = resampled(sound, rate, RATE)
-            wide = wide * (LOUDNESS / max(float(np.sqrt(np.mean(wide**2))), 1e-4))
-            mel = librosa.feature.melspectrogram(y=wide, sr=RATE, n_fft=400, hop_length=160, n_mels=40)
-            states, _ = self.lstm(torch.from_numpy(mel.T.astype(np.float32))[None])
-            rows.append(torch.cat([part.mean(0) for part in torch.tensor_split(states[0], PARTS)]).nan_to_num())
+            parts = torch.tensor_split(self.network.states(sound, rate), PARTS)
+            rows.append(torch.cat([part.mean(0) for part in parts]).nan_to_num())
         return torch.stack(rows)
 
 

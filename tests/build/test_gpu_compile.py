@@ -374,7 +374,8 @@ def rows(request):
 
 
 @needs_cuobjdump
-@pytest.mark.parametrize("route", ["cuda", pytest.param("triton", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["cuda", "triton"])
 class TestOccupancy:
     def test_covers_all_launches(self, rows, route):
         found = {(row.kernel, row.width, row.groups) for row in rows(route) if row.capability == 90}

@@ -25,6 +25,7 @@ from layersync_kernels.sit.diffusion.transport import Transport
 from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.teachers import clock as teacher_clock
+from layersync_kernels.sit.teachers import grids
 from layersync_kernels.sit.teachers.base import Teacher
 from layersync_kernels.sit.teachers.clock import TeacherClock
 from layersync_kernels.sit.teachers.features import Features, compute_features
@@ -32,7 +33,6 @@ from layersync_kernels.sit.teachers.networks import load_teacher
 from layersync_kernels.sit.training import loop as train
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import read_records
-from layersync_kernels.sit.training.terms import repa as repa_term
 from layersync_kernels.sit.training.terms.repa import RepaTerm
 
 
@@ -73,7 +73,7 @@ def tiny_teacher(name="tiny", **_):
 @pytest.fixture(autouse=True)
 def _tiny(monkeypatch):
     monkeypatch.setattr(train, "load_data", lambda config, device: tiny_data())
-    monkeypatch.setattr(repa_term, "load_teacher", tiny_teacher)
+    monkeypatch.setattr(grids, "load_teacher", tiny_teacher)
     monkeypatch.setattr(train.RunLog, "draw_curves", lambda self: None)  # half of the time of these tests
 
 
@@ -181,7 +181,7 @@ def test_teacher_that_fails_or_returns_nan_is_named_before_training(monkeypatch)
         nn.Flatten(): "gives .* expected tokens",
         nn.Threshold(1e9, float("nan")): "tiny returns NaN or infinity",
     }.items():
-        monkeypatch.setattr(repa_term, "load_teacher", lambda name, net=network, **_: Teacher(name, net, net, 4))
+        monkeypatch.setattr(grids, "load_teacher", lambda name, net=network, **_: Teacher(name, net, net, 4))
         with pytest.raises(TeacherError, match=message):
             Trainer(tiny_config())
 
@@ -219,7 +219,7 @@ def test_features_train_as_the_teacher_does_mirrored_samples_included(tmp_path):
 def test_teacher_sees_the_samples_that_the_model_sees(monkeypatch):
     trainer = Trainer(tiny_config())
     seen = []
-    monkeypatch.setattr(trainer.term(RepaTerm).teacher, "forward", lambda x: seen.append(x) or tiny_teacher()(x))
+    monkeypatch.setattr(trainer.term(RepaTerm).teacher, "forward", lambda x, lengths: seen.append(x) or tiny_teacher()(x))
     losses = Transport.training_losses
 
     def training_losses(self, model, x, *arguments, **keywords):
@@ -267,7 +267,7 @@ def test_repa_changes_no_random_number_and_vanishes_with_weight_zero(tmp_path):
 def test_teacher_rests_when_the_schedule_is_over(tmp_path, monkeypatch):
     calls = []
     forward = Teacher.forward
-    monkeypatch.setattr(Teacher, "forward", lambda self, x: calls.append(len(x)) or forward(self, x))
+    monkeypatch.setattr(Teacher, "forward", lambda self, x, lengths=None: calls.append(len(x)) or forward(self, x))
     run_training(tiny_config(align={"align_when": AlignScheduleConfig(stop_step=2)}), tmp_path / "run")
     assert calls == [2, 4, 4]  # the probe of its width, then two steps
     records = read_records(tmp_path / "run")
@@ -383,7 +383,7 @@ def test_features_beyond_fp16_are_not_written(tmp_path):
 
 def test_features_command_writes_what_training_reads(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("layersync_kernels.sit.commands.features.load_data", lambda config, device: tiny_data())
-    monkeypatch.setattr("layersync_kernels.sit.commands.features.load_teacher", tiny_teacher)
+    monkeypatch.setattr(grids, "load_teacher", tiny_teacher)
     path = tmp_path / "f.safetensors"
     assert cli.main(["features", "--teacher", "tiny", "--flip", "--out", str(path), "--precision", "fp32"]) == 0
     assert "14 x 4 x 5" in capsys.readouterr().out

@@ -131,7 +131,7 @@ def golden():
     return json.loads(GOLDEN.read_text())
 
 
-@pytest.fixture(scope="module", params=["here", "generic"])
+@pytest.fixture(scope="module", params=["here", pytest.param("generic", marks=pytest.mark.slow)])
 def computed(request):
     """In a process of its own: threads and instruction sets are chosen at its start."""
     generic = {"ATEN_CPU_CAPABILITY": "default", "LAYERSYNC_CPU_ISA": "generic"} if request.param == "generic" else {}

@@ -61,7 +61,8 @@ class AlignConfig:
     align: Literal["off", "repa", "irepa"] = "off"
     """repa: an MLP from the block to the teacher; irepa: a 3x3 convolution, and the teacher normalised over tokens."""
     teacher: str | None = None
-    """efficientnet-lite0 | dinov2-vits14, -vitb14, -vitl14 | timm/NAME | hub/REPO:NAME | hub/FOLDER:NAME."""
+    """efficientnet-lite0 | dinov2-vits14, -vitb14, -vitl14 | timm/NAME | hub/REPO:NAME | hub/FOLDER:NAME, of images
+    and of films frame by frame; resemblyzer of sounds; MODULE:FUNCTION of anything."""
     teacher_size: int | None = None
     """Side of the teacher's images in pixels; None: one token per patch of the model where that is known."""
     teacher_weights: Path | None = None

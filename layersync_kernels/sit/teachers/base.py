@@ -56,15 +56,15 @@ class Teacher(nn.Module):
         return self
 
     @torch.no_grad()
-    def forward(self, samples: Tensor) -> Tensor:
-        """Pixels (B, 1 or 3, H, W) in [-1, 1] to tokens (B, N, W), row by row of the image."""
+    def forward(self, samples: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """Pixels (B, 1 or 3, H, W) in [-1, 1] to tokens (B, N, W), row by row of the image. Images have no lengths."""
         if samples.shape[-1] != self.size:
             samples = F.interpolate(samples, (self.size, self.size), mode="bicubic", antialias=True)
         images = (samples.expand(-1, 3, -1, -1) + self._shift) * self._scale
         tokens = self._extract(images.contiguous(memory_format=torch.channels_last))
         return tokens.flatten(2).transpose(1, 2) if tokens.ndim == 4 else tokens
 
-    def width(self, samples: Tensor) -> int:
+    def width(self, samples: Tensor, lengths: Tensor | None = None) -> int:
         """Channels of the tokens, learned from a few samples.
 
         Raises:

@@ -22,8 +22,9 @@ from ..data.augment import mirror
 from ..data.base import SampleSet
 from ..data.memory import first_not_finite
 from ..files import atomic_path
-from ..modality.images import Images, unit_to_pixels
+from ..modality.images import unit_to_pixels
 from .base import Teacher, not_finite
+from .grids import GridTeacher
 
 PRINTED_SAMPLES = 256
 
@@ -34,7 +35,7 @@ class FeatureFacts:
 
     Attributes:
         teacher: its name.
-        teacher_size: side of its images in pixels.
+        teacher_size: side of its images in pixels, or the grid of its tokens.
         source: what the data was called.
         data: `fingerprint` of the data.
     """
@@ -121,7 +122,7 @@ def fingerprint(data: SampleSet) -> str:
 
 
 def compute_features(
-    teacher: Teacher,
+    teacher: Teacher | GridTeacher,
     data: SampleSet,
     path: Path,
     *,
@@ -134,11 +135,11 @@ def compute_features(
 
     Args:
         teacher: on the device that it shall run on.
-        data: pixels; the file holds them in this order.
+        data: what the teacher looks at; the file holds them in this order.
         path: of the file; it replaces one that is there. All of it is in memory before it is written.
         source: what the data is called.
         flip: also the tokens of the mirrored images.
-        batch_size: images at a time.
+        batch_size: samples at a time.
         autocast_dtype: of the teacher's arithmetic; None: fp32.
 
     Returns:
@@ -150,18 +151,18 @@ def compute_features(
     """
     if data.latent:
         raise DataError(latent_message(source))
-    if not isinstance(data.modality, Images):
-        raise DataError(f"teachers look at images, and {source} holds {data.modality.kind}")
     device = teacher.device
-    width = teacher.width(data.take(torch.arange(1)).samples.to(device))
+    first = data.take(torch.arange(1)).to(device)
+    width = teacher.width(first.samples, first.condition.lengths)
     names = ("features", "mirrored") if flip else ("features",)
     tensors: dict[str, Tensor] = {}
     for start in track(range(0, len(data), batch_size), "features", console=console, disable=not console.is_terminal):
         index = torch.arange(start, min(start + batch_size, len(data)))
-        samples = data.take(index).samples.to(device)
+        batch = data.take(index).to(device)
         for name in names:
             with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-                tokens = teacher(samples if name == "features" else mirror(samples)).half().cpu()
+                samples = batch.samples if name == "features" else mirror(batch.samples)
+                tokens = teacher(samples, batch.condition.lengths).half().cpu()
             if not tokens.isfinite().all():
                 raise TeacherError(f"{not_finite(teacher.name)} in fp16 for samples from {start} on")
             if name not in tensors:

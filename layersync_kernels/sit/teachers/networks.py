@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, TeacherError, UserError, first_line
 from ..checkpoints.weights import fill_model, load_weights
+from ..data.user import is_python_path
 from .base import Teacher
 
 DINOV2 = tuple(f"dinov2-{size}14{registers}" for size in ("vits", "vitb", "vitl", "vitg") for registers in ("", "-reg"))
@@ -19,8 +20,8 @@ KNOWN = f"efficientnet-lite0, {', '.join(DINOV2)}, timm/NAME, hub/REPO:NAME or h
 
 
 def runs_code(name: str) -> bool:
-    """Whether a teacher of that name is code of a folder or repository that the name chooses."""
-    return name.startswith("hub/")
+    """Whether a teacher of that name is code of a folder, repository or module that the name chooses."""
+    return name.startswith("hub/") or is_python_path(name)
 
 
 def load_teacher(
@@ -139,7 +140,7 @@ def _load_hub(
     source = "local" if Path(repository).is_dir() else "github"
     # Who names a repository on the command line means it, and the commands see to it that nothing else names one; a
     # question would hang a job without terminal. The repositories that are fixed here torch.hub has to trust itself.
-    trust: bool | str = True if runs_code(name) else "check"
+    trust: bool | str = True if name.startswith("hub/") else "check"
     network = torch.hub.load(
         repository, entry, source=source, trust_repo=trust, pretrained=pretrained and weights is None
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from ....losses.layersync import LayerSyncLoss
 from ....losses.representation import RepresentationAlignmentLoss
+from ....ops.attention import length_mask
 from ...batch import Batch
 from ...config.run import TrainConfig
 from ...data.base import SampleSet
@@ -97,6 +99,14 @@ class LossTerm(ABC):
 
 TermBuilder = Callable[[Setting], "LossTerm | None"]
 """Makes a term, or None where the config asks for none."""
+
+
+def tokens_present(model: SiT, batch: Batch) -> Tensor | None:
+    """Which tokens of the samples are there: bool (B, N), or None for all."""
+    extent, lengths = batch.samples.shape[2:], batch.condition.lengths
+    if lengths is None:
+        return None
+    return length_mask(model.token_lengths(lengths, extent), math.prod(model.grid_of(extent)))
 
 
 class AlignmentTerm(LossTerm):

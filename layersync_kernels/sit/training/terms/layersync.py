@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,11 +12,10 @@ from torch import Tensor
 from ....errors import ConfigError
 from ....losses.layersync import LayerSyncLoss
 from ....losses.pairs import default_pair
-from ....ops.attention import length_mask
 from ...batch import Batch
 from ...config.loss import LayerSyncConfig
 from ...models.sit import SiT
-from .base import AlignmentTerm, Setting
+from .base import AlignmentTerm, Setting, tokens_present
 
 
 class LayerSyncTerm(AlignmentTerm):
@@ -42,12 +40,8 @@ class LayerSyncTerm(AlignmentTerm):
 
     def targets(self, batch: Batch, passes: int) -> Iterator[Tensor | None]:
         """Which tokens are there: bool (B / passes, N), or None for all."""
-        extent, lengths = batch.samples.shape[2:], batch.condition.lengths
-        if lengths is None:
-            yield from itertools.repeat(None, passes)
-        else:
-            present = length_mask(self._model.token_lengths(lengths, extent), math.prod(self._model.grid_of(extent)))
-            yield from present.split(len(batch) // passes)
+        present = tokens_present(self._model, batch)
+        return itertools.repeat(None, passes) if present is None else iter(present.chunk(passes))
 
     def loss(self, states: Mapping[Any, Tensor], target: Tensor | None, step: int) -> Tensor:
         """The weighted sum over pairs."""

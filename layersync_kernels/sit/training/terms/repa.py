@@ -1,8 +1,9 @@
-"""REPA: a block learns from the tokens of a pretrained network that sees the clean image."""
+"""REPA: a block learns from the tokens of a pretrained network that sees the clean sample."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -15,13 +16,12 @@ from ....errors import ConfigError, DataError, TeacherError
 from ....losses.representation import RepresentationAlignmentLoss
 from ...batch import Batch
 from ...config.loss import AlignConfig
-from ...modality.images import Images
 from ...models.sit import SiT
 from ...teachers.base import Teacher, not_finite
 from ...teachers.clock import TeacherClock
 from ...teachers.features import Features, latent_message
-from ...teachers.networks import load_teacher
-from .base import AlignmentTerm, Setting
+from ...teachers.grids import GridTeacher, load_any
+from .base import AlignmentTerm, Setting, tokens_present
 
 
 class RepaTerm(AlignmentTerm):
@@ -30,6 +30,7 @@ class RepaTerm(AlignmentTerm):
     Args:
         loss: its projectors are trained with the model.
         teacher: the network, or its precomputed features.
+        model: whose tokens learn.
         device: where the loss and the network are.
 
     Attributes:
@@ -40,8 +41,14 @@ class RepaTerm(AlignmentTerm):
     file = "projector"
     module: RepresentationAlignmentLoss
 
-    def __init__(self, loss: RepresentationAlignmentLoss, teacher: Teacher | Features, device: torch.device) -> None:
-        self.module, self.teacher, self._device = loss, teacher, device
+    def __init__(
+        self,
+        loss: RepresentationAlignmentLoss,
+        teacher: Teacher | GridTeacher | Features,
+        model: SiT,
+        device: torch.device,
+    ) -> None:
+        self.module, self.teacher, self._model, self._device = loss, teacher, model, device
         self.clock = TeacherClock(device)
         self._sums: list[Tensor] = []  # of the tokens of each pass since the last check, still on the device
 
@@ -51,52 +58,56 @@ class RepaTerm(AlignmentTerm):
 
         Raises:
             DataError: latents, of which there are no precomputed features.
-            ConfigError, TeacherError: as `build_loss`, `load_teacher` and `Features`.
+            ConfigError, TeacherError: as `build_loss`, `load_any` and `Features`.
         """
         config, data, device = setting.config, setting.data, setting.device
         align = config.align
         if align.align == "off":
             return None
-        teacher: Teacher | Features
+        teacher: Teacher | GridTeacher | Features
         if align.features is not None:
             teacher = Features(align.features, data, teacher=align.teacher, flip=config.data.flip)
             width = teacher.width
         elif data.latent:
             raise DataError(latent_message(config.data.data))
-        elif not isinstance(data.modality, Images):
-            raise DataError(
-                f"teachers look at images, and {config.data.data} holds {data.modality.kind}: give features that were "
-                "computed elsewhere (--features FILE), or --align off"
-            )
         else:
             assert align.teacher is not None  # `validate` has seen to that
-            grid = min(setting.model.grid)
-            teacher = load_teacher(align.teacher, size=align.teacher_size, grid=grid, weights=align.teacher_weights)
+            teacher = load_any(
+                align.teacher,
+                data.modality,
+                setting.model.grid,
+                size=align.teacher_size,
+                weights=align.teacher_weights,
+            )
             teacher.to(device)
-            width = teacher.width(data.take(torch.arange(min(2, len(data)))).samples.to(device))
-        return cls(build_loss(align, setting.model, teacher.name, width).to(device), teacher, device)
+            first = data.take(torch.arange(min(2, len(data)))).to(device)
+            width = teacher.width(first.samples, first.condition.lengths)
+        return cls(build_loss(align, setting.model, teacher.name, width).to(device), teacher, setting.model, device)
 
-    def targets(self, batch: Batch, passes: int) -> Iterator[Tensor]:
-        """The teacher's tokens (B / passes, N, T)."""
+    def targets(self, batch: Batch, passes: int) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The teacher's tokens (B / passes, N, T), and which are there: bool (B / passes, N), or None for all."""
+        present = tokens_present(self._model, batch)
+        masks = itertools.repeat(None, passes) if present is None else present.chunk(passes)
         if isinstance(self.teacher, Features):
             with self.clock.measure():
                 tokens = self.teacher.tokens(batch.index, batch.mirrored).to(self._device, non_blocking=True)
-            yield from tokens.chunk(passes)
+            yield from zip(tokens.chunk(passes), masks, strict=True)
         else:
-            for x in batch.samples.chunk(passes):
+            for part, mask in zip(batch.split(len(batch) // passes), masks, strict=True):
                 with self.clock.measure():
-                    tokens = self.teacher(x)
-                yield tokens
+                    tokens = self.teacher(part.samples, part.condition.lengths)
+                yield tokens, mask
 
-    def loss(self, states: Mapping[Any, Tensor], target: Tensor, step: int) -> Tensor:
+    def loss(self, states: Mapping[Any, Tensor], target: tuple[Tensor, Tensor | None], step: int) -> Tensor:
         """The weighted loss.
 
         Raises:
             TeacherError: the teacher's tokens do not fit the model's.
         """
-        self._sums.append(target.float().sum())
+        tokens, mask = target
+        self._sums.append(tokens.float().sum())
         try:
-            return self.module(states, target, step=step)
+            return self.module(states, tokens, step=step, mask=mask)
         except ValueError as error:  # token counts that cannot be interpolated; NaN in the very first call
             raise TeacherError(f"the teacher {self.module.pairs[0][1]} does not fit: {error}") from error
 
