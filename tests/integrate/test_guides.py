@@ -127,7 +127,7 @@ def diffsynth(_):
     }
 
 
-TARGETS = {target.name: target for target in [*targets.TARGETS, *targets.GUIDED]}
+TARGETS = {target.name: target for target in targets.TARGETS}
 DIFFUSERS = {  # by the name in the guide: target, depths as the configurations call them, student, teacher
     "dit": ("DiT", {"num_layers": 28}, "transformer_blocks.7", "transformer_blocks.15"),
     "pixart": ("PixArt", {"num_layers": 28}, "transformer_blocks.7", "transformer_blocks.15"),

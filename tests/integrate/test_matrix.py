@@ -96,6 +96,8 @@ DISTRIBUTED_MODES = {"DDP": Mode(ddp), "FSDP2": Mode(fsdp2)}
 ALL_MODES = [*MODES, *DISTRIBUTED_MODES]
 TRACED = ("SiT, published block", "DiT", "MDM encoder")
 """Whose model as a whole is compiled in every run of the tests."""
+LIKE_WAN = ("CogVideoX", "LTX", "Stable Audio")
+"""Whose compiled cells are all for `make slow`."""
 COMPILED = [name for name, mode in MODES.items() if mode.compiled]
 
 
@@ -218,7 +220,8 @@ def test_the_alignment_is_no_trifle_in_the_gradients(target):
 
 def marks_of(target: Target, mode: str) -> list[pytest.MarkDecorator]:
     """A whole model takes long to trace, and its compiled blocks say nearly as much: of most it is for `make slow`."""
-    return [pytest.mark.slow] if mode == "compiled model" and target.name not in TRACED else []
+    slow = mode == "compiled model" and target.name not in TRACED
+    return [pytest.mark.slow] if slow or (MODES[mode].compiled and target.name in LIKE_WAN) else []
 
 
 @pytest.mark.parametrize(

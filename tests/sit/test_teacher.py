@@ -218,8 +218,8 @@ def test_features_train_as_the_teacher_does_mirrored_samples_included(tmp_path):
 
 def test_teacher_sees_the_samples_that_the_model_sees(monkeypatch):
     trainer = Trainer(tiny_config())
-    seen = []
-    monkeypatch.setattr(trainer.term(RepaTerm).teacher, "forward", lambda x, lengths: seen.append(x) or tiny_teacher()(x))
+    seen, teacher = [], trainer.term(RepaTerm).teacher
+    monkeypatch.setattr(teacher, "forward", lambda x, lengths: seen.append(x) or tiny_teacher()(x))
     losses = Transport.training_losses
 
     def training_losses(self, model, x, *arguments, **keywords):
