@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .. import functional
 from ..ops import dispatch
+from ..ops.attention import length_mask
 
 Function = Callable[..., Tensor | tuple[Tensor, ...]]
 Shape = tuple[int, ...]
@@ -64,6 +65,20 @@ def _eager_attention(qkv: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
+def _lengths(qkv: Tensor) -> Tensor:
+    """From a fifth of the tokens to all of them: three fifths on average."""
+    batch, tokens = qkv.shape[:2]
+    return torch.linspace(tokens / 5, tokens, batch, device=qkv.device).round().long()
+
+
+def _eager_padded_attention(qkv: Tensor) -> Tensor:
+    """With a mask of keys, as training repositories have it; what padding gets is 0."""
+    q, k, v = qkv.unflatten(-1, (3, -1, _HEAD)).permute(2, 0, 3, 1, 4).unbind(0)
+    there = length_mask(_lengths(qkv), qkv.shape[1])
+    output = F.scaled_dot_product_attention(q, k, v, attn_mask=there[:, None, None])
+    return output.transpose(1, 2).flatten(2).masked_fill(~there[..., None], 0)
+
+
 def _eager_spatial_norm(x: Tensor) -> Tensor:
     return (x - x.mean(dim=1, keepdim=True)) / (x.std(dim=1, keepdim=True) + 1e-6)
 
@@ -84,6 +99,10 @@ def _fp64_projected(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tenso
 
 def _fused_attention(qkv: Tensor, *, backend: str) -> Tensor:
     return functional.self_attention(qkv, qkv.shape[-1] // (3 * _HEAD), backend=backend)
+
+
+def _fused_padded_attention(qkv: Tensor, *, backend: str) -> Tensor:
+    return functional.self_attention(qkv, qkv.shape[-1] // (3 * _HEAD), lengths=_lengths(qkv), backend=backend)
 
 
 def _linear_and_cosine(hidden: Tensor, weight: Tensor, bias: Tensor, teacher: Tensor) -> Tensor:
@@ -135,6 +154,7 @@ class Op:
         beside: the formula with its kinks moved to either side by what fp32 may round, for fp64 inputs: a rounding puts
             a value that lies there on the other side, and the gradient of one pair in 16 million is seen.
         unfused: the op as a linear layer and a fused loss, if it is one.
+        function: of the package that it calls, where the case has another name.
     """
 
     eager: Function
@@ -145,6 +165,7 @@ class Op:
     exact: Function | None = None
     beside: tuple[Function, ...] = ()
     unfused: Function | None = None
+    function: str | None = None
 
 
 OPS = {
@@ -177,6 +198,12 @@ OPS = {
         beside=tuple(functools.partial(_eager_gram, margin=_GRAM_MARGIN * (1 + side * 2.0**-20)) for side in (-1, 1)),
     ),
     "self_attention": Op(_eager_attention, _fused_attention, inputs=lambda rows, width: [_tokens(rows, 3 * width)]),
+    "padded_attention": Op(
+        _eager_padded_attention,
+        _fused_padded_attention,
+        inputs=lambda rows, width: [_tokens(rows, 3 * width)],
+        function="self_attention",
+    ),
     "spatial_norm": Op(
         _eager_spatial_norm,
         functional.spatial_norm,
@@ -195,7 +222,7 @@ class Case:
         op: a name of `OPS`.
         rows: batch times tokens; from 256 on a multiple of 256, the tokens of a sample. For gram_alignment the tokens
             of one sample, any number.
-        width: channels; for self_attention a multiple of 64.
+        width: channels; for attention a multiple of 64.
         dtype: of all inputs.
         device: "cpu" or "cuda".
     """
@@ -308,7 +335,7 @@ def provider(name: str, case: Case) -> Function:
         raise ValueError(f"unknown provider {name!r}; expected one of {', '.join(PROVIDERS)}")
     if name == "triton" and case.device == "cpu":
         raise RuntimeError("Triton needs a GPU to be timed")
-    dispatch.choose(case.op, name, case.device, case.dtype)
+    dispatch.choose(OPS[case.op].function or case.op, name, case.device, case.dtype)
     return functools.partial(OPS[case.op].fused, backend=name)
 
 
@@ -343,6 +370,7 @@ _CPU = (
     ("projected_alignment", ((8192, 1152),)),
     ("gram_alignment", ((3600, 1152), (1024, 1152), (256, 1152), (4096, 64))),
     ("self_attention", ((2048, 384),)),
+    ("padded_attention", ((2048, 384),)),
     ("spatial_norm", ((16384, 768),)),
 )
 _CUDA = (
