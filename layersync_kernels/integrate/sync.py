@@ -242,7 +242,9 @@ class LayerSync(nn.Module):
 
         Args:
             mask: bool, True for tokens that count: (B, N), (N,) or (B, 1), whatever `token_dim` is; for the selected
-                tokens, or for all before the selection. Packed sequences: (N,).
+                tokens, or for all before the selection. Packed sequences: (N,). The other tokens may hold NaN: they are
+                not read, and their gradient is 0. Layers that have computed with a NaN, the projector too, make NaN of
+                that 0 in the gradient of their weights: they run before the mask is known.
             reduction: "mean" over the tokens; "sum" where the trainer divides by a count of its own (a mean over the
                 tokens of all ranks); "none" for one value per token.
             token_weight: float, like `mask`: per sample (B, 1) for a weight by noise level; for packed sequences,

@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import io
 import logging
+import math
 import warnings
 import weakref
 from collections import namedtuple
@@ -19,6 +20,8 @@ from layersync_kernels import LayerSync, layersync_loss
 from layersync_kernels.integrate.capture import Captured
 from layersync_kernels.modules.block import AdaLNZeroBlock
 from layersync_kernels.modules.norm import Stream
+
+from ..support.backends import device_of, mark
 
 WIDTH = 16
 
@@ -261,27 +264,49 @@ def test_a_mask_is_batch_first_and_cut_like_the_tokens(token_dim, masked, tokens
     torch.testing.assert_close(sync.loss(mask=mask[:, 1:] if masked == "selected" else mask), expected)
 
 
-@pytest.mark.parametrize("backend", ["reference", "auto"])
+PADDING = pytest.mark.parametrize("padding", [1.0, math.nan])
+
+
+@PADDING
+@pytest.mark.parametrize("backend", ["reference", mark("cpp"), mark("triton")])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_loss_of_a_padded_batch_is_that_of_its_samples(backend, dtype):
-    """The mean over all tokens that are there, not over samples; what the padding holds changes nothing."""
-    model = Model().to(dtype)
-    sync = LayerSync(model, 2, 4, 1.0, backend=backend)
-    samples = [torch.randn(length, WIDTH, dtype=dtype) for length in (7, 4, 1)]
-    model(torch.cat(samples)[None])
-    expected = sync.loss()
-    gradients = torch.autograd.grad(expected, list(model.blocks[:2].parameters()))
-    mask = torch.arange(7) < torch.tensor([[7], [4], [1]])
-    for filling in (0.0, 100.0, float("nan")):
-        padded = torch.full((3, 7, WIDTH), filling, dtype=dtype)
-        padded[mask] = torch.cat(samples)
-        model(padded)
-        loss = sync.loss(mask=mask)
-        torch.testing.assert_close(loss, expected)
-        if filling == filling:  # through a linear layer 0 times NaN is NaN
-            actual = torch.autograd.grad(loss, list(model.blocks[:2].parameters()))
-            for a, e in zip(actual, gradients, strict=True):
-                torch.testing.assert_close(a, e, **({} if dtype == torch.float32 else {"rtol": 2e-2, "atol": 2e-3}))
+@pytest.mark.parametrize(("mode", "teacher_grad"), [("hooks", False), ("hooks", True), ("reentrant", False)])
+def test_a_padded_batch_is_the_mean_over_the_tokens_of_its_samples(padding, backend, dtype, mode, teacher_grad):
+    """Values and gradients of both ends, in fp64 by hand from the samples alone; the task sees what is there, too."""
+    device, lengths = device_of(backend), (7, 4, 2)
+    mask = torch.arange(7, device=device) < torch.tensor(lengths, device=device)[:, None]
+    ends = nn.ModuleDict({"student": nn.Identity(), "teacher": nn.Identity()})
+    sync = LayerSync(ends, *ends, 0.5, mode=mode, teacher_grad=teacher_grad, backend=backend)
+    samples = [[torch.randn(length, WIDTH, device=device).to(dtype) for length in lengths] for _ in ends]
+
+    student, teacher = (torch.cat(side).double().requires_grad_() for side in samples)
+    cosines = F.cosine_similarity(student, teacher if teacher_grad else teacher.detach(), dim=-1)
+    (-0.5 * cosines.mean() + 0 * teacher.sum()).backward()
+
+    padded = [nn.utils.rnn.pad_sequence(side, batch_first=True, padding_value=padding) for side in samples]
+    leaves = [tokens.requires_grad_() for tokens in padded]
+    outputs = [end(tokens) for end, tokens in zip(ends.values(), leaves, strict=True)]
+    loss = sync.loss(mask=mask)
+    (loss + sum(0 * output[mask].float().sum() for output in outputs)).backward()
+
+    torch.testing.assert_close(loss.detach().double(), -0.5 * cosines.mean().detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(sync.cosine["student:teacher"].double(), cosines.mean().detach(), rtol=1e-5, atol=1e-6)
+    for tokens, own in zip(leaves, (student, teacher), strict=True):
+        assert (tokens.grad[~mask] == 0).all()
+        ulp = torch.finfo(dtype).eps
+        torch.testing.assert_close(tokens.grad[mask].double(), own.grad, rtol=max(ulp, 1e-5), atol=1e-7)
+
+
+@PADDING
+def test_what_blocks_make_of_padding_changes_no_weight(padding, tokens):
+    mask = torch.arange(7) < torch.tensor([[7], [4], [2]])
+    model, plain = Model(wrap=lambda x: torch.where(mask[..., None], x, padding)), Model()
+    plain.load_state_dict(model.state_dict())
+    sync = LayerSync(model, 1, 3)
+    states = hidden_states(plain, tokens[mask])
+    wanted = gradients(plain, 0.2 * by_hand(states[0], states[2]))
+    model(tokens)
+    assert_same(gradients(model, sync.loss(mask=mask)), wanted)
 
 
 @pytest.mark.parametrize(("select", "student", "teacher"), [("tail", slice(-7, None), slice(None)),
