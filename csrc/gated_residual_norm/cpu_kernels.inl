@@ -66,10 +66,12 @@ inline const float* modulation_row(const ModulationRows& m, int64_t group, const
   return m.data == nullptr ? otherwise : m.data + group * m.stride;
 }
 
-// Sums over a row, in Vec and in the rest.
+// Sums over a row, in Vec and in the rest. The constructor is written out: one that GCC makes is for the instruction set
+// of the command line, and where it is not inlined it looks for what `broadcast` returns in the wrong place.
 struct RowSum {
-  Vec vector = broadcast(0);
-  float rest = 0;
+  Vec vector;
+  float rest;
+  RowSum() : vector(broadcast(0)), rest(0) {}
   void operator+=(Vec v) { vector = add(vector, v); }
   void operator+=(Scalar v) { rest += v.v; }
   void add_product(Vec a, Vec b) { vector = fma(a, b, vector); }
