@@ -105,6 +105,33 @@ class Batch(_Parts):
         return self.condition.labels
 
 
+@dataclass(frozen=True)
+class Share:
+    """Which samples of a batch a process has: of each of the passes that a batch is split into, its own part.
+
+    A pass of all processes is then the same samples as the pass of a single one, whatever their number.
+
+    Attributes:
+        rank: which process, of `world`.
+        world: how many processes there are.
+        passes: how many a batch is split into, one after the other.
+    """
+
+    rank: int = 0
+    world: int = 1
+    passes: int = 1
+
+    def of(self, rows: Tensor) -> Tensor:
+        """Of something (B, ...) that there is of each sample of a batch: (B / world, ...); B divides into all parts."""
+        if self.world == 1:
+            return rows
+        return rows.unflatten(0, (self.passes, self.world, -1))[:, self.rank].flatten(0, 1)
+
+
+WHOLE = Share()
+"""All of a batch."""
+
+
 def within_lengths(lengths: Tensor, samples: Tensor) -> Tensor:
     """What is there of samples (B, C, L, ...) of lengths (B,): bool (B, 1, L, 1, ...)."""
     size = samples.shape[2]

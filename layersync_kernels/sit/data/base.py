@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import WHOLE, Batch, Share
 from ..files import atomic_path
 from ..modality.base import Modality
 from ..modality.images import Images
@@ -93,11 +93,18 @@ class SampleSet(ABC):
     def take(self, index: Tensor) -> Batch:
         """The samples of these numbers, int64 (B,) on the CPU, which is the `index` of what it returns."""
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
-        """Endless batches from position `start` of the shuffled stream of that seed."""
+    def batches(self, batch_size: int, *, seed: int, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """Endless batches from position `start` of the shuffled stream of that seed.
+
+        Args:
+            batch_size: samples of a batch of all processes.
+            seed: of the stream, and of what is drawn for its samples.
+            start: position in the stream.
+            share: what is given of each batch.
+        """
         shuffle = EpochShuffle(len(self), seed)
         while True:
-            yield self.take(shuffle.indices(start, batch_size))
+            yield self.take(share.of(shuffle.indices(start, batch_size)))
             start += batch_size
 
     @property
