@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -11,10 +12,14 @@ from .errors import UserError
 
 
 class Command(NamedTuple):
-    """A subcommand: "module:function" taking its arguments and giving an exit code, and a line of help."""
+    """A subcommand: "module:function" taking its arguments and giving an exit code, and a line of help.
+
+    `several`: whether it is the work of all processes that torchrun starts.
+    """
 
     target: str
     help: str
+    several: bool = False
 
     def load(self) -> Callable[[Sequence[str]], int | None]:
         """Imports the function."""
@@ -24,7 +29,7 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("layersync_kernels.sit.commands.train:train_main", "train a SiT, with LayerSync or without"),
+    "train": Command("layersync_kernels.sit.commands.train:train_main", "train a SiT, with LayerSync or without", True),
     "sample": Command(
         "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint"
     ),
@@ -80,6 +85,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"layersync: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1" and not COMMANDS[name].several:
+        print(
+            f"layersync {name}: this is the work of one process, and WORLD_SIZE is {processes}; start it without "
+            "torchrun, or with WORLD_SIZE unset",
+            file=sys.stderr,
+        )
+        return 1
     try:
         return COMMANDS[name].load()(rest) or 0
     except UserError as error:

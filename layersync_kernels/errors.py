@@ -23,6 +23,10 @@ class TeacherError(UserError, RuntimeError):
     """A pretrained teacher cannot be loaded or run, or its precomputed features do not fit."""
 
 
+class ProcessLost(UserError, RuntimeError):
+    """Another process of a run ended, or does not answer."""
+
+
 class TrainingDiverged(UserError, ArithmeticError):
     """The loss or the weights stopped being finite."""
 

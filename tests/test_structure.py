@@ -26,13 +26,14 @@ ROOMS = {
     **dict.fromkeys(["spec", "batch", "files", "extras", "console", "device"], 0),
     "config": 1,
     **dict.fromkeys(["modality", "presets", "text"], 2),
-    **dict.fromkeys(["diffusion", "models", "data", "distributed"], 3),
-    "checkpoints": 4,
-    **dict.fromkeys(["teachers", "sampling"], 5),
-    **dict.fromkeys(["evaluation", "training"], 6),
-    "studies": 7,
-    "commands": 8,
-    "": 9,
+    **dict.fromkeys(["diffusion", "models", "data"], 3),
+    "distributed": 4,
+    "checkpoints": 5,
+    **dict.fromkeys(["teachers", "sampling"], 6),
+    **dict.fromkeys(["evaluation", "training"], 7),
+    "studies": 8,
+    "commands": 9,
+    "": 10,
 }
 # The dispersive loss compares the samples of all processes, of a group that its caller has made.
 PROCESS_GROUPS = ("sit.distributed", "functional.dispersive", "ops.dispersive")

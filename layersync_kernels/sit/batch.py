@@ -121,6 +121,11 @@ class Share:
     world: int = 1
     passes: int = 1
 
+    @property
+    def of_a_pass(self) -> Share:
+        """That of a batch which is a single pass."""
+        return dataclasses.replace(self, passes=1)
+
     def of(self, rows: Tensor) -> Tensor:
         """Of something (B, ...) that there is of each sample of a batch: (B / world, ...); B divides into all parts."""
         if self.world == 1:

@@ -1,4 +1,4 @@
-"""Two gloo processes for tests of data-parallel wrappers."""
+"""Gloo processes for tests of what several processes do together."""
 
 import datetime
 import multiprocessing
@@ -14,13 +14,16 @@ import torch.distributed as dist
 WORLD = 2
 
 
-def run(function: Callable[[int], Any], folder: Path, seconds: float, attempts: int = 2) -> list[Any]:
+def run(
+    function: Callable[[int], Any], folder: Path, seconds: float, attempts: int = 2, world: int = WORLD
+) -> list[Any]:
     """What a function of a module returns on each rank; processes that hang are ended.
 
     Args:
         function: takes the rank.
         folder: an empty one.
         seconds: for an attempt; a collective that waits for the other process gives up after half of them.
+        world: how many processes.
         attempts: how often to start when a process is killed by a signal: once in a dozen runs of the matrix the thread
             of gloo itself crashed (torch 2.14.1). What the function raises is never tried again.
 
@@ -30,7 +33,7 @@ def run(function: Callable[[int], Any], folder: Path, seconds: float, attempts: 
     for attempt in range(attempts):
         place = folder / str(attempt)
         place.mkdir()
-        codes = _start(function, place, seconds)
+        codes = _start(function, place, seconds, world)
         if not any(code is not None and code < 0 for code in codes):
             break
     results = []
@@ -38,18 +41,18 @@ def run(function: Callable[[int], Any], folder: Path, seconds: float, attempts: 
         file = place / f"{rank}.pt"
         if not file.exists():
             why = f"did not end in {seconds} s" if code is None else f"ended with code {code}"
-            raise RuntimeError(f"process {rank} of {WORLD} {why}")
+            raise RuntimeError(f"process {rank} of {world} {why}")
         failure, result = torch.load(file, weights_only=False)
         if failure:
-            raise RuntimeError(f"process {rank} of {WORLD}: {failure}")
+            raise RuntimeError(f"process {rank} of {world}: {failure}")
         results.append(result)
     return results
 
 
-def _start(function: Callable[[int], Any], folder: Path, seconds: float) -> list[int | None]:
+def _start(function: Callable[[int], Any], folder: Path, seconds: float, world: int) -> list[int | None]:
     """The exit code of each process; None where time was up."""
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_work, args=(function, rank, folder, seconds)) for rank in range(WORLD)]
+    processes = [context.Process(target=_work, args=(function, rank, folder, seconds, world)) for rank in range(world)]
     for process in processes:
         process.start()
     end = time.monotonic() + seconds
@@ -62,13 +65,13 @@ def _start(function: Callable[[int], Any], folder: Path, seconds: float) -> list
     return codes
 
 
-def _work(function: Callable[[int], Any], rank: int, folder: Path, seconds: float) -> None:
+def _work(function: Callable[[int], Any], rank: int, folder: Path, seconds: float, world: int) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo",
         init_method=f"file://{folder}/rendezvous",
         rank=rank,
-        world_size=WORLD,
+        world_size=world,
         timeout=datetime.timedelta(seconds=seconds / 2),
     )
     failure, result = "", None

@@ -111,7 +111,7 @@ class FixedNoise:
     def __init__(self, transport):
         self.transport = transport
 
-    def training_losses(self, model, x, kwargs, *, generator):
+    def training_losses(self, model, x, kwargs, **_):
         return self.transport.training_losses(model, x, kwargs, x0=x.flip(-1), t=x.mean((1, 2, 3)).sigmoid())
 
 

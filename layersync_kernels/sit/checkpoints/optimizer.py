@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
+from ..distributed.shards import divided_like
 from .weights import is_finite
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -64,6 +65,8 @@ def load_optimizer(
         if missing := {*_MOMENTS, _STEP} - entry.keys():
             raise CheckpointError(f"the optimiser state has no {', '.join(sorted(missing))} of {name!r}")
     _check_complete(state, [name for name in names if name not in optional], step, overflows)
+    for name, entry in state.items():
+        entry.update({key: divided_like(entry[key], parameters[name]) for key in _MOMENTS})
     numbers = {name: i for i, name in enumerate(names)}
     optimizer.load_state_dict(
         {

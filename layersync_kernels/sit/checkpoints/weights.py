@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ..distributed.shards import load_whole
 from .local import list_checkpoints, read_tensors
 from .published import read_published
 
@@ -95,7 +96,7 @@ def fill_model(model: nn.Module, weights: Weights, *, exact: bool = False) -> No
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise CheckpointError(f"{weights.path} does not fit this model: {'; '.join(differences[:4])}{more}")
-    model.load_state_dict(weights.tensors)
+    load_whole(model, weights.tensors)
 
 
 def is_finite(tensor: Tensor) -> bool:

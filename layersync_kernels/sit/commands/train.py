@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+
+import torch
 
 from ...errors import ConfigError
 from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, StartingPoint, TrainConfig
 from ..console import console, start_logging
 from ..data.base import write_broken
+from ..distributed.processes import Processes, joined
 from ..training.folder import check_run, lock_folder, start_run
 from ..training.loop import Outcome, Trainer
 from ..training.runlog import checkpoint_to_resume
@@ -50,30 +55,46 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
         UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
     """
     config = with_absolute_paths(config)
-    with lock_folder(out):
-        check_run(out, config, resume=resume, overwrite=overwrite)
-        return _train(config, out, resume=resume, overwrite=overwrite)
+    config.validate()
+    with contextlib.ExitStack() as stack:
+        processes, device = stack.enter_context(joined(config.device, timeout=config.parallel.timeout))
+
+        def claim() -> str:
+            stack.enter_context(lock_folder(out))
+            check_run(out, config, resume=resume, overwrite=overwrite)
+            return ""
+
+        processes.by_first(claim)
+        return _train(config, out, processes, device, resume=resume, overwrite=overwrite)
 
 
-def _train(config: TrainConfig, out: Path, *, resume: bool, overwrite: bool) -> Outcome:
+def _train(
+    config: TrainConfig, out: Path, processes: Processes, device: torch.device, *, resume: bool, overwrite: bool
+) -> Outcome:
     """In a folder that is locked and may be used so."""
     # The trainer before the run: settings that do not work must neither begin one nor delete one.
-    trainer = Trainer(config, run_dir=out)
-    if resume and (checkpoint := checkpoint_to_resume(out)):
-        trainer.load(checkpoint)
+    trainer = Trainer(config, processes=processes, device=device, run_dir=out)
+    if resume and (checkpoint := processes.by_first(lambda: os.fspath(checkpoint_to_resume(out) or ""))):
+        trainer.load(Path(checkpoint))
         console.print(f"resuming {out} at step {trainer.steps_done}")
         if trainer.fraction >= 1:
             raise ConfigError(f"{out} is finished at step {trainer.steps_done}; give more --steps or --max-seconds")
-    start_run(out, config, overwrite=overwrite)
-    if trainer.data.broken:
-        write_broken(out, trainer.data.broken)
+
+    def start() -> str:
+        start_run(out, config, overwrite=overwrite)
+        if trainer.data.broken:
+            write_broken(out, trainer.data.broken)
+        return ""
+
+    processes.by_first(start)
     layersync, repa = trainer.term(LayerSyncTerm), trainer.term(RepaTerm)
     pairs = "off" if layersync is None else layersync.module.extra_repr()
     teacher = "" if repa is None else f"; {config.align.align} {repa.module.extra_repr()}"
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
+    shared = "" if processes.world == 1 else f" x {processes.world} processes ({config.parallel.parallel})"
     console.print(
         f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.spec}, "
-        f"{trainer.device}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
+        f"{trainer.device}{shared}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
     )
     outcome = trainer.fit()
     if repa is not None and (share := outcome.metrics.get("teacher_share")) is not None:

@@ -13,6 +13,7 @@ from .data import DataConfig
 from .loss import AlignConfig, LayerSyncConfig
 from .model import ModelConfig
 from .optim import OptimConfig
+from .parallel import ParallelConfig
 from .sampling import SamplingConfig, TransportConfig
 
 CONFIG = "config.json"
@@ -64,6 +65,7 @@ class TrainConfig:
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     """Fixes initialisation, data order and noise."""
     device: str = "auto"
@@ -84,7 +86,16 @@ class TrainConfig:
         at_least(0, seed=self.seed)
         require(self.seed < 2**63, f"--seed {self.seed}: expected a number below 2**63")
         at_least(1, threads=self.threads)
-        for group in (self.data, self.model, self.transport, self.align, self.optim, self.sampling, self.log):
+        for group in (
+            self.data,
+            self.model,
+            self.transport,
+            self.align,
+            self.optim,
+            self.sampling,
+            self.log,
+            self.parallel,
+        ):
             group.validate()
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError
-from ..batch import within_lengths
+from ..batch import WHOLE, Share, within_lengths
 from ..config.sampling import TransportConfig
 from .checks import check_prediction, choose
 from .interpolants import INTERPOLANTS, Interpolant, per_sample
@@ -69,6 +69,7 @@ class Transport:
         generator: torch.Generator | None = None,
         t: Tensor | None = None,
         x0: Tensor | None = None,
+        share: Share = WHOLE,
     ) -> dict[str, Any]:
         """The loss of every sample, at random times and with random noise.
 
@@ -82,6 +83,8 @@ class Transport:
             generator: draws the noise, then the times; on the device of `x1`.
             t: (B,) times to use instead of random ones, for a validation loss without that noise.
             x0: noise to use instead of random noise, shaped like `x1`.
+            share: where several processes have a part of the batch: noise and times are drawn for all of it by each of
+                them, from equal generators, so that they are those of a single process.
 
         Returns:
             "loss" (B,) at least fp32, the mean square error over all but the batch; "pred", the model's prediction;
@@ -95,9 +98,11 @@ class Transport:
             raise TypeError(f"training_losses: x1 is {x1.dtype} {tuple(x1.shape)}; expected floating point (B, ...)")
         dtype = torch.promote_types(x1.dtype, torch.float32)
         if x0 is None:
-            x0 = torch.randn(x1.shape, generator=generator, dtype=dtype, device=x1.device)
+            shape = (x1.shape[0] * share.world, *x1.shape[1:])
+            x0 = share.of(torch.randn(shape, generator=generator, dtype=dtype, device=x1.device))
         if t is None:
-            t = self.draw_times(x1.shape[0], generator=generator, dtype=dtype, device=x1.device)
+            count = x1.shape[0] * share.world
+            t = share.of(self.draw_times(count, generator=generator, dtype=dtype, device=x1.device))
         if t.shape != x1.shape[:1] or x0.shape != x1.shape:
             raise ValueError(
                 f"training_losses: t has shape {tuple(t.shape)} and x0 {tuple(x0.shape)}; expected"

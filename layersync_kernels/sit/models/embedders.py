@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ...ops.attention import length_mask
+from ..batch import WHOLE, Share
 
 
 class TimestepEmbedder(nn.Module):
@@ -31,8 +32,15 @@ class TimestepEmbedder(nn.Module):
         return self.mlp(embedding.to(next(self.mlp.parameters()).dtype))
 
 
+def drop(count: int, probability: float, share: Share, device: torch.device) -> Tensor:
+    """Which conditions are left out: bool (count,), this process's of what is drawn for all that share a batch."""
+    return share.of(torch.rand(count * share.world, device=device)) < probability
+
+
 class LabelEmbedder(nn.Module):
     """Embeds class labels; while training, a share of them becomes the null label `num_classes`."""
+
+    share: Share = WHOLE
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
@@ -43,7 +51,7 @@ class LabelEmbedder(nn.Module):
     def forward(self, y: Tensor) -> Tensor:
         """Labels (N,) → (N, D)."""
         if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(y.shape[0], device=y.device) < self.dropout_prob
+            dropped = drop(y.shape[0], self.dropout_prob, self.share, y.device)
             y = torch.where(dropped, self.num_classes, y)
         try:
             return self.embedding_table(y)
@@ -63,6 +71,8 @@ class TextEmbedder(nn.Module):
         pooled: whether the words are averaged into one vector.
     """
 
+    share: Share = WHOLE
+
     def __init__(self, text_width: int, hidden_size: int, dropout_prob: float, *, pooled: bool) -> None:
         super().__init__()
         self.null = nn.Parameter(torch.empty(text_width))
@@ -74,7 +84,7 @@ class TextEmbedder(nn.Module):
         if lengths is None:
             lengths = torch.full((text.shape[0],), text.shape[1], device=text.device)
         if self.training and self.dropout_prob > 0:
-            dropped = torch.rand(text.shape[0], device=text.device) < self.dropout_prob
+            dropped = drop(text.shape[0], self.dropout_prob, self.share, text.device)
             lengths = torch.where(dropped, 0, lengths)
         without = lengths == 0
         words = torch.where(without[:, None, None], self.null, text.to(self.null.dtype))

@@ -152,15 +152,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """Keeps a folder for this process, to be entered before anything is written; makes it, and removes it if empty.
 
     Raises:
-        ConfigError: a process uses it, or one on another machine may; or this is one of several processes of a launcher
-            such as torchrun, for which there is no trainer.
+        ConfigError: a process uses it, or one on another machine may.
         CheckpointError: the lock cannot be written.
     """
-    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1":
-        raise ConfigError(
-            f"WORLD_SIZE is {processes}: a run is trained by one process on one device; start it without torchrun, or "
-            "with WORLD_SIZE unset"
-        )
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         try:

@@ -1,8 +1,9 @@
-"""The reference trainer: a SiT on one device, with alignment losses as terms of its own."""
+"""The reference trainer: a SiT on one device or many, with alignment losses as terms of its own."""
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 import math
 import time
@@ -26,6 +27,8 @@ from ..data.base import SampleSet
 from ..data.registry import load_data
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
+from ..distributed.parallel import Parallel, share_of
+from ..distributed.processes import ALONE, Processes
 from ..modality.images import Images
 from ..modality.latents import Latents
 from ..modality.registry import modality_facts
@@ -62,6 +65,8 @@ class Trainer:
     Args:
         config: the run.
         data: replaces what `config.data` names.
+        processes: that train together; each makes a trainer of the same config, and calls its methods as the others do.
+        device: of this one; None: what the config says.
         run_dir: folder made by `start_run`; None writes nothing.
         terms: what builds the terms of the loss beside the flow's own.
 
@@ -82,13 +87,17 @@ class Trainer:
         config: TrainConfig,
         data: SampleSet | None = None,
         *,
+        processes: Processes = ALONE,
+        device: torch.device | None = None,
         run_dir: Path | None = None,
         terms: Sequence[TermBuilder] = TERMS,
     ) -> None:
         config.validate()
         self.config = config
+        self.processes = processes
+        self.share = share_of(config.optim, processes)
         self.run_dir = run_dir
-        self.device = resolve_device(config.device)
+        self.device = resolve_device(config.device) if device is None else device
         if config.threads is not None:
             torch.set_num_threads(config.threads)
         if self.device.type == "cpu":
@@ -105,16 +114,19 @@ class Trainer:
         if self.num_classes < self.data.num_classes:
             raise ConfigError(f"--num-classes {self.num_classes}: the data has {self.data.num_classes}")
         torch.manual_seed(config.seed)
-        model = build_model(config.model, self.data.spec, self.num_classes, self.data.text_width)
+        parallel = Parallel(config.parallel, processes, self.device, dtype=self.autocast_dtype)
+        make = functools.partial(build_model, config.model, self.data.spec, self.num_classes, self.data.text_width)
+        model = parallel.build(make)
         if config.model.init is not None:
             fill_model(model, load_weights(config.model.init))
-        model.to(self.device).train()
+        model.train().share_draws(self.share.of_a_pass)
         self.state = self.state_type(
             model,
-            build_terms(terms, Setting(config, model, self.data, self.device)),
+            build_terms(terms, Setting(config, model, self.data, self.device, processes)),
             config.optim,
             seed=config.seed,
             scaled=self.autocast_dtype == torch.float16,
+            parallel=parallel,
         )
         self.model, self.ema = self.state.model, self.state.ema
         self.transport = build_transport(config.transport)
@@ -123,6 +135,7 @@ class Trainer:
                 block.compile()
         self.meter = Meter()
         self._started: float | None = None  # when the time that `state.seconds` does not know yet began
+        self._together: float | None = None  # seconds at the end of the last step, the same in all processes
         self._tokens: int | Tensor = 0  # of the steps since the last record; a sum of lengths stays on the device
         self._peak = _peak_flops(self.device, self.autocast_dtype)
         self._unchecked: list[Tensor] = []  # the loss of each step since `check_finite`, still on the device
@@ -151,8 +164,16 @@ class Trainer:
         optim = self.config.optim
         fraction = self.steps_done / optim.steps
         if optim.max_seconds is not None:
-            fraction = max(fraction, self.seconds / optim.max_seconds)
+            seconds = self.seconds if self._together is None else self._together
+            fraction = max(fraction, seconds / optim.max_seconds)
         return min(fraction, 1.0)
+
+    def _agree(self, stop: bool) -> bool:
+        """Whether any process asks to stop; from now on all of them have the same `fraction`."""
+        if self.processes.world == 1:
+            return stop
+        asked, self._together = self.processes.largest(float(stop), self.seconds)
+        return bool(asked)
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -172,7 +193,7 @@ class Trainer:
             batch: on the device but for its index; its size is a multiple of `accumulate`.
         """
         if self.config.data.flip and batch.mirrored is None:  # latents come mirrored
-            batch = random_mirror(batch, generator=self.state.generator)
+            batch = random_mirror(batch, generator=self.state.generator, share=self.share)
         loss = train_step(
             self.state,
             batch,
@@ -180,6 +201,7 @@ class Trainer:
             learning_rate=self.learning_rate(),
             autocast_dtype=self.autocast_dtype,
             meter=self.meter,
+            share=self.share,
         )
         self._unchecked.append(loss)
         lengths, extent = batch.condition.lengths, batch.samples.shape[2:]
@@ -195,13 +217,16 @@ class Trainer:
             TrainingDiverged: naming the step and the last good checkpoint.
         """
         losses, self._unchecked = self._unchecked, []
-        bad = [] if not losses else torch.stack(losses).isfinite().logical_not().nonzero().flatten().tolist()
+        values = torch.stack(losses) if losses else torch.empty(0)
+        bad = self.processes.sum(values).isfinite().logical_not().nonzero().flatten().tolist()
         causes = [term.cause(bool(bad)) for term in self.state.terms]
         if bad:
             what = f"the loss was not finite at step {self.steps_done - len(losses) + bad[0] + 1}"
-            if cause := next(filter(None, causes), None):
+            cause = next(filter(None, causes), "")
+            (knows,) = self.processes.largest(self.processes.rank if cause else 0)
+            if cause := self.processes.text(cause, int(knows)):
                 raise TrainingDiverged(f"{what}: {cause}, or use --precision fp32 or bf16; {self._last_good()}")
-        elif not self.state.is_finite():
+        elif any(self.processes.largest(float(not self.state.is_finite()))):
             what = f"the weights were not finite after step {self.steps_done}"
         else:
             return
@@ -265,7 +290,7 @@ class Trainer:
         batches = self.batches()
         self._started = time.monotonic()
         try:
-            while self.steps_done < steps and not stop_asked():
+            while self.steps_done < steps and not self._agree(stop_asked()):
                 self._step(next(batches), steps)
             self.check_finite()  # waits for the device, too
         finally:
@@ -283,16 +308,19 @@ class Trainer:
         self._started = began
         last_record, recorded_step = time.monotonic(), self.steps_done
         metrics: dict[str, Any] = {}
-        done = self.fraction >= 1
         batches = self.batches()
-        log = RunLog(self.run_dir, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
+        written = self.run_dir if self.processes.first else None
+        log = RunLog(written, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
         with stop_signals() as stop_asked, log:
-            while not (done or stop_asked()):
+            stop = self._agree(stop_asked())
+            done = self.fraction >= 1
+            while not (done or stop):
                 self._step(next(batches), optim.steps)
+                stop = self._agree(stop_asked())
                 done = self.fraction >= 1
                 log.advance(self.steps_done, self.fraction)
                 if done or self.steps_done % config.log.log_every == 0:
-                    means = self.meter.read()
+                    means = self.meter.read(self.processes)
                     now = time.monotonic()
                     steps = self.steps_done - recorded_step
                     metrics = self._record(means, steps, now - last_record)
@@ -322,7 +350,7 @@ class Trainer:
     def batches(self) -> Iterator[Batch]:
         """What `step` takes, from where the run stands."""
         size, start = self.config.optim.batch_size, self.state.samples_seen
-        for batch in self.data.batches(size, seed=self.config.seed, start=start):
+        for batch in self.data.batches(size, seed=self.config.seed, start=start, share=self.share):
             yield batch.to(self.device, non_blocking=True)
 
     def _step(self, batch: Batch, last: int) -> None:
@@ -336,7 +364,8 @@ class Trainer:
 
     def _record(self, means: dict[str, float], steps: int, seconds: float) -> dict[str, Any]:
         samples_per_second = steps * self.config.optim.batch_size / seconds
-        tokens, self._tokens = float(self._tokens), 0
+        tokens = float(self.processes.sum(torch.as_tensor(self._tokens, device=self.device)))
+        self._tokens = 0
         record: dict[str, Any] = {
             "step": self.steps_done,
             **{name: value for name, value in means.items() if not name.startswith("cosine/")},
@@ -346,7 +375,8 @@ class Trainer:
             "seconds": self.seconds,
         }
         if self._peak is not None:
-            record["mfu"] = 3 * forward_flops(self.model) * samples_per_second / self._peak
+            peak = self._peak * self.processes.world
+            record["mfu"] = 3 * forward_flops(self.model) * samples_per_second / peak
         for term in self.state.terms:
             record.update(term.facts())
         cosine = {name.removeprefix("cosine/"): v for name, v in means.items() if name.startswith("cosine/")}
@@ -376,7 +406,7 @@ class Trainer:
             seed=self.config.seed,
             autocast_dtype=self.autocast_dtype,
         )
-        if self.run_dir is None:
+        if self.run_dir is None or not self.processes.first:
             return None
         stem = self.run_dir / SAMPLES / f"step_{self.steps_done:08d}"
         lengths = condition.lengths

@@ -22,6 +22,7 @@ from ...errors import CheckpointError
 from ..checkpoints.local import FOLDER, newest_checkpoint
 from ..config.io import build, parse_json
 from ..console import console
+from ..distributed.processes import ALONE, Processes
 from ..files import atomic_path
 from .curves import save_curves
 
@@ -45,11 +46,11 @@ class Meter:
         self._sums[name] = self._sums[name] + value if name in self._sums else value
         self._counts[name] = self._counts.get(name, 0) + 1
 
-    def read(self) -> dict[str, float]:
-        """The means since the last call, and starts anew."""
+    def read(self, processes: Processes = ALONE) -> dict[str, float]:
+        """The means since the last call, over processes too, and starts anew."""
         if not self._sums:
             return {}
-        values = torch.stack(list(self._sums.values())).tolist()
+        values = processes.mean(torch.stack(list(self._sums.values()))).tolist()
         means = {name: value / self._counts[name] for name, value in zip(self._sums, values, strict=True)}
         self._sums, self._counts = {}, {}
         return means

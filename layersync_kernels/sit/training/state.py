@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import logging
+import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...errors import CheckpointError
 from ..checkpoints.local import read_tensors, save_checkpoint
@@ -19,36 +19,30 @@ from ..checkpoints.optimizer import load_optimizer, optimizer_tensors
 from ..checkpoints.state import RunState, read_run_state
 from ..checkpoints.weights import Weights, fill_model
 from ..config.optim import OptimConfig
+from ..distributed.parallel import Parallel
+from ..distributed.shards import own_part, whole
 from ..models.sit import SiT
+from .passes import Pass
 from .terms.base import LossTerm
 
 logger = logging.getLogger(__name__)
-
-M = TypeVar("M", bound=nn.Module)
-
-
-def parallelise(module: M) -> M:
-    """Where sharding enters: everything that is built after it copies or holds what this returns.
-
-    On one device, the only kind of run there is, that is the module itself.
-    """
-    return module
 
 
 class TrainState:
     """Weights, their average, optimiser, scaler of fp16 gradients, generators and counters.
 
-    Built in one order: model, `parallelise`, average, optimiser.
-
     Args:
-        model: initialised, on its device, in training mode.
-        terms: of the loss; their modules are trained with the model.
+        model: initialised, on its device, divided where `parallel` divides weights, in training mode.
+        terms: of the loss; their modules, which are on the device, are trained with the model.
         config: of the optimiser and the average.
         seed: of the noise.
         scaled: scale the loss, as fp16 gradients need.
+        parallel: how processes share the work; it has built the model.
 
     Attributes:
         model, ema: the network, and the copy that holds the averaged weights (fp32, evaluation mode).
+        network: what is called for the losses of a part of a batch, see `Pass`; it contains the model.
+        divided: modules that may be divided among processes.
         emas: all such copies, by the stem of their file: "ema", and "ema-DECAY" of further decays.
         terms: of the loss.
         weights, averages: the trained tensors of `model`, and those of each of `emas` that follow them.
@@ -61,24 +55,34 @@ class TrainState:
     """
 
     def __init__(
-        self, model: SiT, terms: Sequence[LossTerm], config: OptimConfig, *, seed: int, scaled: bool = False
+        self,
+        model: SiT,
+        terms: Sequence[LossTerm],
+        config: OptimConfig,
+        *,
+        seed: int,
+        scaled: bool = False,
+        parallel: Parallel,
     ) -> None:
         self.config = config
+        self.processes = parallel.processes
         self.device = next(model.parameters()).device
-        self.model = parallelise(model)
+        self.model = model
         self.terms = list(terms)
-        for term in self.terms:
-            if term.module is not None:
-                term.module = parallelise(term.module)
+        modules = [term.module for term in self.terms if term.module is not None]
+        self.divided = [self.model, *map(parallel.divide, modules)]
         stems = ["ema", *(f"ema-{decay:g}" for decay in config.ema_decays[1:])]
-        self.emas = {stem: copy.deepcopy(self.model).requires_grad_(False).eval() for stem in stems}
+        self.emas = {stem: parallel.copy(self.model) for stem in stems}
         self.ema = self.emas["ema"]
+        unused = any(parameter.requires_grad for module in modules for parameter in module.parameters())
+        self.network = parallel.replicate(Pass(self.model, self.terms), unused=unused)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}
         self.weights: list[Tensor] = list(trained.values())
         self.averages: list[list[Tensor]] = []
         for ema in self.emas.values():
             averaged = dict(ema.named_parameters())
             self.averages.append([averaged[name] for name in trained])
+        self._parts: tuple[list[Tensor], list[list[Tensor]]] | None = None
         for term in self.terms:
             if term.module is not None:
                 trained.update(term.module.named_parameters(prefix=term.file or term.name))
@@ -90,7 +94,7 @@ class TrainState:
         self.steps_done = 0
         self.samples_seen = 0
         self.seconds = 0.0
-        self.run = uuid.uuid4().hex
+        self.run = self.processes.text(uuid.uuid4().hex)
 
     def build_optimizer(self) -> torch.optim.Optimizer:
         """The optimiser of `trained`."""
@@ -105,19 +109,21 @@ class TrainState:
     @torch.no_grad()
     def move_average(self) -> None:
         """The average: ema ← decay · ema + (1 - decay) · weights."""
-        for averages, decay in zip(self.averages, self.config.ema_decays, strict=True):
+        if self._parts is None:  # after the first step: before it FSDP2 may still exchange what it holds
+            self._parts = [*map(own_part, self.weights)], [[*map(own_part, own)] for own in self.averages]
+        weights, averages = self._parts
+        for own, decay in zip(averages, self.config.ema_decays, strict=True):
             if self.config.ema_warmup:
                 decay = min(decay, (1 + self.steps_done) / (10 + self.steps_done))
-            torch._foreach_lerp_(averages, self.weights, 1 - decay)
+            torch._foreach_lerp_(own, weights, 1 - decay)
 
     def is_finite(self) -> bool:
-        """Whether all weights and averages are; waits for the device."""
-        return bool(
-            torch.stack(torch._foreach_norm([*self.trained, *itertools.chain(*self.averages)])).isfinite().all()
-        )
+        """Whether all weights and averages are, of this process; waits for the device."""
+        tensors = map(own_part, [*self.trained, *itertools.chain(*self.averages)])
+        return bool(torch.stack(torch._foreach_norm([*tensors])).isfinite().all())
 
     def save(self, run_dir: Path, facts: dict[str, Any], *, keep: int) -> Path:
-        """Writes a checkpoint.
+        """Writes a checkpoint; the first process does, of what all of them hold.
 
         Args:
             run_dir: folder of the run.
@@ -143,7 +149,18 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             **facts,
         }
-        return save_checkpoint(run_dir, self.steps_done, tensors, state, keep=keep)
+        gathered: dict[str, dict[str, Tensor]] = {}
+        for stem, named in tensors.items():
+            gathered[stem] = {}
+            for name, tensor in named.items():
+                values = whole(tensor)
+                if self.processes.first:
+                    gathered[stem][name] = values.cpu() if values is not tensor else values
+        return Path(
+            self.processes.by_first(
+                lambda: os.fspath(save_checkpoint(run_dir, self.steps_done, gathered, state, keep=keep))
+            )
+        )
 
     def load(self, checkpoint: Path) -> RunState:
         """Takes the place of what a checkpoint folder holds: weights, average, optimiser, random numbers, counters.

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
-from ..batch import Batch
+from ..batch import WHOLE, Batch, Share
 from ..diffusion.transport import Transport
-from ..models.sit import Capture
+from ..distributed.parallel import gradients_kept
+from ..distributed.shards import whole
 from .runlog import Meter
 from .state import TrainState
-from .terms.base import LossTerm
 
 
 def train_step(
@@ -23,6 +21,7 @@ def train_step(
     learning_rate: float,
     autocast_dtype: torch.dtype | None,
     meter: Meter,
+    share: Share = WHOLE,
 ) -> Tensor:
     """Moves `state` on by a step. Nothing is read from the device, unless a term's targets are looked up on the host.
 
@@ -33,6 +32,7 @@ def train_step(
         learning_rate: of this step.
         autocast_dtype: None for fp32.
         meter: is given the losses, the terms' metrics and the norm of the gradient.
+        share: what `batch` is of that of all processes.
 
     Returns:
         the sum of the losses of all passes, a detached 0-d tensor.
@@ -41,38 +41,33 @@ def train_step(
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
     terms = [term for term in state.terms if term.active(step)]
-    capture = _captures(terms, state.model.kernels)
     targets = [term.targets(batch, optim.accumulate) for term in terms]
-    device = batch.samples.device
-    step_loss = torch.zeros((), device=device)
-    for part in batch.split(len(batch) // optim.accumulate):
-        inputs: dict[str, Any] = part.condition.keywords()
-        if capture:
-            inputs["capture"] = capture
-        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            output = transport.training_losses(state.model, part.samples, inputs, generator=state.generator)
-            total = flow = output["loss"].mean()
-            meter.add("loss", flow)
-            for term, target in zip(terms, targets, strict=True):
-                loss = term.loss(output.get("states", {}), next(target), step)
-                total = total + loss
-                meter.add(f"{term.name}_loss", loss)
-                for name, value in term.metrics().items():
-                    meter.add(name, value)
-        state.scaler.scale(total / optim.accumulate).backward()
+    step_loss = torch.zeros((), device=batch.samples.device)
+    parts = batch.split(len(batch) // optim.accumulate)
+    for number, part in enumerate(parts, 1):
+        with gradients_kept(state.network, state.divided, last=number == len(parts)):
+            found = state.network(
+                part,
+                terms,
+                [next(target) for target in targets],
+                transport=transport,
+                step=step,
+                generator=state.generator,
+                autocast_dtype=autocast_dtype,
+                share=share.of_a_pass,
+            )
+            total = found.pop("total")
+            state.scaler.scale(total / optim.accumulate).backward()
         step_loss = step_loss + total.detach()
+        for name, value in found.items():
+            meter.add(name, value)
     if optim.clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
-        meter.add("grad_norm", torch.nn.utils.clip_grad_norm_(state.trained, optim.clip_norm))
+        meter.add("grad_norm", whole(torch.nn.utils.clip_grad_norm_(state.trained, optim.clip_norm)))
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
     state.move_average()
     state.steps_done += 1
-    state.samples_seen += len(batch.samples)
+    state.samples_seen += len(batch) * share.world
     return step_loss
-
-
-def _captures(terms: list[LossTerm], kernels: str) -> list[Capture]:
-    """What all of them need, once."""
-    return list(dict.fromkeys(block for term in terms for block in term.captures(kernels)))

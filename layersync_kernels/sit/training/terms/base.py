@@ -9,7 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from ....ops.attention import length_mask
 from ...batch import Batch
 from ...config.run import TrainConfig
 from ...data.base import SampleSet
+from ...distributed.processes import ALONE, Processes
 from ...models.sit import Capture, SiT
 
 
@@ -31,6 +32,7 @@ class Setting:
     model: SiT
     data: SampleSet
     device: torch.device
+    processes: Processes = ALONE
 
 
 class LossTerm(ABC):
@@ -101,18 +103,36 @@ TermBuilder = Callable[[Setting], "LossTerm | None"]
 """Makes a term, or None where the config asks for none."""
 
 
-def tokens_present(model: SiT, batch: Batch) -> Tensor | None:
-    """Which tokens of the samples are there: bool (B, N), or None for all."""
+class Present(NamedTuple):
+    """The tokens of a pass that are there.
+
+    Attributes:
+        mask: bool (B / passes, N); None: all are.
+        weight: how many, over how many there are on average in the passes of all processes: a 0-d tensor. The mean of
+            means, weighted so, is the mean over all tokens of the step. None: 1.
+    """
+
+    mask: Tensor | None = None
+    weight: Tensor | None = None
+
+
+def tokens_present(setting: Setting, batch: Batch, passes: int) -> list[Present]:
+    """Which tokens of a batch are there, pass by pass."""
     extent, lengths = batch.samples.shape[2:], batch.condition.lengths
     if lengths is None:
-        return None
-    return length_mask(model.token_lengths(lengths, extent), math.prod(model.grid_of(extent)))
+        return [Present()] * passes
+    there = setting.model.token_lengths(lengths, extent)
+    counts = there.view(passes, -1).sum(1)
+    every = setting.processes.mean(counts.float().mean())
+    masks = length_mask(there, math.prod(setting.model.grid_of(extent))).chunk(passes)
+    return [Present(mask, weight) for mask, weight in zip(masks, counts / every, strict=True)]
 
 
 class AlignmentTerm(LossTerm):
     """A term whose module says which blocks it compares, and when."""
 
     module: LayerSyncLoss | RepresentationAlignmentLoss
+    _weight: Tensor | None = None
 
     def active(self, step: int) -> bool:
         """What its schedule says."""
@@ -123,6 +143,12 @@ class AlignmentTerm(LossTerm):
         blocks: Sequence[Any] = self.module.captures if kernels == "fused" else self.module.layers
         return blocks
 
+    def weighted(self, loss: Tensor, present: Present) -> Tensor:
+        """The mean over the tokens of a pass, as its part of that over all tokens of the step."""
+        self._weight = present.weight
+        return loss if present.weight is None else loss * present.weight
+
     def metrics(self) -> Mapping[str, Tensor]:
         """The mean cosine of each pair, as "cosine/STUDENT:TEACHER"."""
-        return {f"cosine/{pair}": cosine for pair, cosine in self.module.cosine.items()}
+        weight = 1 if self._weight is None else self._weight
+        return {f"cosine/{pair}": cosine * weight for pair, cosine in self.module.cosine.items()}

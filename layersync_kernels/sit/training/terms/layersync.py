@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -14,8 +13,7 @@ from ....losses.layersync import LayerSyncLoss
 from ....losses.pairs import default_pair
 from ...batch import Batch
 from ...config.loss import LayerSyncConfig
-from ...models.sit import SiT
-from .base import AlignmentTerm, Setting, tokens_present
+from .base import AlignmentTerm, Present, Setting, tokens_present
 
 
 class LayerSyncTerm(AlignmentTerm):
@@ -23,29 +21,28 @@ class LayerSyncTerm(AlignmentTerm):
 
     Args:
         loss: has no parameters.
-        model: whose tokens it compares.
+        setting: whose model's tokens it compares.
     """
 
     name = "align"
     module: LayerSyncLoss
 
-    def __init__(self, loss: LayerSyncLoss, model: SiT) -> None:
-        self.module, self._model = loss, model
+    def __init__(self, loss: LayerSyncLoss, setting: Setting) -> None:
+        self.module, self._setting = loss, setting
 
     @classmethod
     def build(cls, setting: Setting) -> LayerSyncTerm | None:
         """That of ``config.layersync``; None for "off". Raises as `build_loss`."""
         loss = build_loss(setting.config.layersync, len(setting.model.blocks))
-        return None if loss is None else cls(loss, setting.model)
+        return None if loss is None else cls(loss, setting)
 
-    def targets(self, batch: Batch, passes: int) -> Iterator[Tensor | None]:
-        """Which tokens are there: bool (B / passes, N), or None for all."""
-        present = tokens_present(self._model, batch)
-        return itertools.repeat(None, passes) if present is None else iter(present.chunk(passes))
+    def targets(self, batch: Batch, passes: int) -> Iterator[Present]:
+        """Which tokens are there."""
+        return iter(tokens_present(self._setting, batch, passes))
 
-    def loss(self, states: Mapping[Any, Tensor], target: Tensor | None, step: int) -> Tensor:
+    def loss(self, states: Mapping[Any, Tensor], target: Present, step: int) -> Tensor:
         """The weighted sum over pairs."""
-        return self.module(states, step=step, mask=target)
+        return self.weighted(self.module(states, step=step, mask=target.mask), target)
 
 
 def build_loss(config: LayerSyncConfig, depth: int) -> LayerSyncLoss | None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager
@@ -21,7 +20,7 @@ from ...teachers.base import Teacher, not_finite
 from ...teachers.clock import TeacherClock
 from ...teachers.features import Features, latent_message
 from ...teachers.grids import GridTeacher, load_any
-from .base import AlignmentTerm, Setting, tokens_present
+from .base import AlignmentTerm, Present, Setting, tokens_present
 
 
 class RepaTerm(AlignmentTerm):
@@ -30,8 +29,7 @@ class RepaTerm(AlignmentTerm):
     Args:
         loss: its projectors are trained with the model.
         teacher: the network, or its precomputed features.
-        model: whose tokens learn.
-        device: where the loss and the network are.
+        setting: whose model's tokens learn, and on which device.
 
     Attributes:
         clock: measures the teacher's share of the measured steps.
@@ -45,11 +43,10 @@ class RepaTerm(AlignmentTerm):
         self,
         loss: RepresentationAlignmentLoss,
         teacher: Teacher | GridTeacher | Features,
-        model: SiT,
-        device: torch.device,
+        setting: Setting,
     ) -> None:
-        self.module, self.teacher, self._model, self._device = loss, teacher, model, device
-        self.clock = TeacherClock(device)
+        self.module, self.teacher, self._setting = loss, teacher, setting
+        self.clock = TeacherClock(setting.device)
         self._sums: list[Tensor] = []  # of the tokens of each pass since the last check, still on the device
 
     @classmethod
@@ -82,32 +79,31 @@ class RepaTerm(AlignmentTerm):
             teacher.to(device)
             first = data.take(torch.arange(min(2, len(data)))).to(device)
             width = teacher.width(first.samples, first.condition.lengths)
-        return cls(build_loss(align, setting.model, teacher.name, width).to(device), teacher, setting.model, device)
+        return cls(build_loss(align, setting.model, teacher.name, width).to(device), teacher, setting)
 
-    def targets(self, batch: Batch, passes: int) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """The teacher's tokens (B / passes, N, T), and which are there: bool (B / passes, N), or None for all."""
-        present = tokens_present(self._model, batch)
-        masks = itertools.repeat(None, passes) if present is None else present.chunk(passes)
+    def targets(self, batch: Batch, passes: int) -> Iterator[tuple[Tensor, Present]]:
+        """The teacher's tokens (B / passes, N, T), and which are there."""
+        present = tokens_present(self._setting, batch, passes)
         if isinstance(self.teacher, Features):
             with self.clock.measure():
-                tokens = self.teacher.tokens(batch.index, batch.mirrored).to(self._device, non_blocking=True)
-            yield from zip(tokens.chunk(passes), masks, strict=True)
+                tokens = self.teacher.tokens(batch.index, batch.mirrored).to(self._setting.device, non_blocking=True)
+            yield from zip(tokens.chunk(passes), present, strict=True)
         else:
-            for part, mask in zip(batch.split(len(batch) // passes), masks, strict=True):
+            for part, there in zip(batch.split(len(batch) // passes), present, strict=True):
                 with self.clock.measure():
                     tokens = self.teacher(part.samples, part.condition.lengths)
-                yield tokens, mask
+                yield tokens, there
 
-    def loss(self, states: Mapping[Any, Tensor], target: tuple[Tensor, Tensor | None], step: int) -> Tensor:
+    def loss(self, states: Mapping[Any, Tensor], target: tuple[Tensor, Present], step: int) -> Tensor:
         """The weighted loss.
 
         Raises:
             TeacherError: the teacher's tokens do not fit the model's.
         """
-        tokens, mask = target
+        tokens, present = target
         self._sums.append(tokens.float().sum())
         try:
-            return self.module(states, tokens, step=step, mask=mask)
+            return self.weighted(self.module(states, tokens, step=step, mask=present.mask), present)
         except ValueError as error:  # token counts that cannot be interpolated; NaN in the very first call
             raise TeacherError(f"the teacher {self.module.pairs[0][1]} does not fit: {error}") from error
 

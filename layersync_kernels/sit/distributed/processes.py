@@ -1,0 +1,208 @@
+"""The processes of a run, as torchrun starts them, and what they tell each other."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import logging
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ...errors import ConfigError, ProcessLost, UserError, first_line
+from ..console import console
+from ..device import resolve_device
+
+logger = logging.getLogger(__name__)
+
+_SECONDS_FOR_FIRST = 5
+"""That a process waits for the first one to say the same as it."""
+
+
+@dataclass(frozen=True)
+class Processes:
+    """One of the processes of a run, all of which call the same methods in the same order. Alone, they do nothing.
+
+    Attributes:
+        rank: which one.
+        world: how many there are.
+        local_world: how many of them are on this machine.
+    """
+
+    rank: int = 0
+    world: int = 1
+    local_world: int = 1
+
+    @property
+    def first(self) -> bool:
+        """Whether this is the one that writes and speaks."""
+        return self.rank == 0
+
+    def largest(self, *values: float) -> tuple[float, ...]:
+        """The largest of what each of them gives, value by value; the hosts wait for each other, devices do not."""
+        if self.world == 1:
+            return values
+        tensor = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tuple(tensor.tolist())
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum of what each of them gives, in place; on the tensor's device."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def mean(self, tensor: Tensor) -> Tensor:
+        """The mean of what each of them gives, in place; on the tensor's device."""
+        return self.sum(tensor).div_(self.world) if self.world > 1 else tensor
+
+    def text(self, text: str, source: int = 0) -> str:
+        """What the one of rank `source` gives."""
+        if self.world == 1:
+            return text
+        given = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
+        length = torch.tensor([len(given)])
+        dist.broadcast(length, source)
+        content = given if self.rank == source else torch.empty(int(length), dtype=torch.uint8)
+        if int(length):
+            dist.broadcast(content, source)
+        return bytes(content.tolist()).decode()
+
+    def by_first(self, function: Callable[[], str]) -> str:
+        """What a function gives that the first process alone calls.
+
+        Raises:
+            UserError: it raised one; all processes raise it, of the same type.
+        """
+        if self.world == 1:
+            return function()
+        result, failed = "", ""
+        error: UserError | None = None
+        if self.first:
+            try:
+                result = function()
+            except UserError as raised:
+                error, failed = raised, f"{type(raised).__name__}\n{raised}"
+        failed = self.text(failed)
+        if not failed:
+            return self.text(result)
+        if error is not None:
+            raise error
+        name, _, message = failed.partition("\n")
+        kinds = {kind.__name__: kind for kind in _kinds(UserError)}
+        raise kinds.get(name, UserError)(message)
+
+
+ALONE = Processes()
+"""A single process."""
+
+
+def _kinds(kind: type[UserError]) -> Iterator[type[UserError]]:
+    yield kind
+    for below in kind.__subclasses__():
+        yield from _kinds(below)
+
+
+def _launched() -> tuple[int, int, int, int]:
+    """What torchrun says: rank and number of the processes, and both on this machine; (0, 1, 0, 1) without it.
+
+    Raises:
+        ConfigError: WORLD_SIZE is not 1, and another variable is missing or no number.
+    """
+    if (os.environ.get("WORLD_SIZE") or "1") == "1":
+        return 0, 1, 0, 1
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT")
+    values = {name: os.environ.get(name, "") for name in names}
+    if wrong := next((name for name in names if not values[name].isdecimal()), None):
+        raise ConfigError(
+            f"WORLD_SIZE is {values['WORLD_SIZE']}, and {wrong} is {values[wrong] or 'not set'}; start several "
+            "processes with torchrun, which sets both (torchrun --nproc-per-node 8 -m layersync_kernels train ...), or "
+            "one with WORLD_SIZE unset"
+        )
+    rank, world, local_rank, local_world, _ = map(int, values.values())
+    return rank, world, local_rank, local_world
+
+
+@contextlib.contextmanager
+def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.device]]:
+    """The processes that torchrun has started, connected until the block ends, and the device of this one.
+
+    Gloo connects hosts and, where there are GPUs, NCCL these. Messages and progress are those of the first process.
+
+    Args:
+        device: as `resolve_device` has it; several processes on GPUs take one each.
+        timeout: seconds that a process waits for the others, before it gives up.
+
+    Raises:
+        ConfigError: more processes than GPUs, a single GPU named for all, variables that contradict each other.
+        ProcessLost: another process ended or did not answer.
+        UserError: as raised in the block. Where all processes raise the same, the first one alone does, and the others
+            end with exit code 1.
+    """
+    rank, world, local_rank, local_world = _launched()
+    if world == 1:
+        yield ALONE, resolve_device(device)
+        return
+    own = _own_device(device, local_rank, local_world)
+    if rank:
+        console.quiet = True
+        logging.getLogger("layersync_kernels").setLevel(logging.ERROR)
+    wait = datetime.timedelta(seconds=timeout)
+    try:
+        store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=wait)))
+        backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLost(f"process {rank} of {world} cannot reach the others: {first_line(error)}") from error
+    try:
+        yield Processes(rank, world, local_world), own
+    except UserError as error:
+        store.set(f"failed/{rank}", str(error))
+        if rank and _first_says(store, str(error)):
+            raise SystemExit(1) from None
+        raise
+    except RuntimeError as error:
+        if not _is_of_connection(error):
+            raise
+        raise ProcessLost(
+            f"process {rank} of {world} stops, as another one has ended or has not answered for {timeout:g} s; its own "
+            f"message says why ({first_line(error)})"
+        ) from error
+    finally:
+        dist.destroy_process_group()
+
+
+def _own_device(name: str, local_rank: int, local_world: int) -> torch.device:
+    device = resolve_device(name)
+    if device.type != "cuda":
+        return device
+    if device.index is not None:
+        raise ConfigError(
+            f"--device {name}: {local_world} processes of this machine would share it; give cuda, or auto"
+        )
+    if local_world > torch.cuda.device_count():
+        raise ConfigError(
+            f"{local_world} processes on this machine, which has {torch.cuda.device_count()} GPUs; start torchrun with "
+            f"--nproc-per-node {torch.cuda.device_count()}"
+        )
+    own = torch.device("cuda", local_rank)
+    torch.cuda.set_device(own)
+    return own
+
+
+def _first_says(store: dist.Store, message: str) -> bool:
+    """Whether the first process fails for the same reason, within some seconds."""
+    try:
+        store.wait(["failed/0"], datetime.timedelta(seconds=_SECONDS_FOR_FIRST))
+        return bool(store.get("failed/0").decode() == message)
+    except RuntimeError:  # DistStoreError is one: it does not, or is gone
+        return False
+
+
+def _is_of_connection(error: RuntimeError) -> bool:
+    """Whether it comes from a process group: NCCL's errors have a type, gloo's a place in its sources."""
+    return isinstance(error, dist.DistError) or "gloo/" in str(error)

@@ -1,0 +1,151 @@
+"""Several processes train what one trains: the same losses, weights, averages and optimiser, whatever is shared how."""
+
+import dataclasses
+import functools
+
+import pytest
+import torch
+from torch import nn
+
+from layersync_kernels.errors import ConfigError
+from layersync_kernels.sit.batch import Share
+from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig, ScheduleConfig
+from layersync_kernels.sit.config.optim import OptimConfig
+from layersync_kernels.sit.config.parallel import ParallelConfig
+from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.distributed.parallel import share_of
+from layersync_kernels.sit.distributed.processes import ALONE, Processes
+from layersync_kernels.sit.distributed.shards import own_part, whole
+from layersync_kernels.sit.modality.audio import Waveform
+from layersync_kernels.sit.spec import SampleSpec
+from layersync_kernels.sit.training.loop import Trainer
+from layersync_kernels.sit.training.state import TrainState
+
+from ..integrate.distributed import run
+from .tiny import tiny_config, tiny_data
+
+STEPS = 5
+BATCH = {"batch_size": 8}
+REPA = {"align": "repa", "teacher": f"{__name__}:teacher", "align_block": 1, "projector_dim": 8}
+
+
+def teacher(modality):
+    """Fixed tokens (B, 12, 3) of sequences."""
+    torch.manual_seed(5)
+    layer = nn.Conv1d(1, 3, 1)
+    return lambda samples, lengths: layer(samples)
+
+
+def sequences():
+    """Up to 12 long."""
+    generator = torch.Generator().manual_seed(3)
+    lengths = torch.randint(1, 13, (40,), generator=generator)
+    samples = torch.randn(40, 1, 12, generator=generator)
+    return MemorySet(
+        spec=SampleSpec(1, (12,), variable=True),
+        num_classes=2,
+        class_names=["a", "b"],
+        modality=Waveform(sample_rate=8000),
+        samples=torch.where(torch.arange(12) < lengths[:, None, None], samples, 0),
+        labels=torch.arange(40) % 2,
+        lengths=lengths,
+    )
+
+
+def images(**groups):
+    return tiny_config(optim=BATCH | groups.pop("optim", {}), **groups), tiny_data()
+
+
+def motions(**groups):
+    changes = {"data": {"flip": False}, "model": {"patch_size": 1}} | groups
+    return tiny_config(optim=BATCH | changes.pop("optim", {}), **changes), sequences()
+
+
+CASES = {
+    "images": lambda: images(),
+    "two passes, two averages": lambda: images(optim={"accumulate": 2, "ema_decay": (0.9, 0.5)}),
+    "lengths": lambda: motions(),
+    "lengths, two passes": lambda: motions(optim={"accumulate": 2}),
+    "repa": lambda: motions(align=AlignConfig(**REPA), optim={"accumulate": 2}),
+    "repa in every other step": lambda: motions(align=AlignConfig(**REPA, align_when=ScheduleConfig(every=2))),
+    "not clipped, light": lambda: images(optim={"clip_norm": None}, model={"recompute": "light"}),
+    "eager, two pairs": lambda: images(
+        model={"kernels": "eager"}, layersync=LayerSyncConfig(layersync=("1:3", "2:3"), weight=(0.2, 0.1))
+    ),
+    "bf16": lambda: images(precision="bf16"),
+}
+
+
+class Steady(TrainState):
+    """Without the default eps of 1e-8, AdamW makes whole steps of gradients that are nothing but rounding."""
+
+    def build_optimizer(self):
+        return torch.optim.AdamW(self.trained, lr=self.config.lr, eps=1e-3, fused=True)
+
+
+class SteadyTrainer(Trainer):
+    state_type = Steady
+
+
+def trained(case, processes=ALONE, **parallel):
+    """What there is after some steps, and the means of each step."""
+    config, data = CASES[case]()
+    trainer = SteadyTrainer(dataclasses.replace(config, parallel=ParallelConfig(**parallel)), data, processes=processes)
+    records = []
+    for number in range(1, STEPS + 1):
+        trainer.advance(number)
+        records.append(trainer.meter.read(processes))
+    state = trainer.state
+    tensors = {f"model.{name}": tensor for name, tensor in state.model.state_dict().items()}
+    for stem, ema in state.emas.items():
+        tensors |= {f"{stem}.{name}": tensor for name, tensor in ema.state_dict().items()}
+    for name, parameter in zip(state.names, state.trained, strict=True):
+        tensors[f"optimizer.{name}"] = state.optimizer.state[parameter]["exp_avg"]
+    held = sum(own_part(tensor).numel() for tensor in tensors.values())
+    return {name: whole(tensor).clone() for name, tensor in tensors.items()}, records, held
+
+
+@functools.cache
+def alone(case):
+    return trained(case)
+
+
+def all_cases(rank, *, world, **parallel):
+    processes = Processes(rank, world, 2)
+    return {case: trained(case, processes, **parallel) for case in CASES}
+
+
+WAYS = {
+    "ddp-2": (2, {}),
+    "fsdp-2": (2, {"parallel": "fsdp"}),
+    "fsdp-2-kept": (2, {"parallel": "fsdp", "reshard": False}),
+    "ddp-4": (4, {}),
+    "hsdp-4": (4, {"parallel": "hsdp"}),
+}
+
+
+@pytest.fixture(scope="module", params=WAYS)
+def found(request, tmp_path_factory):
+    """Results of all processes, by case."""
+    world, parallel = WAYS[request.param]
+    function = functools.partial(all_cases, world=world, **parallel)
+    return request.param, run(function, tmp_path_factory.mktemp(request.param), 240, world=world)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_processes_train_what_one_trains(found, case):
+    way, results = found
+    tensors, records, held = alone(case)
+    rough = 100 if case == "bf16" else 1
+    if not way.startswith("ddp"):
+        assert sum(of_rank[case][2] for of_rank in results) == held * len(results) // 2
+        assert all(of_rank[case][2] < held * 0.52 for of_rank in results)
+    for of_rank in results:
+        theirs, their_records, _ = of_rank[case]
+        for mine, other in zip(records, their_records, strict=True):
+            assert other == pytest.approx(mine, rel=2e-5 * rough, abs=2e-6 * rough)
+        assert theirs.keys() == tensors.keys()
+        for name, tensor in tensors.items():
+            torch.testing.assert_close(
+                theirs[name], tensor, rtol=0, atol=1e-5 * rough, msg=lambda m, n=name: f"{n}: {m}"
+            )
