@@ -26,7 +26,7 @@ from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import remote
 from layersync_kernels.sit.data.base import EpochShuffle
 from layersync_kernels.sit.data.buckets import BucketedSet
-from layersync_kernels.sit.data.draws import Draws
+from layersync_kernels.sit.data.draws import draw
 from layersync_kernels.sit.data.latents_index import shard_name
 from layersync_kernels.sit.data.latents_set import LatentSet, StreamedLatents
 from layersync_kernels.sit.data.registry import load_data
@@ -255,8 +255,8 @@ def test_a_window_has_some_ten_thousand_samples():
 
 
 def test_draws_are_normal_numbers_and_fair_coins():
-    draws = Draws(0, torch.arange(500), (3, 67))
-    values, coins = draws.normal().double(), draws.coins()
+    coins, normal = draw(0, torch.arange(500), (3, 67))
+    values = normal.double()
     assert values.shape == (500, 3, 67)
     count = values.numel()
     assert abs(values.mean()) < 4 / count**0.5
@@ -266,9 +266,11 @@ def test_draws_are_normal_numbers_and_fair_coins():
         assert abs((values.flatten()[shift:] * values.flatten()[:-shift]).mean()) < 4 / count**0.5
     assert abs(coins.double().mean() - 0.5) < 4 * 0.5 / 500**0.5
     assert abs((coins.double() - 0.5) @ values[:, 0, 0]) < 4 * 0.5 * 500**0.5
-    assert not torch.equal(Draws(1, torch.arange(500), (3, 67)).normal(), draws.normal())
-    far = Draws(0, torch.tensor([2**62, 3]), (3, 67)).normal()
-    assert torch.equal(far[1].double(), values[3])
+    assert not torch.equal(draw(1, torch.arange(500), (3, 67))[1], normal)
+    few, far = draw(0, torch.tensor([2**62, 3]), (3, 67))
+    assert torch.equal(far[1], normal[3])
+    assert few[1] == coins[3]
+    assert torch.equal(draw(0, torch.arange(500), (0,))[0], coins)
 
 
 def test_each_pass_over_latents_draws_anew(tmp_path):

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...errors import DataError
 from ..batch import WHOLE, Batch, Condition, Share, within_lengths
 from .base import SampleSet, Shuffle, requests
-from .draws import Draws
+from .draws import draw
 from .latents_index import LatentsIndex, shard_name
 from .remote import ShardCache, is_url
 from .shards import ShardShuffle, read_ahead
@@ -43,7 +43,7 @@ class PosteriorSet(SampleSet):
 
     def take(self, index: Tensor) -> Batch:
         """See `SampleSet.take`; the means, not mirrored."""
-        return self._batch(index, None)
+        return self._batch(index, None, None)
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """See `SampleSet.batches`; what is drawn for a sample follows from the seed and its position."""
@@ -52,16 +52,12 @@ class PosteriorSet(SampleSet):
 
     def drawn(self, positions: Tensor, numbers: Tensor, seed: int) -> Batch:
         """Samples at positions of the stream, int64 (B,) both."""
-        return self._batch(numbers, Draws(seed, positions, self.spec.shape if self.posterior else None))
+        mirrored, noise = draw(seed, positions, self.spec.shape if self.posterior else (0,))
+        return self._batch(numbers, mirrored if self.flip else None, noise if self.posterior else None)
 
-    def _batch(self, index: Tensor, draws: Draws | None) -> Batch:
-        mirrored = draws.coins() if self.flip and draws is not None else None
-        if self.posterior and draws is not None:
-            values = (
-                draws.normal().mul_(self._chosen("std", index, mirrored)).add_(self._chosen("mean", index, mirrored))
-            )
-        else:
-            values = self._chosen("mean", index, mirrored).float()
+    def _batch(self, index: Tensor, mirrored: Tensor | None, noise: Tensor | None) -> Batch:
+        mean = self._chosen("mean", index, mirrored)
+        values = mean.float() if noise is None else noise.mul_(self._chosen("std", index, mirrored)).add_(mean)
         samples = self.modality.normalise(values)
         lengths = self.rows("lengths", index) if self.spec.variable else None
         if lengths is not None:
@@ -74,11 +70,8 @@ class PosteriorSet(SampleSet):
         if mirrored is None:
             return self.rows(name, index)
         plain, other = (~mirrored).nonzero().flatten(), mirrored.nonzero().flatten()
-        first = self.rows(name, index[plain])
-        values = first.new_empty(len(index), *first.shape[1:])
-        values[plain] = first
-        values[other] = self.rows(f"{name}_mirrored", index[other])
-        return values
+        both = torch.cat([self.rows(name, index[plain]), self.rows(f"{name}_mirrored", index[other])])
+        return both.index_select(0, torch.cat([plain, other]).argsort())
 
 
 @dataclass(kw_only=True)
@@ -181,18 +174,22 @@ class StreamedLatents(PosteriorSet):
 
     def rows(self, name: str, index: Tensor) -> Tensor:
         """See `PosteriorSet.rows`."""
-        numbers = name in ("labels", "lengths")
-        shape = (len(index),) if numbers else (len(index), *self.spec.shape)
-        values = torch.empty(shape, dtype=torch.int64 if numbers else torch.float16)
-        shard = self.files.index.shard
-        owners = index // shard
-        for number in owners.unique().tolist():
-            own = (owners == number).nonzero().flatten()
-            found = self.files.tensors(number)[name].index_select(0, index[own] - number * shard)
-            if not numbers and not found.isfinite().all():
-                raise DataError(f"{self.files.place(number)} holds NaN or infinity; write it anew")
-            values[own] = found
-        return values
+        latent = name not in ("labels", "lengths")
+        shape = self.spec.shape if latent else ()
+        found = torch.empty(len(index), *shape, dtype=torch.float16 if latent else torch.int64)
+        owners = index // self.files.index.shard
+        order = owners.argsort(stable=True)
+        numbers, counts = owners.unique(return_counts=True)
+        sizes, place = counts.tolist(), 0
+        for number, own in zip(numbers.tolist(), index[order].split(sizes), strict=True):
+            part = self.files.tensors(number)[name]
+            first = number * self.files.index.shard
+            torch.index_select(part, 0, own - first, out=found[place : place + len(own)])
+            place += len(own)
+        if latent and len(index) and not torch.stack(found.aminmax()).isfinite().all():  # NaN if there is one; one pass
+            bad = found.isfinite().flatten(1).all(1).logical_not().nonzero()[0]
+            raise DataError(f"{self.files.place(int(owners[order[bad]]))} holds NaN or infinity; write it anew")
+        return found.index_select(0, order.argsort())
 
     def batches(self, batch_size: int, *, seed: int, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU.

@@ -46,21 +46,22 @@ def read_by_workers(
         generator=torch.Generator(),  # of seeds for workers, which draw nothing; the global one stays as it is
     )
     items = iter(loader)
-    while True:
-        try:
-            item = next(items)
-        except StopIteration:
-            return
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error):
-                raise
-            raise DataError(
-                f"a process that reads the data has died ({first_line(error)}): memory ran out (lower --workers or "
-                "--prefetch), or a file was cut off while it was read"
-            ) from error
-        if isinstance(item, DataError):
-            raise item
-        yield item
+    try:
+        while True:
+            try:
+                item = next(items)
+            except RuntimeError as error:
+                if "DataLoader worker" not in str(error):
+                    raise
+                raise DataError(
+                    f"a process that reads the data has died ({first_line(error)}): memory ran out (lower --workers "
+                    "or --prefetch), or a file was cut off while it was read"
+                ) from error
+            if isinstance(item, DataError):
+                raise item
+            yield item
+    finally:
+        del items  # ends the workers now, where the traceback of an error would keep them
 
 
 class _Reader(Dataset[Any]):
