@@ -217,28 +217,26 @@ def test_a_batch_may_be_larger_than_the_data(tmp_path):
 # The order of samples in files
 
 
-@pytest.mark.parametrize(("sizes", "window"), [([7] * 7 + [1], 2), ([3, 1, 4, 1, 5], 3), ([5], 2), ([2, 2], 9)])
-def test_every_epoch_is_a_permutation_file_by_file(sizes, window):
+@pytest.mark.parametrize(("sizes", "window"), [([7] * 7 + [1], 2), ([3, 1, 4, 1, 5], 3), ([30], 2), ([5, 5], 9)])
+def test_every_epoch_is_a_permutation_window_by_window(sizes, window):
     count = sum(sizes)
     owner = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     shuffle = ShardShuffle(sizes, window, seed=4)
     epochs = [shuffle.indices(epoch * count, count) for epoch in range(3)]
+
+    def is_window(epoch, place, end):
+        files = owner[epoch[place:end]].unique().tolist()
+        whole = end - place == sum(sizes[i] for i in files)
+        return whole and (len(files) == window or (end == count and len(files) < window))
+
     for epoch in epochs:
         assert sorted(epoch.tolist()) == list(range(count))
-        files = list(dict.fromkeys(owner[epoch].tolist()))
         place = 0
-        while place < count:  # a window has all samples of its files, and no others
-            own = {i for i in files if i in owner[epoch[place : place + 1]].tolist()}
-            end = place
-            while end < count and (len(own | {int(owner[epoch[end]])}) <= window):
-                own.add(int(owner[epoch[end]]))
-                end += 1
-                if end - place == sum(sizes[i] for i in own) and len(own) == window:
-                    break
-            assert end - place == sum(sizes[i] for i in own)
-            place = end
-    if count > 5:
-        assert not torch.equal(epochs[0], epochs[1])
+        while place < count:
+            ends = [end for end in range(place + 1, count + 1) if is_window(epoch, place, end)]
+            assert ends
+            place = ends[0]
+    assert not torch.equal(epochs[0], epochs[1])
     whole = torch.cat(epochs)
     for start in range(0, 2 * count, 3):
         assert torch.equal(ShardShuffle(sizes, window, seed=4).indices(start, count), whole[start : start + count])
@@ -541,9 +539,7 @@ def test_tars_beyond_the_limit_are_read_from_their_places(tmp_path):
     index = torch.randperm(COUNT)
     assert_equal(streamed.take(index), held.take(index))
     owners = next(streamed.batches(COUNT, seed=0)).index // SHARD
-    for first in range(0, 28, 14):  # a window of two files, where the one with a single sample is not in it
-        if 7 not in owners[: first + 14]:
-            assert len(owners[first : first + 14].unique()) == 2
+    assert len(owners[:8].unique()) <= 2  # a window of two files has at least as many samples
     (folder / "x-3.tar").unlink()
     with pytest.raises(DataError, match=r"cannot read .*x-3.tar.*is it still there"):
         list(itertools.islice(streamed.batches(10, seed=0), 5))

@@ -77,8 +77,7 @@ def load_latents_folder(config: DataConfig) -> LatentSet | StreamedLatents:
             )
         if sum(path.stat().st_size for path in paths) <= limit_bytes(config):
             return LatentSet(**facts, parts=_in_memory(files))
-        for number in range(index.files):  # their headers and labels, which takes a fraction of a millisecond each
-            files.tensors(number)
+        files.check()
     logger.info(
         "%s: %d latents in %d files, read as training goes by %d workers; %d files are shuffled together",
         *(config.data, index.samples, index.files, config.workers, window),
