@@ -339,13 +339,15 @@ def test_the_copy_that_was_used_longest_ago_goes_first(tmp_path):
         cache.open(f"file://{tmp_path / 'a'}", Path.read_bytes)
 
 
-def test_a_copy_left_half_by_a_process_that_died_makes_room(tmp_path):
+def test_a_copy_left_half_by_a_process_that_died_makes_room_and_what_is_no_copy_stays(tmp_path):
     (tmp_path / "a").write_bytes(bytes(10))
     cache = ShardCache(tmp_path / "cache", 25)
     cache.folder.mkdir()
-    (cache.folder / ".writing-1-x-b").write_bytes(bytes(20))
+    (cache.folder / f".writing-1-{16 * '0'}-b").write_bytes(bytes(20))
+    (cache.folder / "thesis.txt").write_bytes(bytes(100))
     cache.open(f"file://{tmp_path / 'a'}", Path.read_bytes)
     assert not list(cache.folder.glob(".writing*"))
+    assert (cache.folder / "thesis.txt").is_file()
 
 
 class Flaky(memory_filesystem.MemoryFileSystem):

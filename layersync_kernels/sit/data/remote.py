@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import logging
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,8 @@ logger = logging.getLogger(__name__)
 PAUSE = 1.0
 """Seconds before what failed is tried again."""
 _BLOCK = 2**22
+_COPY = re.compile(rf"({re.escape(TEMPORARY)}\d+-)?[0-9a-f]{{16}}-.+")
+"""Names of copies, of which one may be half there; whatever else the folder holds is left alone."""
 T = TypeVar("T")
 
 
@@ -130,7 +133,7 @@ class ShardCache:
         found = []
         for entry in self.folder.iterdir():
             with contextlib.suppress(FileNotFoundError):  # one that another process has just finished
-                if entry.suffix != ".lock":
+                if _COPY.fullmatch(entry.name) and entry.suffix != ".lock":
                     facts = entry.stat()
                     found.append((facts.st_mtime, facts.st_size, entry))
         total = sum(own for _, own, _ in found)
