@@ -127,9 +127,18 @@ class Share:
         return dataclasses.replace(self, passes=1)
 
     def of(self, rows: Tensor) -> Tensor:
-        """Of something (B, ...) that there is of each sample of a batch: (B / world, ...); B divides into all parts."""
+        """Of something (B, ...) that there is of each sample of a batch: (B / world, ...); B divides into all parts.
+
+        Raises:
+            ValueError: it does not.
+        """
         if self.world == 1:
             return rows
+        if len(rows) % (self.passes * self.world):
+            raise ValueError(
+                f"a batch of {len(rows)} does not divide into {self.passes} passes of {self.world} processes; "
+                f"expected a multiple of {self.passes * self.world}"
+            )
         return rows.unflatten(0, (self.passes, self.world, -1))[:, self.rank].flatten(0, 1)
 
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from . import at_least, require
+from . import at_least, positive, require
 from .audio import AudioConfig
 from .motion import MotionConfig
 from .video import VideoConfig
@@ -17,7 +17,8 @@ class DataConfig:
     """What to train on."""
 
     data: str = "mnist"
-    """mnist | torchvision:NAME | a folder of class folders | FILE.npz | FILE.safetensors (latents)."""
+    """mnist | torchvision:NAME | a folder of class folders | FILE.npz | FILE.safetensors (latents) | URL of a folder
+    of latents."""
     data_root: Path = Path("data")
     """Where torchvision and the named sets keep their files."""
     download: bool = False
@@ -40,10 +41,19 @@ class DataConfig:
     latent_sample: Literal["posterior", "mean"] = "posterior"
     """Of a folder of latents: draw from the posterior anew each time, or take its mean."""
     memory_limit_gb: float = 4.0
-    """Memory for samples, in GiB: images that decode to more are streamed from disk by worker processes, and arrays and
-    latents that take more are refused. 0: stream all images."""
+    """Memory for samples, in GiB: images that decode to more, and folders of latents, are streamed from disk by worker
+    processes; arrays that take more are refused. 0: stream all of them."""
     workers: int = 4
     """Decoding threads or processes."""
+    prefetch: int = 2
+    """Batches that each of these processes prepares."""
+    shuffle_shards: int | None = None
+    """Files of many samples, as latents and tars are, that are shuffled together where they are streamed; None: as many
+    as have 10,000 samples."""
+    cache: Path | None = None
+    """Folder for copies of files behind URLs; None: cache in --data-root."""
+    cache_limit_gb: float = 32.0
+    """Disk for these copies, in GiB."""
     audio: AudioConfig = field(default_factory=AudioConfig)
     motion: MotionConfig = field(default_factory=MotionConfig)
     video: VideoConfig = field(default_factory=VideoConfig)
@@ -75,6 +85,8 @@ class DataConfig:
             ConfigError: naming the flag, its value and what it may be.
         """
         at_least(0, memory_limit_gb=self.memory_limit_gb, workers=self.workers)
+        at_least(1, prefetch=self.prefetch, shuffle_shards=self.shuffle_shards)
+        positive(cache_limit_gb=self.cache_limit_gb)
         for side in self.size or ():
             at_least(1, image_size=side)
         require(

@@ -31,21 +31,15 @@ def seeded(*numbers: int) -> torch.Generator:
     return torch.Generator().manual_seed(mixed >> 1)
 
 
-class EpochShuffle:
-    """The endless shuffled stream of sample numbers: epoch after epoch, each in its own order.
+class Shuffle(ABC):
+    """The endless shuffled stream of sample numbers: what stands at a position follows from the seed alone.
 
-    Position p belongs to epoch p // n; the order of an epoch depends on the seed and the epoch's number only.
+    A subclass gives `_stretch`.
     """
 
-    def __init__(self, num_samples: int, seed: int) -> None:
-        self.num_samples = num_samples
-        self.seed = seed
-        self._cached: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
-
-    def _order(self, epoch: int) -> Tensor:
-        if self._cached[0] != epoch:
-            self._cached = (epoch, torch.randperm(self.num_samples, generator=seeded(self.seed, epoch)))
-        return self._cached[1]
+    @abstractmethod
+    def _stretch(self, position: int) -> Tensor:
+        """The sample numbers from a position on, up to where another order begins: int64, at least one."""
 
     def indices(self, start: int, count: int) -> Tensor:
         """Sample numbers at positions start .. start+count-1: int64 (count,).
@@ -57,11 +51,36 @@ class EpochShuffle:
             raise ValueError(f"the stream of samples has no position {start}; expected one from 0 on")
         pieces = []
         while count > 0:
-            epoch, offset = divmod(start, self.num_samples)
-            piece = self._order(epoch)[offset : offset + count]
+            piece = self._stretch(start)[:count]
             pieces.append(piece)
             start, count = start + len(piece), count - len(piece)
         return torch.cat(pieces)
+
+
+class EpochShuffle(Shuffle):
+    """Epoch after epoch, each in its own order.
+
+    Position p belongs to epoch p // n; the order of an epoch depends on the seed and the epoch's number only.
+    """
+
+    def __init__(self, num_samples: int, seed: int) -> None:
+        self.num_samples = num_samples
+        self.seed = seed
+        self._cached: tuple[int, Tensor] = (-1, torch.empty(0, dtype=torch.long))
+
+    def _stretch(self, position: int) -> Tensor:
+        epoch, offset = divmod(position, self.num_samples)
+        if self._cached[0] != epoch:
+            self._cached = (epoch, torch.randperm(self.num_samples, generator=seeded(self.seed, epoch)))
+        return self._cached[1][offset:]
+
+
+def requests(order: Shuffle, batch_size: int, start: int, share: Share) -> Iterator[tuple[Tensor, Tensor]]:
+    """For each batch from position `start` on the positions and the sample numbers of a share, int64 (b,) both."""
+    while True:
+        numbers = order.indices(start, batch_size)
+        yield share.of(torch.arange(start, start + batch_size)), share.of(numbers)
+        start += batch_size
 
 
 @dataclass(kw_only=True)
@@ -102,10 +121,12 @@ class SampleSet(ABC):
             start: position in the stream.
             share: what is given of each batch.
         """
-        shuffle = EpochShuffle(len(self), seed)
-        while True:
-            yield self.take(share.of(shuffle.indices(start, batch_size)))
-            start += batch_size
+        for _, numbers in requests(self.order(seed), batch_size, start, share):
+            yield self.take(numbers)
+
+    def order(self, seed: int) -> Shuffle:
+        """The shuffled stream of that seed."""
+        return EpochShuffle(len(self), seed)
 
     @property
     def latent(self) -> bool:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ...errors import DataError
-from ..batch import Batch
+from ..batch import WHOLE, Batch, Share
 from .base import EpochShuffle, SampleSet, seeded
 from .memory import MemorySet
 
@@ -48,7 +48,7 @@ class BucketedSet(SampleSet):
         batch = self.parts[owner].take(index - (ends[owner] - len(self.parts[owner])))
         return Batch(batch.samples, batch.condition, index)
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
+    def batches(self, batch_size: int, *, seed: int, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
         """See `SampleSet.batches`. The stream of a size is cut into batches; `start` is rounded down to a whole batch.
 
         Raises:
@@ -65,7 +65,7 @@ class BucketedSet(SampleSet):
             epoch, position = divmod(number, per_epoch)
             owner, turn = self._turn(counts, seed, epoch, position)
             numbers = shuffles[owner].indices((epoch * counts[owner] + turn) * batch_size, batch_size)
-            yield self.take(numbers + firsts[owner])
+            yield self.take(share.of(numbers + firsts[owner]))
 
     @staticmethod
     def _turn(counts: Sequence[int], seed: int, epoch: int, position: int) -> tuple[int, int]:

@@ -23,6 +23,7 @@ from .buckets import BucketedSet, nearest_bucket
 from .media import read_all
 from .memory import MemorySet, check_fits, limit_bytes, memory_set
 from .pixels import image_to_tensor
+from .shards import window_of
 from .streaming import DECODE_ERRORS, Source, StreamingSet, all_broken_message, describe
 
 logger = logging.getLogger(__name__)
@@ -131,13 +132,16 @@ def _count_classes(dataset: Any, load: Callable[[int], tuple[Image.Image, int]])
     return max(load(i)[1] for i in range(len(dataset))) + 1
 
 
-def from_source(source: Source[Image.Image], config: DataConfig, *, default_channels: int | None) -> SampleSet:
+def from_source(
+    source: Source[Image.Image], config: DataConfig, *, default_channels: int | None, files: Sequence[int] = ()
+) -> SampleSet:
     """Decodes everything now if the samples fit into `config.memory_limit_gb`, else streams.
 
     Args:
         source: the images.
         config: channels and size wanted, the limit and the workers.
         default_channels: where the configuration leaves them open; None asks the first image, as is done for the size.
+        files: samples of each of the files that hold many of them, which are streamed in any case.
 
     Raises:
         DataError: there are no images, or none that can be read.
@@ -147,6 +151,8 @@ def from_source(source: Source[Image.Image], config: DataConfig, *, default_chan
     channels, size = config.channels or default_channels, config.size
     sizes = config.bucket_sizes
     if sizes:
+        if files:
+            raise DataError(f"--buckets: {config.data} is streamed; raise --memory-limit-gb")
         size = sizes[0]
     if channels is None or size is None:
         first = _first_readable(source)
@@ -163,7 +169,7 @@ def from_source(source: Source[Image.Image], config: DataConfig, *, default_chan
         own = sizes[nearest_bucket(image.height, image.width, sizes)] if sizes else size
         return image_to_tensor(image, own, channels), label
 
-    if len(source) * channels * pixels > limit_bytes(config):
+    if files or len(source) * channels * pixels > limit_bytes(config):
         logger.info("%s: %d images, decoded as training goes by %d workers", config.data, len(source), config.workers)
         return StreamingSet(
             spec=SampleSpec(channels, size),
@@ -171,6 +177,9 @@ def from_source(source: Source[Image.Image], config: DataConfig, *, default_chan
             class_names=source.class_names,
             source=Source(len(source), decode, source.name, source.class_names),
             workers=config.workers,
+            prefetch=config.prefetch,
+            files=files,
+            window=window_of(files, config.shuffle_shards) if files else 1,
         )
     names = [source.name(i) for i in range(len(source))]
     good, broken = read_all(names, decode, what="image files", workers=config.workers)  # Pillow decodes without the GIL

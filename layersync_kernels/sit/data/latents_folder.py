@@ -2,190 +2,95 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+import logging
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.progress import track
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from ...errors import ConfigError, DataError
-from ..batch import Batch, Condition, within_lengths
 from ..config.data import DataConfig
-from ..config.io import build, parse_json
 from ..console import console
 from ..files import atomic_path, write_json
 from ..modality.audio import Sound
 from ..modality.autoencoder import Autoencoder
-from ..modality.base import check_fps
 from ..modality.latents import Latents
 from ..modality.video import Video
 from ..spec import SampleSpec
 from .augment import mirror
-from .base import EpochShuffle, SampleSet, seeded
-from .memory import check_fits
+from .base import SampleSet
+from .latents_index import INDEX, LatentsIndex, shard_name
+from .latents_set import LatentSet, ShardFiles, StreamedLatents
+from .memory import limit_bytes
+from .remote import ShardCache, is_url, read_url
+from .shards import window_of
 
-INDEX = "index.json"
-_PARTS = ("mean", "std", "mean_mirrored", "std_mirrored", "labels", "lengths")
-
-
-@dataclass(frozen=True)
-class LatentsIndex:
-    """What ``index.json`` says.
-
-    Attributes:
-        source: the data.
-        autoencoder: its name.
-        of: the modality that it encodes.
-        samples: how many there are.
-        shard: how many are in a file.
-        flip: whether the latents of mirrored samples are there too.
-        shape: of a sample's latents, (c, ...).
-        variable: whether they have lengths.
-        num_classes, class_names: of the data.
-        shift, scale: per channel, or one for all: a model's latents are (latents - shift) * scale.
-        sample_rate: of sounds.
-        fps: of films, before they were encoded.
-    """
-
-    source: str
-    autoencoder: str
-    of: str
-    samples: int
-    shard: int
-    flip: bool
-    shape: tuple[int, ...]
-    variable: bool
-    num_classes: int
-    class_names: tuple[str, ...]
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
-    sample_rate: int
-    fps: float = Latents.fps
-
-    def __post_init__(self) -> None:
-        if min(self.samples, self.shard, self.num_classes) < 1 or not all(self.scale):
-            raise ValueError("samples, shard, num_classes and scale are positive numbers")
-        SampleSpec.of(self.shape)
-        check_fps(self.fps)
-
-    @property
-    def files(self) -> int:
-        """How many there are."""
-        return -(-self.samples // self.shard)
+logger = logging.getLogger(__name__)
 
 
 def is_latents_folder(name: str) -> bool:
-    """Whether a folder of that name holds such latents."""
+    """Whether a folder of that name holds such latents, or a name is a URL, behind which nothing else is looked for."""
+    if is_url(name):
+        return not name.endswith(".tar")
     return len(name) < 4096 and (Path(name) / INDEX).is_file() and bool(list(Path(name).glob("latents_*.safetensors")))
 
 
-@dataclass(kw_only=True)
-class LatentSet(SampleSet):
-    """Posteriors of an autoencoder, all in memory; each time a sample is taken for training it is drawn anew.
-
-    Attributes:
-        parts: "mean" and "std" (N, c, ...), those "_mirrored", "labels" (N,) and "lengths" (N,).
-        posterior: whether samples are drawn; else they are the means.
-        flip: whether half of a batch are latents of mirrored samples.
-    """
-
-    parts: dict[str, Tensor]
-    posterior: bool
-    flip: bool
-
-    def __len__(self) -> int:
-        return len(self.parts["mean"])
-
-    def take(self, index: Tensor) -> Batch:
-        """See `SampleSet.take`; the means, not mirrored."""
-        return self._batch(index, None)
-
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
-        """See `SampleSet.batches`; what is drawn follows from the seed and the position."""
-        shuffle = EpochShuffle(len(self), seed)
-        while True:
-            yield self._batch(shuffle.indices(start, batch_size), seeded(seed, start, 1))
-            start += batch_size
-
-    def _batch(self, index: Tensor, generator: torch.Generator | None) -> Batch:
-        mean = self.parts["mean"][index].float()
-        std = self.parts["std"][index].float()
-        mirrored = None
-        if self.flip and generator is not None:
-            mirrored = torch.rand(len(index), *[1] * (mean.ndim - 1), generator=generator) < 0.5
-            mean = torch.where(mirrored, self.parts["mean_mirrored"][index].float(), mean)
-            std = torch.where(mirrored, self.parts["std_mirrored"][index].float(), std)
-        if self.posterior and generator is not None:
-            mean = mean + std * torch.randn(mean.shape, generator=generator)
-        samples = self.modality.normalise(mean)
-        lengths = self.parts["lengths"][index] if "lengths" in self.parts else None
-        if lengths is not None:
-            samples = torch.where(within_lengths(lengths, samples), samples, 0)
-        return Batch(samples, Condition(self.parts["labels"][index], lengths), index, mirrored)
-
-
-def load_latents_folder(config: DataConfig) -> LatentSet:
+def load_latents_folder(config: DataConfig) -> LatentSet | StreamedLatents:
     """A folder that `layersync latents` wrote.
 
+    What is within `config.memory_limit_gb` is read now. More than that, and what is behind a URL, is read as training
+    goes.
+
     Raises:
-        DataError: it is not whole, damaged, more than the memory limit, or has no mirrored latents for --flip.
+        DataError: it is not whole, damaged, or has no mirrored latents for --flip.
     """
-    folder = Path(config.data)
+    remote = is_url(config.data)
+    place = f"{config.data.rstrip('/')}/{INDEX}"
+    content = read_url(place) if remote else None
     try:
-        index = build(LatentsIndex, parse_json((folder / INDEX).read_bytes()))
+        index = LatentsIndex.parse(Path(place).read_bytes() if content is None else content)
     except (OSError, ValueError) as error:
-        raise DataError(f"cannot read {folder / INDEX}: {error}") from error
-    paths = [folder / f"latents_{number:05d}.safetensors" for number in range(index.files)]
-    if missing := [path.name for path in paths if not path.is_file()]:
-        raise DataError(
-            f"{folder} lacks {len(missing)} of {index.files} files, such as {missing[0]}: run the command again"
-        )
+        raise DataError(f"cannot read {place}: {error}") from error
     if config.flip and not index.flip:
-        raise DataError(f"{folder} has no latents of mirrored samples, which --flip needs: write them with --flip")
-    check_fits(f"{folder}", sum(path.stat().st_size for path in paths), config, instead="")
-    pieces: dict[str, list[Tensor]] = {}
-    for path in paths:
-        try:
-            with safe_open(path, framework="pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    if name in _PARTS:
-                        pieces.setdefault(name, []).append(file.get_tensor(name))
-        except (OSError, SafetensorError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
-    parts = {name: torch.cat(own) for name, own in pieces.items()}
-    wanted = {"mean", "std", "labels"} | ({"lengths"} if index.variable else set())
-    fits = wanted <= parts.keys() and all(len(own) == index.samples for own in parts.values())
-    if not fits or tuple(parts["mean"].shape[1:]) != index.shape or parts["std"].shape != parts["mean"].shape:
-        raise DataError(f"{folder}: the files do not fit {INDEX}; they are damaged")
-    labels = parts["labels"]
-    if labels.dtype != torch.int64 or not 0 <= int(labels.min()) <= int(labels.max()) < index.num_classes:
-        raise DataError(f"{folder}: labels are not those of {index.num_classes} classes")
+        raise DataError(f"{config.data} has no latents of mirrored samples, which --flip needs: write them with --flip")
+    window = window_of(index.sizes, config.shuffle_shards)
+    cache = ShardCache(config.cache or config.data_root / "cache", config.cache_limit_gb * 2**30)
+    # A batch that passes from one window to the next reads of both.
+    files = ShardFiles(config.data, index, limit=2 * window, cache=cache)
+    facts: dict[str, Any] = {
+        "spec": SampleSpec.of(index.shape, variable=index.variable),
+        "num_classes": index.num_classes,
+        "class_names": list(index.class_names),
+        "modality": index.modality,
+        "posterior": config.latent_sample == "posterior",
+        "flip": config.flip,
+    }
+    if not remote:
+        paths = [Path(files.place(number)) for number in range(index.files)]
+        if missing := [path.name for path in paths if not path.is_file()]:
+            raise DataError(
+                f"{config.data} lacks {len(missing)} of {index.files} files, such as {missing[0]}: "
+                "run the command again"
+            )
+        if sum(path.stat().st_size for path in paths) <= limit_bytes(config):
+            return LatentSet(**facts, parts=_in_memory(files))
+        files.check()
+    logger.info(
+        "%s: %d latents in %d files, read as training goes by %d workers; %d files are shuffled together",
+        *(config.data, index.samples, index.files, config.workers, window),
+    )
+    return StreamedLatents(**facts, files=files, window=window, workers=config.workers, prefetch=config.prefetch)
+
+
+def _in_memory(files: ShardFiles) -> dict[str, Tensor]:
+    pieces = [files.tensors(number) for number in range(files.index.files)]  # mapped: nothing but labels is read yet
+    parts = {name: torch.cat([own[name] for own in pieces]) for name in sorted(files.index.parts)}
     if not all(bool(own.isfinite().all()) for own in parts.values()):
-        raise DataError(f"{folder} holds NaN or infinity; write the latents anew")
-    channels = index.shape[0]
-    mean = index.shift * channels if len(index.shift) == 1 else index.shift
-    std = tuple(1 / factor for factor in (index.scale * channels if len(index.scale) == 1 else index.scale))
-    modality = Latents(
-        mean=mean,
-        std=std,
-        of=index.of,
-        autoencoder=index.autoencoder,
-        sample_rate=index.sample_rate,
-        fps=index.fps,
-    )
-    return LatentSet(
-        spec=SampleSpec.of(index.shape, variable=index.variable),
-        num_classes=index.num_classes,
-        class_names=list(index.class_names),
-        modality=modality,
-        parts=parts,
-        posterior=config.latent_sample == "posterior",
-        flip=config.flip,
-    )
+        raise DataError(f"{files.folder} holds NaN or infinity; write the latents anew")
+    return parts
 
 
 def write_latents(
@@ -243,7 +148,7 @@ def write_latents(
     place = folder / INDEX
     if place.exists():
         try:
-            there = build(LatentsIndex, parse_json(place.read_bytes()))
+            there = LatentsIndex.parse(place.read_bytes())
         except (OSError, ValueError) as error:
             raise ConfigError(f"cannot read {place}: {error}; choose another --out") from error
         if there != index:
@@ -251,7 +156,7 @@ def write_latents(
     else:
         write_json(place, {name: getattr(index, name) for name in LatentsIndex.__dataclass_fields__})
     for number in track(range(index.files), "latents", console=console, disable=not console.is_terminal):
-        path = folder / f"latents_{number:05d}.safetensors"
+        path = folder / shard_name(number)
         if path.is_file():
             continue
         numbers = torch.arange(number * shard, min((number + 1) * shard, len(data)))

@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Sampler
-from torch.utils.data import Dataset as TorchDataset
 
 from ...errors import DataError
-from ..batch import Batch, Condition
+from ..batch import WHOLE, Batch, Condition, Share
 from ..modality.images import pixels_to_unit
-from .base import EpochShuffle, SampleSet
+from .base import SampleSet, Shuffle, requests
+from .shards import ShardShuffle
+from .workers import read_by_workers
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +66,7 @@ _Item = tuple[int, Tensor, int, dict[str, str]]
 """Number, pixels, label, and what was broken on the way to it."""
 
 
-class Decoded(TorchDataset[_Item]):
+class Decoded:
     """Decodes on demand; a broken file is replaced by the next readable one and reported beside it."""
 
     def __init__(self, source: Source[Tensor]) -> None:
@@ -85,17 +85,6 @@ class Decoded(TorchDataset[_Item]):
         raise DataError(all_broken_message(broken, self.source.what))
 
 
-class _StreamSampler(Sampler[int]):
-    def __init__(self, shuffle: EpochShuffle, start: int) -> None:
-        self.shuffle, self.start = shuffle, start
-
-    def __iter__(self) -> Iterator[int]:
-        position = self.start
-        while True:
-            yield from self.shuffle.indices(position, 1024).tolist()
-            position += 1024
-
-
 def _collate(items: list[_Item]) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
     index, pixels, labels, broken = zip(*items, strict=True)
     found: dict[str, str] = {}
@@ -111,27 +100,38 @@ class StreamingSet(SampleSet):
     Attributes:
         source: gives uint8 of the shape of `spec`.
         workers: processes; in `take` threads.
+        prefetch: batches that a worker prepares.
+        files: samples of each file, where they lie in files of many: those are read a window at a time; empty: each
+            is a file.
+        window: files of a window, see `ShardShuffle`.
     """
 
     source: Source[Tensor]
     workers: int = 4
+    prefetch: int = 2
+    files: Sequence[int] = ()
+    window: int = 1
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def batches(self, batch_size: int, *, seed: int, start: int = 0) -> Iterator[Batch]:
-        """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU."""
-        loader: DataLoader[Any] = DataLoader(
-            Decoded(self.source),
-            batch_size=batch_size,
-            sampler=_StreamSampler(EpochShuffle(len(self), seed), start),
-            num_workers=self.workers,
-            collate_fn=_collate,
-            pin_memory=torch.cuda.is_available(),
-            # A worker must not die of the Ctrl-C that asks the trainer to save.
-            worker_init_fn=_ignore_interrupt,
-        )
-        for index, pixels, labels, broken in loader:
+    def order(self, seed: int) -> Shuffle:
+        """See `SampleSet.order`."""
+        return ShardShuffle(self.files, self.window, seed) if self.files else super().order(seed)
+
+    def batches(self, batch_size: int, *, seed: int, start: int = 0, share: Share = WHOLE) -> Iterator[Batch]:
+        """See `SampleSet.batches`; the batches are in host memory, pinned where there is a GPU.
+
+        Raises:
+            DataError: as it is iterated: no file can be read, or a worker process died.
+        """
+        decoded = Decoded(self.source)
+
+        def read(_positions: Tensor, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, str]]:
+            return _collate([decoded[i] for i in numbers.tolist()])
+
+        wanted = requests(self.order(seed), batch_size, start, share)
+        for index, pixels, labels, broken in read_by_workers(read, wanted, self.workers, self.prefetch):
             for name, reason in broken.items():
                 if name not in self.broken:
                     self.broken[name] = reason
@@ -144,9 +144,3 @@ class StreamingSet(SampleSet):
         with ThreadPoolExecutor(max_workers=max(self.workers, 1)) as pool:
             _, pixels, labels, _ = _collate(list(pool.map(decoded.__getitem__, index.tolist())))
         return Batch(pixels_to_unit(pixels), Condition(labels), index)
-
-
-def _ignore_interrupt(_worker: int) -> None:
-    import signal
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)

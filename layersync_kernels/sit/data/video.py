@@ -76,6 +76,7 @@ def load_video_folder(config: DataConfig) -> SampleSet:
             broken=broken,
             source=source,
             workers=config.workers,
+            prefetch=config.prefetch,
         )
     parts = list(found.values())
     read, damaged = read_all(
