@@ -347,6 +347,9 @@ def test_overwriting_a_folder(run, tmp_path):
     export(ExportCommand(run, out=out, format="diffusers", which="model", overwrite=True))
     assert read_record(out / "transformer" / "diffusion_pytorch_model.safetensors").which == "model"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dit", "run"]
+    (out / "README.md").write_text("mine")
+    with pytest.raises(ConfigError, match="is no export"):
+        export(ExportCommand(run, out=out, format="diffusers", overwrite=True))
 
 
 @pytest.mark.parametrize("format", ["safetensors", "diffusers"])
