@@ -33,6 +33,9 @@ COMMANDS = {
     "sample": Command(
         "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint"
     ),
+    "export": Command(
+        "layersync_kernels.sit.commands.export:export_main", "write the weights of a run for others, with a model card"
+    ),
     "probe": Command(
         "layersync_kernels.sit.commands.probe:probe_main",
         "measure the blocks of a run or checkpoint and propose a pair",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from ...errors import CheckpointError
 from ..distributed.shards import load_whole
+from .diffusers_keys import find_diffusers, is_diffusers, read_diffusers
 from .local import list_checkpoints, read_tensors
 from .published import read_published
 
@@ -30,7 +32,8 @@ class Weights:
 
 
 def find_weights(path: Path) -> Path:
-    """The newest checkpoint of a run, or the checkpoint folder or weight file that `path` is.
+    """The newest checkpoint of a run, or the checkpoint folder or weight file that `path` is; of a folder of diffusers,
+    its file.
 
     Raises:
         CheckpointError: nothing there, or a run without checkpoints.
@@ -41,6 +44,8 @@ def find_weights(path: Path) -> Path:
         raise CheckpointError(
             f"{path} does not exist; expected a run, a checkpoint folder, a .pt or a .safetensors file"
         )
+    if (file := find_diffusers(path)) is not None:
+        return file
     checkpoints = list_checkpoints(path)
     if not checkpoints:
         raise CheckpointError(f"{path} holds no checkpoint")
@@ -48,7 +53,8 @@ def find_weights(path: Path) -> Path:
 
 
 def load_weights(path: Path, *, which: str = "ema") -> Weights:
-    """Reads model weights from a run, a checkpoint folder, a safetensors file or a published ``.pt``.
+    """Reads model weights from a run, a checkpoint folder, a safetensors file, a published ``.pt`` or a folder that
+    holds a `DiTTransformer2DModel` of diffusers.
 
     Args:
         path: where to look.
@@ -64,6 +70,8 @@ def load_weights(path: Path, *, which: str = "ema") -> Weights:
         if not file.is_file() and (there := sorted(path.stem for path in found.glob("ema*.safetensors"))):
             raise CheckpointError(f"{found} has no weights {which!r}; it has: {', '.join(['model', *there])}")
         return Weights(read_tensors(file), file)
+    if is_diffusers(found):
+        return Weights(read_diffusers(found), found)
     if found.suffix == ".safetensors":
         return Weights(read_tensors(found), found)
     tensors, args = read_published(found, ema=which != "model")
@@ -82,7 +90,12 @@ def fill_model(model: nn.Module, weights: Weights, *, exact: bool = False) -> No
         CheckpointError: names, shapes or types differ, or a number is not finite; names the file and the first
             differences.
     """
-    expected = model.state_dict()
+    check_fit(model.state_dict(), weights, exact=exact)
+    load_whole(model, weights.tensors)
+
+
+def check_fit(expected: Mapping[str, Tensor], weights: Weights, *, exact: bool = False) -> None:
+    """Raises as `fill_model` does; `expected` is the state of a model, which may be on the meta device."""
     differences = [f"missing {name}" for name in expected if name not in weights.tensors]
     for name, tensor in weights.tensors.items():
         if name not in expected:
@@ -96,7 +109,6 @@ def fill_model(model: nn.Module, weights: Weights, *, exact: bool = False) -> No
     if differences:
         more = f" and {len(differences) - 4} more" if len(differences) > 4 else ""
         raise CheckpointError(f"{weights.path} does not fit this model: {'; '.join(differences[:4])}{more}")
-    load_whole(model, weights.tensors)
 
 
 def is_finite(tensor: Tensor) -> bool:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import tyro
 
 from ...errors import ConfigError
+from ..checkpoints.export import record_of
 from ..checkpoints.local import run_of
 from ..config import flag
 from ..config.io import load_settings, read_overlay
@@ -138,11 +139,18 @@ def peek_out(argv: Sequence[str], default: Path) -> tuple[Path, bool]:
 
 
 def parse_of_run(kind: type[R], argv: Sequence[str], *, command: str) -> R:
-    """Reads the flags of a command about a trained model; the settings of its run are the defaults, below the flags."""
+    """Reads the flags of a command about a trained model; the settings of its run are the defaults, below the flags.
+
+    An exported file or folder has those about sampling.
+    """
     default = kind(source=tyro.MISSING)
-    run = run_of(parse(kind, argv, default=default, command=command).source)
-    if run is not None:
-        config = read_settings(run / CONFIG, TrainConfig)
-        own = {f.name: getattr(config, f.name) for f in dataclasses.fields(kind) if f.name in _RUN_SETTINGS}
+    source = parse(kind, argv, default=default, command=command).source
+    settings: Any = record_of(source)
+    if settings is not None:
+        names = [name for name in _RUN_SETTINGS if name != "data"]
+    elif (run := run_of(source)) is not None:
+        settings, names = read_settings(run / CONFIG, TrainConfig), list(_RUN_SETTINGS)
+    if settings is not None:
+        own = {f.name: getattr(settings, f.name) for f in dataclasses.fields(kind) if f.name in names}
         default = dataclasses.replace(default, **own)
     return parse(kind, argv, default=default, command=command)

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...errors import CheckpointError
+import torch
+
+from ...errors import CheckpointError, ConfigError
+from ..checkpoints.export import read_record
 from ..checkpoints.local import run_of
-from ..checkpoints.state import read_run_state
-from ..checkpoints.weights import Weights, fill_model, find_weights, load_weights
+from ..checkpoints.state import DataFacts, read_run_state
+from ..checkpoints.weights import Weights, check_fit, fill_model, find_weights, load_weights
 from ..config.io import load_config
 from ..config.model import ModelConfig
 from ..config.run import CONFIG
@@ -47,7 +50,8 @@ class Trained:
 def load_trained(path: Path, *, which: str = "ema", num_heads: int | None = None) -> Trained:
     """The model of a run or checkpoint, on the CPU in evaluation mode.
 
-    A run says what its model is; for a lone file the sizes are read from the shapes of its tensors.
+    A run says what its model is, and so does an exported file; for any other lone file the sizes are read from the
+    shapes of its tensors.
 
     Args:
         path: of a run, one of its checkpoints, or a file of weights.
@@ -60,20 +64,30 @@ def load_trained(path: Path, *, which: str = "ema", num_heads: int | None = None
     found = find_weights(path)
     weights = load_weights(found, which=which)
     run = run_of(found) if found.is_dir() else None
-    if run is None:
+    if run is not None:
+        known = _from_facts(
+            weights, load_config(run / CONFIG).model, read_run_state(found).data, "config.json and state.json say"
+        )
+    elif (record := read_record(found)) is not None:
+        known = _from_facts(weights, record.model, record.data, "its metadata say")
+    else:
         model = _model_from_shapes(weights, num_heads)
         known = Trained(model, model.spec, model.num_classes, Latents() if model.in_channels == 4 else Images())
-    else:
-        data = read_run_state(found).data
-        spec, num_classes = data.spec, data.num_classes
-        config = load_config(run / CONFIG).model
-        _check_sizes(weights, config, spec, num_classes)
-        model = build_model(config, spec, num_classes, data.text_width)
-        facts = (data.what, data.lengths, data.captions, data.text_encoder)
-        known = Trained(model, spec, model.num_classes, *facts)
-    fill_model(model, weights)
-    model.eval().requires_grad_(False)
+    fill_model(known.model, weights)
+    known.model.eval().requires_grad_(False)
     return known
+
+
+def _from_facts(weights: Weights, config: ModelConfig, data: DataFacts, said: str) -> Trained:
+    """A model by its settings and data; `said`: where they stand, for the message."""
+    _check_sizes(weights, config, data.spec, data.num_classes, said)
+    try:
+        with torch.device("meta"):  # takes no memory, whatever they say
+            check_fit(build_model(config, data.spec, data.num_classes, data.text_width).state_dict(), weights)
+        model = build_model(config, data.spec, data.num_classes, data.text_width)
+    except ConfigError as error:
+        raise CheckpointError(f"{weights.path} does not fit what {said}: {error}") from error
+    return Trained(model, data.spec, model.num_classes, data.what, data.lengths, data.captions, data.text_encoder)
 
 
 class _Sizes(NamedTuple):
@@ -101,6 +115,8 @@ def _sizes(weights: Weights) -> _Sizes:
         outputs = tensors["final_layer.linear.weight"].shape[0]
     except (KeyError, ValueError, IndexError) as error:
         raise CheckpointError(f"{weights.path} is no SiT checkpoint: {error!r}") from error
+    if min(hidden_size, channels, *patch_size, outputs) < 1:
+        raise CheckpointError(f"{weights.path} is no SiT checkpoint: a size is 0")
     there, least = sum(tensor.numel() for tensor in tensors.values()), 18 * depth * hidden_size**2
     if there < least:  # before a model of that size is built
         raise CheckpointError(
@@ -110,8 +126,8 @@ def _sizes(weights: Weights) -> _Sizes:
     return _Sizes(hidden_size, channels, tuple(patch_size), tokens, depth, rows, outputs)
 
 
-def _check_sizes(weights: Weights, config: ModelConfig, spec: SampleSpec, num_classes: int) -> None:
-    """Compares what two JSON files say with the weights, before a model of that size is built."""
+def _check_sizes(weights: Weights, config: ModelConfig, spec: SampleSpec, num_classes: int, said: str) -> None:
+    """Compares what JSON says with the weights, before a model of that size is built."""
     sizes = _sizes(weights)
     wanted: dict[str, tuple[Any, ...]] = {
         "channels": (spec.channels,),
@@ -130,7 +146,7 @@ def _check_sizes(weights: Weights, config: ModelConfig, spec: SampleSpec, num_cl
         if getattr(sizes, name) not in accepted:
             raise CheckpointError(
                 f"{weights.path} does not fit this model: its {name.replace('_', ' ')} is {getattr(sizes, name)}, "
-                f"config.json and state.json say {accepted[0]}"
+                f"{said} {accepted[0]}"
             )
 
 
