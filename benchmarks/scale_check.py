@@ -1,8 +1,8 @@
 """The model of `layersync scale` against processes of this machine: `python benchmarks/scale_check.py [--json FILE]`.
 
 A small SiT is trained by 1, 2 and 4 processes of one thread each, with DistributedDataParallel over gloo. Measured are
-the passes and the update of one process alone, the bytes of the buckets, and all-reduces of those sizes while nothing
-else runs; the model makes a step of that, which is compared with the measured one. All processes share the cores of one
+the passes and the update of one process alone, the bytes of the buckets, and all-reduces of those sizes between the
+steps; the model makes a step of that, which is compared with the measured one. All processes share the cores of one
 machine. Compute slows by processes over cores, which the model is told. What they lose beyond that, to each other's
 caches and to whatever else runs there, it is not; so steps without communication (`no_sync`) are measured in turns with
 those that have it, and there is a prediction from their time too. gloo computes on the same cores, where communication
@@ -142,14 +142,18 @@ def _work(rank: int, world: int, setting: Setting, folder: str) -> None:
         with wrapped.no_sync():
             steps()
 
-    step_ms, silent_ms = _together(setting.steps, steps, without_communication)
-    reduced = {}
-    for size in sorted({SMALL, *sizes}):
-        reduce = functools.partial(dist.all_reduce, torch.zeros(size // 4))
-        _together(3, reduce)
-        (reduced[size],) = _together(setting.steps, reduce)
+    payloads = sorted({SMALL, *sizes})
+    reduces = [functools.partial(dist.all_reduce, torch.zeros(size // 4)) for size in payloads]
+    turns = (steps, without_communication, *reduces)
+    _together(1, *turns)
+    step_ms, silent_ms, *reduced_ms = _together(setting.steps, *turns)
     if rank == 0:
-        found = {"step_ms": step_ms, "silent_ms": silent_ms, "buckets": sizes, "all_reduce_ms": reduced}
+        found = {
+            "step_ms": step_ms,
+            "silent_ms": silent_ms,
+            "buckets": sizes,
+            "all_reduce_ms": dict(zip(payloads, reduced_ms, strict=True)),
+        }
         Path(folder, f"{world}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
@@ -215,14 +219,15 @@ def main() -> None:
     parser.add_argument("--bucket-mb", type=int, default=1)
     parser.add_argument("--steps", type=int, default=30)
     parser.add_argument("--processes", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--cores", type=int, help="that no other work takes; by default all that there are")
     parser.add_argument("--json", type=Path)
     given = parser.parse_args()
     torch.set_num_threads(1)
     setting = Setting(given.model, given.side, given.batch, given.bucket_mb, given.steps)
-    cores = len(os.sched_getaffinity(0))
+    cores = given.cores or len(os.sched_getaffinity(0))
     load = os.getloadavg()[0]
     rows = compare(setting, given.processes, cores)
-    print(f"{setting}, {cores} cores; milliseconds of a step; predictions: most hidden to all exposed")
+    print(f"{setting}, {cores} free cores; milliseconds of a step; predictions: most hidden to all exposed")
     print("processes  measured  predicted from cores  without communication  predicted from that  all-reduces  MB sent")
     for row in rows:
         ranges = (f"{row[f'{name}_hidden_ms']:.1f} to {row[f'{name}_exposed_ms']:.1f}" for name in ("cores", "silent"))
@@ -235,12 +240,8 @@ def main() -> None:
     print("one process, first and last:", {name: (round(first[name], 2), round(last[name], 2)) for name in first})
     print(f"load of the machine before: {load:.2f}")
     if given.json is not None:
-        content = {
-            "setting": dataclasses.asdict(setting),
-            "cores": cores,
-            "machine": machine_facts("cpu"),
-            "rows": rows,
-        }
+        facts = {"cores": cores, "load": load, "machine": machine_facts("cpu")}
+        content = {"setting": dataclasses.asdict(setting), **facts, "rows": rows}
         given.json.write_text(json.dumps(content, indent=1) + "\n")
 
 

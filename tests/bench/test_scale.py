@@ -152,6 +152,10 @@ def test_fsdp_waits_for_the_first_gathers_and_the_last_scatter():
     # at 75 and wait until 85 for the first unit's gather; then 20 for them and 20 for those of the first.
     slow = dataclasses.replace(given, intra=Link("slow", 0.05, 0.0, "made up"))
     assert timeline(slow).end_ms == pytest.approx(125)
+    # No more than the next unit is gathered ahead: the third, of 6 ms, is asked for when the second begins, at 4.
+    units = (Unit(1_000_000, 0, 1 / 3), Unit(1_000_000, 0, 1 / 3), Unit(6_000_000, 0, 1 / 3))
+    ahead = dataclasses.replace(given, units=units, forward_ms=9.0, backward_ms=9.0, reshard=False)
+    assert timeline(ahead).end_ms == pytest.approx(4 + 6 + 3 + 9)
 
 
 def test_hsdp_sums_between_nodes_beside_the_scatters():
@@ -161,7 +165,7 @@ def test_hsdp_sums_between_nodes_beside_the_scatters():
 
 
 def test_crowded_cores_slow_compute():
-    assert estimate(inputs_of(gpus=2, cores=2)).compute_ms == 33
+    assert estimate(inputs_of(gpus=1, cores=2)).compute_ms == estimate(inputs_of(gpus=2, cores=2)).compute_ms == 33
     assert estimate(inputs_of(gpus=8, cores=2)).compute_ms == 4 * 33
 
 
@@ -182,6 +186,7 @@ def test_memory_by_hand_and_how_it_falls():
     assert hsdp[0] == hsdp[1] == spread[1]
     whole = memory(inputs_of(units=units, gpus=8, strategy="fsdp", reshard=False))
     assert whole.copies == 2 * 1_001_000
+    assert memory(inputs_of(units=units[1:2], gpus=8, strategy="fsdp")).copies == 2 * 10_000  # there is no other
 
 
 def test_checkpoints_by_hand():
