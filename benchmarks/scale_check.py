@@ -5,8 +5,8 @@ the passes and the update of one process alone, the bytes of the buckets, and al
 steps; the model makes a step of that, which is compared with the measured one. All processes share the cores of one
 machine. Compute slows by processes over cores, which the model is told. What they lose beyond that, to each other's
 caches and to whatever else runs there, it is not; so steps without communication (`no_sync`) are measured in turns with
-those that have it, and there is a prediction from their time too. gloo computes on the same cores, where communication
-hides badly: predictions are given with all of it exposed, and with as much hidden as could be.
+those that have it, and there is a prediction from their time too. gloo computes on the same cores, so how much hides is
+open: predictions are given with all communication exposed, and with as much hidden as could be.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def _work(rank: int, world: int, setting: Setting, folder: str) -> None:
 
     payloads = sorted({SMALL, *sizes})
     reduces = [functools.partial(dist.all_reduce, torch.zeros(size // 4)) for size in payloads]
-    turns = (steps, without_communication, *reduces)
+    turns: list[Callable[[], Any]] = [steps, without_communication, *reduces]
     _together(1, *turns)
     step_ms, silent_ms, *reduced_ms = _together(setting.steps, *turns)
     if rank == 0:
