@@ -55,6 +55,7 @@ COMMANDS = {
         "layersync_kernels.bench.demo:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),
     "bench": Command("layersync_kernels.bench.cli:main", "time the ops and the trainer on this machine"),
+    "scale": Command("layersync_kernels.bench.scale.command:main", "model a training step on many GPUs, on paper"),
     "tune": Command(
         "layersync_kernels.bench.tune:main", 'measure the backends on this machine, for backend="auto" to follow'
     ),
