@@ -21,6 +21,7 @@ PARTS = {
     **dict.fromkeys(["", "analysis", "inductor"], 6),
     "bench": 7,
     **dict.fromkeys(["cli", "doctor"], 8),
+    "__main__": 9,
 }
 ROOMS = {
     **dict.fromkeys(["spec", "batch", "files", "extras", "console", "device"], 0),

@@ -163,11 +163,13 @@ def test_runs_of_a_comparison_are_locked_with_it(tmp_path, data, monkeypatch):
     assert list(out.rglob(LOCK)) == []
 
 
-def test_processes_of_a_launcher_are_refused(tmp_path, data, monkeypatch, capsys):
+def test_processes_of_a_launcher_train_alone(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in ("train", "compare", "demo"):
+    for command in ("compare", "demo", "sample"):
         assert cli.main([command, "--out", str(tmp_path / "run"), f"--data={data}", *SIZE]) == 1
-        assert "WORLD_SIZE is 2: a run is trained by one process" in " ".join(capsys.readouterr().err.split())
+        assert "is the work of one process, and WORLD_SIZE is 2" in " ".join(capsys.readouterr().err.split())
+    assert cli.main(["train", "--out", str(tmp_path / "run"), f"--data={data}", *SIZE]) == 1
+    assert "WORLD_SIZE is 2, and RANK is not set; start several" in " ".join(capsys.readouterr().err.split())
     monkeypatch.setenv("WORLD_SIZE", "1")
     assert cli.main(["train", "--out", str(tmp_path / "run"), f"--data={data}", *SIZE]) == 0
 

@@ -7,13 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from layersync_kernels.errors import ConfigError
-from layersync_kernels.sit.batch import Share
 from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig, ScheduleConfig
-from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.parallel import ParallelConfig
 from layersync_kernels.sit.data.memory import MemorySet
-from layersync_kernels.sit.distributed.parallel import share_of
 from layersync_kernels.sit.distributed.processes import ALONE, Processes
 from layersync_kernels.sit.distributed.shards import own_part, whole
 from layersync_kernels.sit.modality.audio import Waveform

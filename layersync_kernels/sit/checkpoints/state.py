@@ -9,11 +9,12 @@ from typing import Any
 
 from ...errors import CheckpointError
 from ..config.io import build
+from ..data.base import SampleSet
 from ..modality.audio import Sound
 from ..modality.base import Modality
 from ..modality.images import Images
 from ..modality.latents import Latents
-from ..modality.registry import build_modality
+from ..modality.registry import build_modality, modality_facts
 from ..spec import SampleSpec
 from .local import STATE, read_state
 
@@ -71,6 +72,21 @@ class DataFacts:
         if self.modality is None:
             return Latents() if self.latent else Images()
         return build_modality(self.modality)
+
+
+def facts_of(data: SampleSet, num_classes: int) -> dict[str, Any]:
+    """What `DataFacts` reads: of a data set, for a model of so many classes."""
+    return {
+        "shape": data.spec.shape,
+        "variable": data.spec.variable,
+        "num_classes": num_classes,
+        "class_names": data.class_names,
+        "modality": modality_facts(data.modality),
+        "lengths": data.typical_lengths(),
+        "text_width": data.text_width,
+        "captions": data.captions,
+        "text_encoder": data.text_encoder,
+    }
 
 
 @dataclass(frozen=True)

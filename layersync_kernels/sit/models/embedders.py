@@ -93,3 +93,15 @@ class TextEmbedder(nn.Module):
             there = length_mask(lengths, text.shape[1])[..., None]
             return self.mlp(torch.where(there, words, 0).sum(1) / lengths[:, None]), lengths
         return self.mlp(words), lengths
+
+
+def share_draws(model: nn.Module, share: Share) -> None:
+    """Makes a model leave out conditions as one of several processes that have a batch together, with equal generators.
+
+    Args:
+        model: with embedders of this file.
+        share: of a pass.
+    """
+    for module in model.modules():
+        if isinstance(module, LabelEmbedder | TextEmbedder):
+            module.share = share

@@ -20,7 +20,7 @@ from ...modules.attention import rotary_positions
 from ...modules.block import AdaLNZeroBlock
 from ...modules.norm import Stream
 from ...modules.published import SiTBlock
-from ..batch import Condition, Share, within_lengths
+from ..batch import Condition, within_lengths
 from ..spec import SampleSpec
 from .checks import (
     check_capture,
@@ -63,8 +63,8 @@ class SiT(nn.Module):
             whole blocks are.
         positions: "sincos", the fixed ones (see `sincos_positions`); "learnt"; "rope": rotary ones in the attention
             (see `rotary_positions`).
-        condition: "class": a label; "none"; "embedding": the mean of the words of a text, added to the time;
-            "cross": attention to those words in each block, as PixArt has it.
+        condition: "class": a label; "none"; "embedding": the mean of a text's words, added to the time; "cross":
+            attention to those words in each block, as PixArt has it.
         text_width: channels of the words.
 
     Raises:
@@ -139,12 +139,6 @@ class SiT(nn.Module):
         self.final_layer = final_layer(hidden_size, patch, self.out_channels)
         self.initialize_weights()
 
-    def share_draws(self, share: Share) -> None:
-        """Leaves out conditions as if this were one of several processes, which share a batch, that draw alike."""
-        for embedder in (self.y_embedder, self.text_embedder):
-            if embedder is not None:
-                embedder.share = share
-
     @property
     def spec(self) -> SampleSpec:
         """The samples that the model takes and predicts."""
@@ -186,7 +180,7 @@ class SiT(nn.Module):
     def initialize_weights(self) -> None:
         """Draws the published initialisation, with which every block is the identity and the prediction is 0.
 
-        On the meta device, where there is nothing to draw, this does nothing: call it again after `to_empty`.
+        On the meta device it does nothing: call it again after `to_empty`.
         """
         if self.x_embedder.get_parameter("proj.weight").is_meta:
             return

@@ -15,26 +15,27 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
-from ...compiler.cards import card_of
 from ...errors import CheckpointError, ConfigError, TrainingDiverged
 from ...runtime.memory import keep_freed_memory
 from ..batch import Batch
 from ..checkpoints.local import list_checkpoints
+from ..checkpoints.state import facts_of
 from ..checkpoints.weights import fill_model, load_weights
 from ..config.run import SAMPLES, TrainConfig
 from ..data.augment import random_mirror
 from ..data.base import SampleSet
 from ..data.registry import load_data
+from ..data.wait import DataClock
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
 from ..distributed.parallel import Parallel, share_of
 from ..distributed.processes import ALONE, Processes
 from ..modality.images import Images
 from ..modality.latents import Latents
-from ..modality.registry import modality_facts
-from ..models.flops import forward_flops
+from ..models.embedders import share_draws
 from ..models.registry import build_model
 from ..sampling.draw import conditions, draw
+from .pace import Pace
 from .runlog import Meter, RunLog, surviving_full_disk
 from .signals import stop_signals
 from .state import TrainState
@@ -119,7 +120,7 @@ class Trainer:
         model = parallel.build(make)
         if config.model.init is not None:
             fill_model(model, load_weights(config.model.init))
-        model.train().share_draws(self.share.of_a_pass)
+        share_draws(model.train(), self.share.of_a_pass)
         self.state = self.state_type(
             model,
             build_terms(terms, Setting(config, model, self.data, self.device, processes)),
@@ -136,8 +137,7 @@ class Trainer:
         self.meter = Meter()
         self._started: float | None = None  # when the time that `state.seconds` does not know yet began
         self._together: float | None = None  # seconds at the end of the last step, the same in all processes
-        self._tokens: int | Tensor = 0  # of the steps since the last record; a sum of lengths stays on the device
-        self._peak = _peak_flops(self.device, self.autocast_dtype)
+        self._pace = Pace(self.model, self.device, self.autocast_dtype, processes)
         self._unchecked: list[Tensor] = []  # the loss of each step since `check_finite`, still on the device
 
     def term(self, kind: type[K]) -> K | None:
@@ -204,11 +204,7 @@ class Trainer:
             share=self.share,
         )
         self._unchecked.append(loss)
-        lengths, extent = batch.condition.lengths, batch.samples.shape[2:]
-        if lengths is None:
-            self._tokens = self._tokens + len(batch) * math.prod(self.model.grid_of(extent))
-        else:
-            self._tokens = self._tokens + self.model.token_lengths(lengths, extent).sum()
+        self._pace.count(batch)
 
     def check_finite(self) -> None:
         """Reads back whether all losses since the last check, and the weights now, are finite.
@@ -251,20 +247,7 @@ class Trainer:
         if self._started is not None:
             self._stop_clock()
             self._started = time.monotonic()  # training goes on
-        facts = {
-            "meter": self.meter.state_dict(),
-            "data": {
-                "shape": self.data.spec.shape,
-                "variable": self.data.spec.variable,
-                "num_classes": self.num_classes,
-                "class_names": self.data.class_names,
-                "modality": modality_facts(self.data.modality),
-                "lengths": self.data.typical_lengths(),
-                "text_width": self.data.text_width,
-                "captions": self.data.captions,
-                "text_encoder": self.data.text_encoder,
-            },
-        }
+        facts = {"meter": self.meter.state_dict(self.processes), "data": facts_of(self.data, self.num_classes)}
         return self.state.save(self.run_dir, facts, keep=self.config.log.keep)
 
     def load(self, checkpoint: Path) -> None:
@@ -308,7 +291,7 @@ class Trainer:
         self._started = began
         last_record, recorded_step = time.monotonic(), self.steps_done
         metrics: dict[str, Any] = {}
-        batches = self.batches()
+        batches = DataClock(self.batches())
         written = self.run_dir if self.processes.first else None
         log = RunLog(written, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
         with stop_signals() as stop_asked, log:
@@ -323,7 +306,7 @@ class Trainer:
                     means = self.meter.read(self.processes)
                     now = time.monotonic()
                     steps = self.steps_done - recorded_step
-                    metrics = self._record(means, steps, now - last_record)
+                    metrics = self._record(means, steps, now - last_record, batches.lap())
                     log.record(metrics, seconds_left=self._seconds_left(fraction_before, began))
                     self.check_finite()
                     last_record, recorded_step = time.monotonic(), self.steps_done
@@ -362,21 +345,14 @@ class Trainer:
                     stack.enter_context(term.measured())
             self.step(batch)
 
-    def _record(self, means: dict[str, float], steps: int, seconds: float) -> dict[str, Any]:
-        samples_per_second = steps * self.config.optim.batch_size / seconds
-        tokens = float(self.processes.sum(torch.as_tensor(self._tokens, device=self.device)))
-        self._tokens = 0
+    def _record(self, means: dict[str, float], steps: int, seconds: float, waited: float) -> dict[str, Any]:
         record: dict[str, Any] = {
             "step": self.steps_done,
             **{name: value for name, value in means.items() if not name.startswith("cosine/")},
             "lr": self.state.optimizer.param_groups[0]["lr"],
-            "samples_per_second": samples_per_second,
-            "tokens_per_second": tokens / seconds,
+            **self._pace.read(steps * self.config.optim.batch_size, seconds, waited),
             "seconds": self.seconds,
         }
-        if self._peak is not None:
-            peak = self._peak * self.processes.world
-            record["mfu"] = 3 * forward_flops(self.model) * samples_per_second / peak
         for term in self.state.terms:
             record.update(term.facts())
         cosine = {name.removeprefix("cosine/"): v for name, v in means.items() if name.startswith("cosine/")}
@@ -413,9 +389,3 @@ class Trainer:
         with surviving_full_disk(str(stem)):
             return self.data.modality.overview(samples, stem, columns=log.grid_columns, lengths=lengths)[0]
         return None
-
-
-def _peak_flops(device: torch.device, autocast_dtype: torch.dtype | None) -> float | None:
-    """Floating-point operations a second that the device can do; None where that is not known."""
-    card = card_of(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-    return None if card is None else 1e12 * card.teraflops[autocast_dtype or torch.float32]

@@ -55,13 +55,16 @@ class Meter:
         self._sums, self._counts = {}, {}
         return means
 
-    def state_dict(self) -> dict[str, tuple[float, int]]:
+    def state_dict(self, processes: Processes = ALONE) -> dict[str, tuple[float, int]]:
         """Sum and count by name, for a checkpoint: the mean after a resume is over all steps, too. Synchronises.
+
+        Sums are means over processes, with which any number of them can go on.
 
         Sums that are not finite are left out, as those of the gradient's norm where fp16 overflowed: JSON has no number
         for them.
         """
-        sums = {name: float(value) for name, value in self._sums.items()}
+        values = processes.mean(torch.stack(list(self._sums.values()))).tolist() if self._sums else []
+        sums = dict(zip(self._sums, values, strict=True))
         return {name: (total, self._counts[name]) for name, total in sums.items() if math.isfinite(total)}
 
     def load_state_dict(self, state: Mapping[str, tuple[float, int]], device: torch.device) -> None:
