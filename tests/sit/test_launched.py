@@ -1,0 +1,141 @@
+"""Runs that torchrun starts: what they leave, how they go on, how they end."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from layersync_kernels import cli
+from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
+from layersync_kernels.sit.training.folder import LOCK
+from layersync_kernels.sit.training.runlog import read_records
+
+SECONDS = 150
+FLAGS = [
+    *("--model=SiT-P/2", "--hidden-size=16", "--num-heads=2", "--depth=3", "--batch-size=8", "--lr=1e-3", "--flip"),
+    *("--sampling-steps=2", "--grid-columns=2", "--no-tensorboard", "--device=cpu", "--precision=fp32", "--keep=9"),
+    *("--log-every=2", "--sample-every=0", "--checkpoint-every=4", "--timeout=60", "--cfg-scale=1", "--clip-norm=1"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    path = tmp_path_factory.mktemp("data") / "data.npz"
+    generator = np.random.default_rng(0)
+    images = generator.integers(0, 256, (60, 4, 4), np.uint8)
+    np.savez(path, images=images, labels=np.arange(60) % 3)
+    return path
+
+
+def launch(processes, *arguments):
+    """torchrun with that many processes of one thread."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command = [*torchrun, "-m", "layersync_kernels", "train", *map(str, arguments)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def ended(process):
+    """Exit code and output of a launch; one that hangs is killed."""
+    try:
+        output, _ = process.communicate(timeout=SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        output, _ = process.communicate()
+        pytest.fail(f"torchrun did not end in {SECONDS} s:\n{output}")
+    return process.returncode, output
+
+
+def train(*arguments):
+    return cli.main(["train", *map(str, arguments)])
+
+
+def weights(run):
+    return read_tensors(list_checkpoints(run)[-1] / "ema.safetensors")
+
+
+def losses(run):
+    return {record["step"]: record["loss"] for record in read_records(run)}
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """Eight steps of a single process."""
+    run = tmp_path_factory.mktemp("alone") / "run"
+    assert train(f"--data={data}", f"--out={run}", "--steps=8", *FLAGS) == 0
+    return run
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_run_goes_on_with_another_number_of_processes(data, alone, tmp_path, parallel):
+    run = tmp_path / "run"
+    code, output = ended(
+        launch(2, f"--data={data}", f"--out={run}", "--steps=4", f"--parallel={parallel}", *FLAGS)
+    )
+    assert code == 0, output
+    assert output.count("done: step 4") == 1  # one of them speaks
+    assert f"cpu x 2 processes ({parallel})" in output
+    assert not (run / LOCK).exists()
+    assert train(f"--out={run}", "--resume", "--steps=6") == 0
+    code, output = ended(launch(2, f"--out={run}", "--resume", "--steps=8"))
+    assert code == 0, output
+    assert losses(run) == pytest.approx(losses(alone), rel=1e-4)
+    for name, tensor in weights(alone).items():
+        torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=3e-3)  # AdamW's first steps are signs
+
+
+def test_an_error_of_all_is_said_once(data, tmp_path):
+    code, output = ended(launch(2, f"--data={data}", f"--out={tmp_path / 'run'}", *FLAGS, "--batch-size=5"))
+    assert code != 0
+    message = "--batch-size 5, which is that of all processes, does not divide into 2 processes; give a multiple of 2"
+    assert output.count(message) == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_in_use_is_said_once(alone):
+    code, output = ended(launch(2, f"--out={alone}", *FLAGS))
+    assert code != 0
+    assert output.count(f"{alone} exists; choose another --out") == 1
+
+
+def _started(run, process, steps):
+    """Waits until a run has come to a record of that many steps."""
+    end = time.monotonic() + SECONDS
+    while time.monotonic() < end and process.poll() is None:
+        if (run / "metrics.jsonl").exists() and any(step >= steps for step in losses(run)):
+            return
+        time.sleep(0.05)
+    process.kill()
+    pytest.fail(process.communicate()[0])
+
+
+def _children(process):
+    found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True)
+    return sorted(map(int, found.stdout.split()))
+
+
+def test_the_end_of_one_ends_the_others(data, tmp_path):
+    run = tmp_path / "run"
+    process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS)
+    _started(run, process, 4)
+    os.kill(_children(process)[-1], signal.SIGKILL)
+    code, output = ended(process)
+    assert code != 0
+    assert "Signal 9 (SIGKILL)" in output
+    assert train(f"--out={run}", "--resume", f"--steps={max(losses(run)) + 4}") == 0  # the lock went with the process
+
+
+def test_a_request_to_stop_that_one_gets_stops_all(data, tmp_path):
+    run = tmp_path / "run"
+    process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS)
+    _started(run, process, 4)
+    os.kill(_children(process)[-1], signal.SIGTERM)
+    _, output = ended(process)
+    assert "stopped and saved at step" in output
+    (step,) = {int(path.name[5:]) for path in list_checkpoints(run)[-1:]}
+    assert f"stopped and saved at step {step};" in output
