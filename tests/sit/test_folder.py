@@ -20,9 +20,11 @@ from layersync_kernels import cli
 from layersync_kernels.errors import CheckpointError, ConfigError
 from layersync_kernels.sit.checkpoints.local import list_checkpoints
 from layersync_kernels.sit.commands.train import run_training
+from layersync_kernels.sit.config.data import NAMED_SETS
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.paths import paths_in, with_absolute_paths
 from layersync_kernels.sit.config.run import CONFIG
+from layersync_kernels.sit.data.registry import KINDS
 from layersync_kernels.sit.studies.compare.config import SETTINGS, CompareCommand, CompareConfig
 from layersync_kernels.sit.studies.compare.run import compare, prepare
 from layersync_kernels.sit.training import folder as module
@@ -337,10 +339,13 @@ def test_relative_paths_in_a_file_of_before_work_from_the_same_folder(tmp_path, 
     prepare(dataclasses.replace(config, train=relative), tmp_path / "out")
 
 
-def test_names_are_no_paths(tmp_path, monkeypatch):
-    """Not even where a folder is called so."""
+@pytest.mark.parametrize("name", NAMED_SETS)
+def test_names_are_no_paths(tmp_path, monkeypatch, name):
+    """Not even where a folder is called so; and where it keeps its files is one."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "mnist").mkdir()
-    config = short(data={"data": "mnist"})
-    assert with_absolute_paths(config) == config
-    assert list(paths_in(config)) == []
+    (tmp_path / name).mkdir()
+    config = with_absolute_paths(short(data={"data": name}))
+    assert config.data.data == name
+    assert list(paths_in(config)) == [("--data-root", tmp_path / "data")]
+    kinds = [kind for kind in KINDS if kind.takes(name)]
+    assert kinds[0].expected == name

@@ -74,9 +74,7 @@ def alone(data, tmp_path_factory):
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(data, alone, tmp_path, parallel):
     run = tmp_path / "run"
-    code, output = ended(
-        launch(2, f"--data={data}", f"--out={run}", "--steps=4", f"--parallel={parallel}", *FLAGS)
-    )
+    code, output = ended(launch(2, f"--data={data}", f"--out={run}", "--steps=4", f"--parallel={parallel}", *FLAGS))
     assert code == 0, output
     assert output.count("done: step 4") == 1  # one of them speaks
     assert f"cpu x 2 processes ({parallel})" in output

@@ -11,6 +11,9 @@ from .audio import AudioConfig
 from .motion import MotionConfig
 from .video import VideoConfig
 
+NAMED_SETS = ("mnist", "moving-mnist", "bodies", "cifar10", "fsdd", "cmu-mocap")
+"""What `DataConfig.data` names rather than points to, whatever files of these names there are."""
+
 
 @dataclass(frozen=True)
 class DataConfig:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from . import flag
+from .data import NAMED_SETS
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -39,10 +40,13 @@ def paths_in(settings: DataclassInstance) -> Iterator[tuple[str, Path]]:
             yield flag(f.name), Path(value.removeprefix("hub/").rpartition(":")[0])
 
 
+def _is_name(data: str) -> bool:
+    return data in NAMED_SETS or data.startswith("torchvision:")
+
+
 def _path(settings: Any, name: str, value: Any) -> Path | None:
     if name == "data":
-        is_name = value == "mnist" or value.startswith("torchvision:") or not Path(value).exists()
-        return None if is_name else Path(value)
-    if name == "data_root" and not settings.data.startswith("torchvision:"):
+        return None if _is_name(value) or not Path(value).exists() else Path(value)
+    if name == "data_root" and not _is_name(settings.data):
         return None  # nothing reads it
     return value if isinstance(value, Path) else None
