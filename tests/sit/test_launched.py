@@ -16,6 +16,7 @@ from layersync_kernels.sit.training.folder import LOCK
 from layersync_kernels.sit.training.runlog import read_records
 
 SECONDS = 150
+pytestmark = pytest.mark.xdist_group("launched")
 FLAGS = [
     *("--model=SiT-P/2", "--hidden-size=16", "--num-heads=2", "--depth=3", "--batch-size=8", "--lr=1e-3", "--flip"),
     *("--sampling-steps=2", "--grid-columns=2", "--no-tensorboard", "--device=cpu", "--precision=fp32", "--keep=9"),
@@ -71,7 +72,7 @@ def alone(data, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+@pytest.mark.parametrize("parallel", [pytest.param("ddp", marks=pytest.mark.slow), "fsdp"])
 def test_a_run_goes_on_with_another_number_of_processes(data, alone, tmp_path, parallel):
     run = tmp_path / "run"
     code, output = ended(launch(2, f"--data={data}", f"--out={run}", "--steps=4", f"--parallel={parallel}", *FLAGS))

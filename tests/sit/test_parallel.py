@@ -118,9 +118,16 @@ WAYS = {
     "ddp-4": (4, {}),
     "hsdp-4": (4, {"parallel": "hsdp"}),
 }
+SLOW = ("fsdp-2-kept", "ddp-4")
 
 
-@pytest.fixture(scope="module", params=WAYS)
+def marked(way):
+    """One worker has all tests of a way, which share their processes."""
+    marks = [pytest.mark.xdist_group(f"processes {way}"), *([pytest.mark.slow] if way in SLOW else [])]
+    return pytest.param(way, marks=marks)
+
+
+@pytest.fixture(scope="module", params=map(marked, WAYS))
 def found(request, tmp_path_factory):
     """Results of all processes, by case."""
     world, parallel = WAYS[request.param]
