@@ -33,10 +33,10 @@ def data(tmp_path_factory):
     return path
 
 
-def launch(processes, *arguments):
+def launch(processes, *arguments, restarts=0):
     """torchrun with that many processes of one thread."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    command = [*torchrun, "-m", "layersync_kernels", "train", *map(str, arguments)]
+    command = [*torchrun, f"--max-restarts={restarts}", "-m", "layersync_kernels", "train", *map(str, arguments)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
@@ -127,6 +127,20 @@ def test_the_end_of_one_ends_the_others(data, tmp_path):
     assert code != 0
     assert "Signal 9 (SIGKILL)" in output
     assert train(f"--out={run}", "--resume", f"--steps={max(losses(run)) + 4}") == 0  # the lock went with the process
+
+
+def test_started_again_a_run_goes_on(data, alone, tmp_path):
+    run = tmp_path / "run"
+    process = launch(2, f"--data={data}", f"--out={run}", "--steps=200", *FLAGS, "--overwrite", restarts=1)
+    _started(run, process, 4)
+    os.kill(_children(process)[-1], signal.SIGKILL)
+    code, output = ended(process)
+    assert code == 0, output
+    assert output.count(f"resuming {run} at step") == 1
+    assert "done: step 200" in output
+    both = losses(run)
+    assert sorted(both) == list(range(2, 201, 2))
+    assert {step: both[step] for step in (2, 4, 6, 8)} == pytest.approx(losses(alone), rel=1e-4)
 
 
 def test_a_request_to_stop_that_one_gets_stops_all(data, tmp_path):

@@ -15,7 +15,7 @@ from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, StartingPoint, TrainConfig
 from ..console import console, start_logging
 from ..data.base import write_broken
-from ..distributed.processes import Processes, joined
+from ..distributed.processes import Processes, joined, restarted
 from ..training.folder import check_run, lock_folder, start_run
 from ..training.loop import Outcome, Trainer
 from ..training.runlog import checkpoint_to_resume
@@ -51,11 +51,15 @@ def train_main(argv: Sequence[str]) -> int:
 def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool = False) -> Outcome:
     """Trains in the folder `out` and says where everything is.
 
+    Where torchrun starts the same command again after a failure, the run goes on.
+
     Raises:
         UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
     """
     config = with_absolute_paths(config)
     config.validate()
+    if restarted() and (out / CONFIG).is_file():  # by the attempt before
+        resume, overwrite = True, False
     with contextlib.ExitStack() as stack:
         processes, device = stack.enter_context(joined(config.device, timeout=config.parallel.timeout))
 

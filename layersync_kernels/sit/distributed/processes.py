@@ -127,6 +127,11 @@ def _launched() -> tuple[int, int, int, int]:
     return rank, world, local_rank, local_world
 
 
+def restarted() -> bool:
+    """Whether torchrun has started these processes again, after an attempt of the same command that failed."""
+    return (os.environ.get("TORCHELASTIC_RESTART_COUNT") or "0") != "0"
+
+
 @contextlib.contextmanager
 def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that torchrun has started, connected until the block ends, and the device of this one.
