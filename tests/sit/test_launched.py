@@ -143,12 +143,14 @@ def test_started_again_a_run_goes_on(data, alone, tmp_path):
     assert {step: both[step] for step in (2, 4, 6, 8)} == pytest.approx(losses(alone), rel=1e-4)
 
 
-def test_a_request_to_stop_that_one_gets_stops_all(data, tmp_path):
+@pytest.mark.parametrize("whom", ["a process", "torchrun"])
+def test_a_request_to_stop_stops_all(data, tmp_path, whom):
     run = tmp_path / "run"
     process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS)
     _started(run, process, 4)
-    os.kill(_children(process)[-1], signal.SIGTERM)
-    _, output = ended(process)
+    os.kill(_children(process)[-1] if whom == "a process" else process.pid, signal.SIGTERM)
+    code, output = ended(process)
+    assert (code == 0) == (whom == "a process"), output
     assert "stopped and saved at step" in output
     (step,) = {int(path.name[5:]) for path in list_checkpoints(run)[-1:]}
     assert f"stopped and saved at step {step};" in output

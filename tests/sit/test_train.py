@@ -18,7 +18,7 @@ from PIL import Image
 
 from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged
 from layersync_kernels.sit.checkpoints import local as checkpoint
-from layersync_kernels.sit.checkpoints.local import DamagedCheckpoint, list_checkpoints, read_tensors
+from layersync_kernels.sit.checkpoints.local import DamagedCheckpoint, check_checkpoint, list_checkpoints, read_tensors
 from layersync_kernels.sit.commands.train import run_training
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.loss import AlignConfig, ScheduleConfig
@@ -401,12 +401,25 @@ def test_interrupt_finishes_the_step_saves_and_says_how_to_resume(tmp_path, numb
     with slow_run(tmp_path / "run", 0.2) as process:
         os.kill(process.pid, number)
         _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    assert process.returncode == (0 if number == signal.SIGTERM else 130), errors
     (saved,) = list_checkpoints(tmp_path / "run")
     text = " ".join(errors.split())
     assert f"saved at step {int(saved.name[5:])}" in text
     assert "--resume" in text
     assert "Traceback" not in text
+
+
+def test_a_signal_to_save_saves_and_training_goes_on(tmp_path):
+    run = tmp_path / "run"
+    with slow_run(run, 0.05) as process:
+        for number in (1, 2):
+            os.kill(process.pid, signal.SIGUSR1)
+            while len(list_checkpoints(run)) < number:
+                assert process.stdout.readline().startswith("step")
+        os.kill(process.pid, signal.SIGTERM)
+        process.communicate(timeout=60)
+    assert process.returncode == 0
+    check_checkpoint(list_checkpoints(run)[0])
 
 
 TWO_SIGNALS = """

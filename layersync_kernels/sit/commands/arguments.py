@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from _typeshed import DataclassInstance
 
 INTERRUPTED = 130
-"""Exit code of a command that Ctrl-C, SIGTERM or SIGHUP stopped."""
+"""Exit code of a command that was stopped before its end; `train`, which saves, ends with 0 after SIGTERM."""
 # Flags without the names of their groups: --lr, not --config.optim.lr.
 _FLAT = (tyro.conf.OmitArgPrefixes,)
 _RUN_SETTINGS = ("data", "transport", "sampling")

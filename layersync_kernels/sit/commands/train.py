@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -45,7 +46,8 @@ def train_main(argv: Sequence[str]) -> int:
     default = TrainCommand(config=starting_point(argv, taken=taken))
     command = parse(TrainCommand, argv, default=default, command="train")
     outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
-    return INTERRUPTED if outcome.ended == "interrupted" else 0
+    # SIGTERM is how a cluster takes its machines back: the run has been saved, and nothing has failed.
+    return INTERRUPTED if outcome.ended == "interrupted" and outcome.signal != signal.SIGTERM else 0
 
 
 def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwrite: bool = False) -> Outcome:

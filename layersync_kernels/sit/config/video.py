@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from . import at_least, positive
+from . import at_least, positive, require
 
 
 @dataclass(frozen=True)
@@ -46,3 +46,6 @@ class VideoConfig:
         )
         at_least(1, video_size=None if self.video_size is None else min(self.video_size))
         positive(video_fps=self.video_fps)
+        require(
+            self.video_fps is None or self.video_fps <= 1000, f"--video-fps {self.video_fps}: expected at most 1000"
+        )

@@ -37,7 +37,7 @@ from ..models.registry import build_model
 from ..sampling.draw import conditions, draw
 from .pace import Pace
 from .runlog import Meter, RunLog, surviving_full_disk
-from .signals import stop_signals
+from .signals import save_signal, stop_signals
 from .state import TrainState
 from .step import train_step
 from .terms import TERMS, build_terms
@@ -50,12 +50,13 @@ K = TypeVar("K", bound=LossTerm)
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a training ended."""
+    """How a training ended; `signal`: by which one, or 0."""
 
     step: int
     ended: Literal["finished", "interrupted"]
     seconds: float
     metrics: dict[str, Any]
+    signal: int = 0
 
 
 class Trainer:
@@ -168,12 +169,12 @@ class Trainer:
             fraction = max(fraction, seconds / optim.max_seconds)
         return min(fraction, 1.0)
 
-    def _agree(self, stop: bool) -> bool:
-        """Whether any process asks to stop; from now on all of them have the same `fraction`."""
+    def _agree(self, *asked: float) -> tuple[float, ...]:
+        """The most that any process asks for; from now on all of them have the same `fraction`."""
         if self.processes.world == 1:
-            return stop
-        asked, self._together = self.processes.largest(float(stop), self.seconds)
-        return bool(asked)
+            return asked
+        *most, self._together = self.processes.largest(*asked, self.seconds)
+        return tuple(most)
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
@@ -264,7 +265,7 @@ class Trainer:
             )
         self.meter.load_state_dict(state.meter, self.device)
 
-    def advance(self, steps: int, stop_asked: Callable[[], bool] = lambda: False) -> None:
+    def advance(self, steps: int, stop_asked: Callable[[], float] = lambda: False) -> None:
         """Trains on to step `steps`, or until `stop_asked`, without log and checkpoints, for a caller that measures.
 
         Raises:
@@ -273,14 +274,14 @@ class Trainer:
         batches = self.batches()
         self._started = time.monotonic()
         try:
-            while self.steps_done < steps and not self._agree(stop_asked()):
+            while self.steps_done < steps and not any(self._agree(stop_asked())):
                 self._step(next(batches), steps)
             self.check_finite()  # waits for the device, too
         finally:
             self._stop_clock()
 
     def fit(self) -> Outcome:
-        """Trains until the steps or the seconds are used up, or until Ctrl-C, SIGTERM or SIGHUP.
+        """Trains until the steps or the seconds are used up, or until Ctrl-C, SIGTERM or SIGHUP. SIGUSR1 saves.
 
         Raises:
             TrainingDiverged: a loss or weight is not finite; checkpoints from before stay.
@@ -294,12 +295,12 @@ class Trainer:
         batches = DataClock(self.batches())
         written = self.run_dir if self.processes.first else None
         log = RunLog(written, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
-        with stop_signals() as stop_asked, log:
-            stop = self._agree(stop_asked())
+        with stop_signals() as stop_asked, save_signal() as save_asked, log:
+            stop, save = self._agree(stop_asked(), save_asked())
             done = self.fraction >= 1
             while not (done or stop):
                 self._step(next(batches), optim.steps)
-                stop = self._agree(stop_asked())
+                stop, save = self._agree(stop_asked(), save_asked())
                 done = self.fraction >= 1
                 log.advance(self.steps_done, self.fraction)
                 if done or self.steps_done % config.log.log_every == 0:
@@ -313,7 +314,7 @@ class Trainer:
                 if self.run_dir is None or done:
                     continue
                 paused = time.monotonic()
-                if self.steps_done % config.log.checkpoint_every == 0:
+                if save or self.steps_done % config.log.checkpoint_every == 0:
                     try:
                         self.save()
                     except CheckpointError as error:
@@ -328,7 +329,7 @@ class Trainer:
                     self.draw_samples()
                 log.draw_curves()
         self._stop_clock()
-        return Outcome(self.steps_done, "finished" if done else "interrupted", self.seconds, metrics)
+        return Outcome(self.steps_done, "finished" if done else "interrupted", self.seconds, metrics, int(stop))
 
     def batches(self) -> Iterator[Batch]:
         """What `step` takes, from where the run stands."""

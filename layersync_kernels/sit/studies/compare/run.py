@@ -87,7 +87,7 @@ class Comparison:
         name = self.config.quality_network
         return None if name == "none" else load_network(name, self.device, self.precision)
 
-    def train(self, stop_asked: Callable[[], bool]) -> bool:
+    def train(self, stop_asked: Callable[[], int]) -> bool:
         """Brings every run to its end, in turns; False when stopped before that."""
         for run in self.runs:
             run.read()
@@ -119,7 +119,7 @@ class Comparison:
         limit = self.config.train.optim.max_seconds
         return limit is not None and seconds >= limit
 
-    def _advance(self, run: Run, number: int, judge: Judge, stop_asked: Callable[[], bool]) -> bool:
+    def _advance(self, run: Run, number: int, judge: Judge, stop_asked: Callable[[], int]) -> bool:
         """Trains `run` up to a mark and measures it there; False when stopped on the way. Either way it is saved.
 
         Only one trainer is alive at a time, made from its checkpoint: whatever an interruption does happens all the
