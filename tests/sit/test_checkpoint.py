@@ -58,6 +58,12 @@ def test_only_the_newest_are_kept_in_order_of_steps(tmp_path):
     assert [p.name for p in list_checkpoints(tmp_path)] == ["step_00000020", "step_99999999", "step_100000000"]
 
 
+def test_every_so_many_steps_one_stays_for_good(tmp_path):
+    for step in range(1, 9):
+        save_checkpoint(tmp_path, step, {"model": {"w": torch.zeros(1)}}, {}, keep=2, keep_every=3)
+    assert [int(path.name[5:]) for path in list_checkpoints(tmp_path)] == [3, 6, 7, 8]
+
+
 def test_full_disk_keeps_the_last_good_checkpoint_and_no_debris(tmp_path, monkeypatch):
     save(tmp_path, 1)
 

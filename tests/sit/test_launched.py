@@ -154,3 +154,13 @@ def test_a_request_to_stop_stops_all(data, tmp_path, whom):
     assert "stopped and saved at step" in output
     (step,) = {int(path.name[5:]) for path in list_checkpoints(run)[-1:]}
     assert f"stopped and saved at step {step};" in output
+
+
+def test_a_process_that_hangs_is_noticed(data, tmp_path):
+    run = tmp_path / "run"
+    process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS, "--timeout=5")
+    _started(run, process, 4)
+    os.kill(_children(process)[-1], signal.SIGSTOP)
+    code, output = ended(process)
+    assert code != 0
+    assert output.count("process 0 of 2 stops, as another one has ended or has not answered for 5 s") == 1

@@ -7,12 +7,17 @@ import pytest
 import torch
 from torch import nn
 
+from layersync_kernels.errors import ConfigError, TrainingDiverged
+from layersync_kernels.sit.batch import Share
 from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig, ScheduleConfig
+from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.parallel import ParallelConfig
 from layersync_kernels.sit.data.memory import MemorySet
+from layersync_kernels.sit.distributed.parallel import Parallel, share_of
 from layersync_kernels.sit.distributed.processes import ALONE, Processes
 from layersync_kernels.sit.distributed.shards import own_part, whole
 from layersync_kernels.sit.modality.audio import Waveform
+from layersync_kernels.sit.models.registry import build_model
 from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.state import TrainState
@@ -152,3 +157,78 @@ def test_processes_train_what_one_trains(found, case):
             torch.testing.assert_close(
                 theirs[name], tensor, rtol=0, atol=1e-5 * rough, msg=lambda m, n=name: f"{n}: {m}"
             )
+
+
+def diverging(rank):
+    """What is raised where one process has a loss that is not finite."""
+    config, data = CASES["images"]()
+    trainer = Trainer(config, data, processes=Processes(rank, 2, 2))
+    if rank == 1:
+        losses = trainer.transport.training_losses
+
+        class Broken:
+            def training_losses(self, *arguments, **keywords):
+                output = losses(*arguments, **keywords)
+                return output | {"loss": output["loss"] * float("nan")}
+
+        trainer.transport = Broken()
+    with pytest.raises(TrainingDiverged) as raised:
+        trainer.advance(3)
+    return str(raised.value)
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(tmp_path):
+    first, second = run(diverging, tmp_path, 120)
+    assert first == second
+    assert "the loss was not finite at step 1; no checkpoint had been saved yet" in first
+
+
+def drawn(rank, parallel):
+    """Weights of a model and of its copy, and how much of the random numbers was used up."""
+    torch.manual_seed(7)
+    config, data = CASES["images"]()
+    built = Parallel(ParallelConfig(parallel=parallel), Processes(rank, 2, 2), torch.device("cpu"), dtype=None)
+    model = built.build(lambda: build_model(config.model, data.spec, data.num_classes))
+    after = torch.rand(3)
+    return [{n: whole(t).clone() for n, t in m.state_dict().items()} for m in (model, built.copy(model))], after
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_weights_are_those_that_one_process_draws(tmp_path, parallel):
+    torch.manual_seed(7)
+    config, data = CASES["images"]()
+    weights = build_model(config.model, data.spec, data.num_classes).state_dict()
+    after = torch.rand(3)
+    for models, theirs in run(functools.partial(drawn, parallel=parallel), tmp_path, 120):
+        assert torch.equal(theirs, after)
+        for found in models:
+            assert found.keys() == weights.keys()
+            assert all(torch.equal(found[name], weights[name]) for name in weights)
+
+
+SHARES = [
+    ({"batch_size": 6}, 4, "--batch-size 6, which is that of all processes, does not divide into 4 processes; give a"),
+    ({"batch_size": 6, "accumulate": 3}, 4, "4 processes and --accumulate 3; give a multiple of 12"),
+]
+
+
+@pytest.mark.parametrize(("optim", "world", "message"), SHARES)
+def test_a_batch_that_does_not_divide_is_refused(optim, world, message):
+    with pytest.raises(ConfigError, match=message):
+        share_of(OptimConfig(**optim), Processes(1, world, world))
+
+
+def test_shares_of_a_pass_are_the_pass():
+    rows = torch.arange(24)
+    for passes in (1, 2, 3):
+        shares = [Share(rank, 4, passes).of(rows) for rank in range(4)]
+        for number in range(passes):
+            parts = [share.chunk(passes)[number] for share in shares]
+            assert torch.equal(torch.cat(parts), rows.chunk(passes)[number])
+
+
+@pytest.mark.parametrize(("world", "size"), [(4, 3), (4, 4), (4, 1), (2, None)])
+def test_copies_that_processes_do_not_make_are_refused(world, size):
+    config = ParallelConfig(parallel="hsdp", shard_size=size)
+    with pytest.raises(ConfigError, match=f"{world} processes do not make several copies"):
+        Parallel(config, Processes(0, world, world), torch.device("cpu"), dtype=None)

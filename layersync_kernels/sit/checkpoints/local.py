@@ -70,9 +70,15 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
 
 
 def save_checkpoint(
-    run_dir: Path, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any], *, keep: int = 2
+    run_dir: Path,
+    step: int,
+    tensors: Mapping[str, Mapping[str, Tensor]],
+    state: Mapping[str, Any],
+    *,
+    keep: int = 2,
+    keep_every: int = 0,
 ) -> Path:
-    """Writes one checkpoint and then removes all but the newest `keep`.
+    """Writes one checkpoint and then removes all but the newest `keep`, and those of a multiple of `keep_every` steps.
 
     Everything goes into a temporary folder beside the others, is flushed to the disk and renamed: a checkpoint is there
     entirely or not at all, and no older one is touched before the new one is complete. A step that is there already is
@@ -84,6 +90,7 @@ def save_checkpoint(
         tensors: file stem to named tensors, for instance {"model": model.state_dict()}.
         state: JSON values by names other than "step", "checksums" and "digest"; "run" marks the files, too.
         keep: how many checkpoints stay.
+        keep_every: 0 keeps no others.
 
     Raises:
         CheckpointError: the disk is full or the folder cannot be written; the older checkpoints are intact.
@@ -122,7 +129,8 @@ def save_checkpoint(
         kept = f"the last good checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
         raise CheckpointError(f"cannot save {target}: {error}; {kept}") from error
     for old in list_checkpoints(run_dir)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+            shutil.rmtree(old, ignore_errors=True)
     return target
 
 

@@ -39,6 +39,8 @@ class LogConfig:
     """Steps between checkpoints; the last step is always saved."""
     keep: int = 2
     """How many checkpoints stay."""
+    keep_every: int = 0
+    """Those of a multiple of so many steps stay for good; 0: none does."""
     tensorboard: bool = True
     """Write TensorBoard events, if it is installed."""
 
@@ -50,7 +52,7 @@ class LogConfig:
         """
         at_least(1, log_every=self.log_every, checkpoint_every=self.checkpoint_every, keep=self.keep)
         at_least(1, grid_classes=self.grid_classes, grid_columns=self.grid_columns)
-        at_least(0, sample_every=self.sample_every)
+        at_least(0, sample_every=self.sample_every, keep_every=self.keep_every)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import contextlib
 import datetime
 import logging
 import os
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -162,7 +163,7 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
-        raise ProcessLost(f"process {rank} of {world} cannot reach the others: {first_line(error)}") from error
+        raise ProcessLost(f"process {rank} of {world} cannot reach the others: {_short(error)}") from error
     try:
         yield Processes(rank, world, local_world), own
     except UserError as error:
@@ -175,7 +176,7 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
             raise
         raise ProcessLost(
             f"process {rank} of {world} stops, as another one has ended or has not answered for {timeout:g} s; its own "
-            f"message says why ({first_line(error)})"
+            f"message says why ({_short(error)})"
         ) from error
     finally:
         dist.destroy_process_group()
@@ -211,3 +212,8 @@ def _first_says(store: dist.Store, message: str) -> bool:
 def _is_of_connection(error: RuntimeError) -> bool:
     """Whether it comes from a process group: NCCL's errors have a type, gloo's a place in its sources."""
     return isinstance(error, dist.DistError) or "gloo/" in str(error)
+
+
+def _short(error: Exception) -> str:
+    """Gloo's message without the place in its sources before it, and the advice behind it."""
+    return re.sub(r"^.*?\[[^]]*/gloo/[^]]*\] ", "", first_line(error)).partition(". ")[0]

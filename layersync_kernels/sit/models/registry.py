@@ -10,9 +10,10 @@ from ..config.model import ModelConfig
 from ..spec import SampleSpec
 from .sit import SiT
 
-# Width, depth, heads. XL to S are the published sizes; Ti (the shape of ViT-Ti), N and P are ours, for small images
-# and CPUs.
+# Width, depth, heads. XL to S are the published sizes. XXL is ours, with a billion parameters, and so are Ti (the shape
+# of ViT-Ti), N and P, for small images and CPUs.
 _SIZES = {
+    "XXL": (1344, 32, 21),
     "XL": (1152, 28, 16),
     "L": (1024, 24, 16),
     "B": (768, 12, 12),

@@ -249,7 +249,8 @@ class Trainer:
             self._stop_clock()
             self._started = time.monotonic()  # training goes on
         facts = {"meter": self.meter.state_dict(self.processes), "data": facts_of(self.data, self.num_classes)}
-        return self.state.save(self.run_dir, facts, keep=self.config.log.keep)
+        log = self.config.log
+        return self.state.save(self.run_dir, facts, keep=log.keep, keep_every=log.keep_every)
 
     def load(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers, data order and means.

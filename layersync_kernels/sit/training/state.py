@@ -122,13 +122,14 @@ class TrainState:
         tensors = map(own_part, [*self.trained, *itertools.chain(*self.averages)])
         return bool(torch.stack(torch._foreach_norm([*tensors])).isfinite().all())
 
-    def save(self, run_dir: Path, facts: dict[str, Any], *, keep: int) -> Path:
+    def save(self, run_dir: Path, facts: dict[str, Any], *, keep: int, keep_every: int) -> Path:
         """Writes a checkpoint; the first process does, of what all of them hold.
 
         Args:
             run_dir: folder of the run.
             facts: what else the file of counters holds, as JSON.
             keep: how many checkpoints stay.
+            keep_every: those of a multiple of so many steps stay too; 0: none does.
 
         Raises:
             CheckpointError: it cannot be written; the older ones are intact.
@@ -156,11 +157,12 @@ class TrainState:
                 values = whole(tensor)
                 if self.processes.first:
                     gathered[stem][name] = values.cpu() if values is not tensor else values
-        return Path(
-            self.processes.by_first(
-                lambda: os.fspath(save_checkpoint(run_dir, self.steps_done, gathered, state, keep=keep))
-            )
-        )
+
+        def write() -> str:
+            kept = {"keep": keep, "keep_every": keep_every}
+            return os.fspath(save_checkpoint(run_dir, self.steps_done, gathered, state, **kept))
+
+        return Path(self.processes.by_first(write))
 
     def load(self, checkpoint: Path) -> RunState:
         """Takes the place of what a checkpoint folder holds: weights, average, optimiser, random numbers, counters.
