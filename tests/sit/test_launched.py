@@ -1,6 +1,7 @@
 """Runs that torchrun starts: what they leave, how they go on, how they end."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -141,6 +142,18 @@ def test_started_again_a_run_goes_on(data, alone, tmp_path):
     both = losses(run)
     assert sorted(both) == list(range(2, 201, 2))
     assert {step: both[step] for step in (2, 4, 6, 8)} == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_an_attempt_that_failed_before_its_first_checkpoint_begins_anew(data, alone, tmp_path, monkeypatch):
+    run = tmp_path / "run"
+    flags = [f"--data={data}", f"--out={run}", "--steps=8", *FLAGS]
+    assert train(*flags) == 0
+    shutil.rmtree(run / "checkpoints")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(*flags, "--overwrite") == 0
+    assert losses(run) == losses(alone)
+    assert torch.equal(weights(run)["pos_embed"], weights(alone)["pos_embed"])
+    assert list(run.parent.glob("run.old*")) == []
 
 
 @pytest.mark.parametrize("whom", ["a process", "torchrun"])

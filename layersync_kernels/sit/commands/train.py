@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from ...errors import ConfigError
+from ..checkpoints.local import newest_checkpoint
 from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, StartingPoint, TrainConfig
 from ..console import console, start_logging
@@ -80,7 +81,9 @@ def _train(
     """In a folder that is locked and may be used so."""
     # The trainer before the run: settings that do not work must neither begin one nor delete one.
     trainer = Trainer(config, processes=processes, device=device, run_dir=out)
-    if resume and (checkpoint := processes.by_first(lambda: os.fspath(checkpoint_to_resume(out) or ""))):
+    # An attempt may have failed before its first checkpoint; to anybody else, records without one are a loss.
+    find = newest_checkpoint if restarted() else checkpoint_to_resume
+    if resume and (checkpoint := processes.by_first(lambda: os.fspath(find(out) or ""))):
         trainer.load(Path(checkpoint))
         console.print(f"resuming {out} at step {trainer.steps_done}")
         if trainer.fraction >= 1:
