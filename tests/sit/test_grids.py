@@ -24,6 +24,7 @@ from layersync_kernels.sit.teachers.base import Teacher
 from layersync_kernels.sit.teachers.features import Features, compute_features
 from layersync_kernels.sit.teachers.grids import load_any, on_grid
 from layersync_kernels.sit.training.loop import Trainer
+from layersync_kernels.sit.training.terms.base import Present
 from layersync_kernels.sit.training.terms.repa import RepaTerm
 
 from .tiny import tiny_config
@@ -211,7 +212,7 @@ def test_padding_is_not_learnt_from(own):
     there = length_mask(batch.condition.lengths // 100, 16)
     changed = torch.where(there[..., None], target[0], 7.0)
     torch.testing.assert_close(term.loss(states, (changed, target[1]), 0), loss)
-    assert not torch.allclose(term.loss(states, (changed, None), 0), loss)
+    assert not torch.allclose(term.loss(states, (changed, Present()), 0), loss)
 
 
 def test_features_of_the_command_are_those_of_the_teacher(own, tmp_path, monkeypatch, capsys):

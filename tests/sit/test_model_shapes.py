@@ -13,6 +13,7 @@ from layersync_kernels.sit.diffusion.transport import create_transport
 from layersync_kernels.sit.models.patches import PatchEmbed, sincos_positions, unpatchify
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling.draw import draw
+from layersync_kernels.sit.training.terms.base import Setting
 from layersync_kernels.sit.training.terms.layersync import LayerSyncTerm
 
 TINY = {"in_channels": 3, "hidden_size": 24, "depth": 3, "num_heads": 2, "num_classes": 5}
@@ -215,15 +216,15 @@ def test_losses_of_a_padded_batch_are_those_of_its_samples(kernels):
     x, t, condition = inputs(model)
     noise, lengths = torch.randn_like(x), torch.tensor([12, 6, 3])
     given = dataclasses.replace(condition, lengths=lengths)
-    term = LayerSyncTerm(LayerSyncLoss([(1, 3)], 0.5), model)
+    term = LayerSyncTerm(LayerSyncLoss([(1, 3)], 0.5), Setting(None, model, None, torch.device("cpu")))
     capture = term.captures(kernels)
 
     def losses(samples, noise, t, condition):
         inputs = condition.keywords() | {"capture": capture}
         output = transport.training_losses(model, samples, inputs, t=t, x0=noise)
         batch = Batch(samples, condition, torch.arange(len(samples)))
-        (mask,) = term.targets(batch, 1)
-        return output["loss"], term.loss(output["states"], mask, 0)
+        (present,) = term.targets(batch, 1)
+        return output["loss"], term.loss(output["states"], present, 0)
 
     flow, align = losses(x, noise, t, given)
     together = torch.autograd.grad(flow.mean() + align, list(filter(lambda p: p.requires_grad, model.parameters())))
