@@ -49,7 +49,7 @@ def test_bad_layersync_settings_are_explained(changes, message):
 @pytest.mark.parametrize(
     ("groups", "message"),
     [
-        ({"model": {"model": "SiT-XXL/2"}}, r"SiT-XXL/2.*SiT-XL/2"),
+        ({"model": {"model": "SiT-XXXL/2"}}, r"SiT-XXXL/2.*SiT-XL/2"),
         ({"model": {"patch_size": 3}}, r"input_size=4 .*patch_size=3"),
         ({"model": {"num_heads": 5}}, "num_heads=5"),
         ({"model": {"num_classes": 2}}, "the data has 3"),
