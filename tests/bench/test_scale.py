@@ -16,7 +16,7 @@ from layersync_kernels import cli
 from layersync_kernels.bench.report import read_json
 from layersync_kernels.bench.scale.collectives import Cost, Group
 from layersync_kernels.bench.scale.command import MEASURED_MFU, ScaleConfig, scenarios, update_ms
-from layersync_kernels.bench.scale.count import count, network, training_flops, units_of
+from layersync_kernels.bench.scale.count import count, network, units_of
 from layersync_kernels.bench.scale.inputs import STRATEGIES, Inputs, Unit
 from layersync_kernels.bench.scale.links import FABRICS, LINKS, STORAGES, Link, find_link
 from layersync_kernels.bench.scale.model import Estimate, checkpoint, estimate, memory
@@ -25,6 +25,7 @@ from layersync_kernels.bench.traffic import Provider, training_step
 from layersync_kernels.compiler.cards import CARDS
 from layersync_kernels.compiler.gpu_graph import count_gpu_step
 from layersync_kernels.errors import ConfigError, UserError
+from layersync_kernels.sit.models.flops import training_flops
 from layersync_kernels.sit.models.registry import sit_models
 
 from ..integrate import distributed

@@ -15,11 +15,12 @@ from rich.console import Console
 
 from ...compiler.cards import Card, find_card
 from ...sit.config import at_least, positive, require
+from ...sit.models.flops import training_flops
 from ...sit.models.sit import SiT
 from ..machine import machine_facts
 from ..report import append_json
 from ..traffic import LATENT, PRECISIONS
-from .count import Counts, count, network, side_of, training_flops, units_of
+from .count import Counts, count, network, side_of, units_of
 from .inputs import Inputs
 from .links import FABRICS, Link, Storage, find_link, find_storage
 from .model import ASSUMPTIONS, Estimate, estimate

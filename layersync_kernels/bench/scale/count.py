@@ -12,7 +12,6 @@ from ...compiler.cards import find_card
 from ...compiler.gpu_graph import compose_step, count_gpu_step
 from ...compiler.roofline import predict
 from ...errors import ConfigError
-from ...sit.models.flops import forward_flops
 from ...sit.models.registry import sit_models
 from ...sit.models.sit import SiT
 from ..traffic import PRECISIONS, Provider, training_step
@@ -73,11 +72,6 @@ def units_of(model: SiT) -> tuple[Unit, ...]:
     of_blocks = [{f"blocks.{n}.{name}" for name, _ in b.named_parameters()} for n, b in enumerate(model.blocks)]
     rest = {name for name, _ in model.named_parameters()} - set().union(*of_blocks)
     return (unit(rest, 0.0), *(unit(names, 1 / model.depth) for names in of_blocks))
-
-
-def training_flops(model: SiT) -> int:
-    """Of a sample in a training step: three times those of the forward pass."""
-    return 3 * forward_flops(model)
 
 
 @functools.cache

@@ -7,6 +7,9 @@ from typing import Literal
 
 from . import at_least, positive, require
 
+MAX_FPS = 1000
+"""Frames a second; nobody records faster."""
+
 
 @dataclass(frozen=True)
 class VideoConfig:
@@ -47,5 +50,6 @@ class VideoConfig:
         at_least(1, video_size=None if self.video_size is None else min(self.video_size))
         positive(video_fps=self.video_fps)
         require(
-            self.video_fps is None or self.video_fps <= 1000, f"--video-fps {self.video_fps}: expected at most 1000"
+            self.video_fps is None or self.video_fps <= MAX_FPS,
+            f"--video-fps {self.video_fps}: expected at most {MAX_FPS}",
         )

@@ -19,7 +19,7 @@ from ..config.optim import OptimConfig
 from ..config.parallel import ParallelConfig
 from ..models.sit import SiT
 from .processes import Processes
-from .shards import DrawnAsOne, copy_into
+from .shards import DrawnAsOne
 
 N = TypeVar("N", bound=nn.Module)
 
@@ -94,10 +94,7 @@ class Parallel:
     def divide(self, module: N) -> N:
         """A small module beside the model, which all processes hold whole, divided in place."""
         if self._mesh is not None and any(True for _ in module.parameters()):
-            values = [parameter.detach().clone() for parameter in module.parameters()]
             fully_shard(module, mesh=self._mesh, reshard_after_forward=self._reshard, mp_policy=self._rest)
-            for parameter, value in zip(module.parameters(), values, strict=True):
-                copy_into(parameter, value)
         return module
 
     def _divide(self, model: SiT) -> None:

@@ -65,7 +65,7 @@ class Processes:
         """What the one of rank `source` gives."""
         if self.world == 1:
             return text
-        given = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0).byte()
+        given = torch.tensor(list(text.encode()), dtype=torch.uint8)
         length = torch.tensor([len(given)])
         dist.broadcast(length, source)
         content = given if self.rank == source else torch.empty(int(length), dtype=torch.uint8)

@@ -12,6 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..config.video import MAX_FPS
+
 
 @dataclass(frozen=True, kw_only=True)
 class Modality(ABC):
@@ -67,15 +69,15 @@ def check_fps(fps: float, *, declared: bool = False) -> float:
     """Frames a second, as given.
 
     Args:
-        fps: more than 0, and up to 1000.
+        fps: more than 0, and up to `MAX_FPS`.
         declared: whether a file says so, for the message.
 
     Raises:
         ValueError: nobody records like that.
     """
-    if not 0 < fps <= 1000:
+    if not 0 < fps <= MAX_FPS:
         if declared:
-            raise ValueError(f"it declares {fps:g} frames a second; expected more than 0, and up to 1000")
+            raise ValueError(f"it declares {fps:g} frames a second; expected more than 0, and up to {MAX_FPS}")
         raise ValueError(f"fps is {fps:g}; expected a number of frames a second")
     return fps
 

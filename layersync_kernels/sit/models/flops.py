@@ -11,8 +11,7 @@ from .sit import SiT
 
 
 def forward_flops(model: SiT, extent: Sequence[int] | None = None, words: int = 0) -> int:
-    """Those of the matrix products and the attention of one sample's forward pass; a training step has three times as
-    many.
+    """Those of the matrix products and the attention of one sample's forward pass.
 
     Args:
         model: of any size.
@@ -33,3 +32,8 @@ def forward_flops(model: SiT, extent: Sequence[int] | None = None, words: int = 
         total += 2 * count * module.weight.numel()
     pairs = tokens * (tokens + (words if model.condition == "cross" else 0))
     return total + model.depth * 4 * pairs * width
+
+
+def training_flops(model: SiT) -> int:
+    """Of a sample in a training step: three times those of the forward pass."""
+    return 3 * forward_flops(model)

@@ -10,14 +10,14 @@ from ..config.model import ModelConfig
 from ..spec import SampleSpec
 from .sit import SiT
 
-# Width, depth, heads. XL to S are the published sizes. XXL is ours, with a billion parameters, and so are Ti (the shape
-# of ViT-Ti), N and P, for small images and CPUs.
+# Width, depth, heads. XL to S are the published sizes; ours are XXL, of a billion parameters, and Ti (the shape of
+# ViT-Ti), N and P, for small images and CPUs.
 _SIZES = {
-    "XXL": (1344, 32, 21),
     "XL": (1152, 28, 16),
     "L": (1024, 24, 16),
     "B": (768, 12, 12),
     "S": (384, 12, 6),
+    "XXL": (1344, 32, 21),
     "Ti": (192, 12, 3),
     "N": (192, 6, 3),
     "P": (128, 6, 2),

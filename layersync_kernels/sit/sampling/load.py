@@ -17,6 +17,7 @@ from ..checkpoints.weights import Weights, check_fit, fill_model, find_weights, 
 from ..config.io import load_config
 from ..config.model import ModelConfig
 from ..config.run import CONFIG
+from ..distributed.shards import load_whole
 from ..modality.base import Modality
 from ..modality.images import Images
 from ..modality.latents import Latents
@@ -73,18 +74,19 @@ def load_trained(path: Path, *, which: str = "ema", num_heads: int | None = None
     else:
         model = _model_from_shapes(weights, num_heads)
         known = Trained(model, model.spec, model.num_classes, Latents() if model.in_channels == 4 else Images())
-    fill_model(known.model, weights)
+        fill_model(model, weights)
     known.model.eval().requires_grad_(False)
     return known
 
 
 def _from_facts(weights: Weights, config: ModelConfig, data: DataFacts, said: str) -> Trained:
-    """A model by its settings and data; `said`: where they stand, for the message."""
+    """A model by its settings and data, with the weights; `said`: where they stand, for the message."""
     _check_sizes(weights, config, data.spec, data.num_classes, said)
     try:
         with torch.device("meta"):  # takes no memory, whatever they say
             check_fit(build_model(config, data.spec, data.num_classes, data.text_width).state_dict(), weights)
         model = build_model(config, data.spec, data.num_classes, data.text_width)
+        load_whole(model, weights.tensors)
     except ConfigError as error:
         raise CheckpointError(f"{weights.path} does not fit what {said}: {error}") from error
     return Trained(model, data.spec, model.num_classes, data.what, data.lengths, data.captions, data.text_encoder)

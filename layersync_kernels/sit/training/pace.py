@@ -10,7 +10,7 @@ from torch import Tensor
 from ...compiler.cards import card_of
 from ..batch import Batch
 from ..distributed.processes import Processes
-from ..models.flops import forward_flops
+from ..models.flops import training_flops
 from ..models.sit import SiT
 
 
@@ -63,5 +63,5 @@ class Pace:
         if gpu:
             rates["peak_memory_gb"] = memory
         if self._peak is not None:
-            rates["mfu"] = 3 * forward_flops(self._model) * rates["samples_per_second"] / self._peak
+            rates["mfu"] = training_flops(self._model) * rates["samples_per_second"] / self._peak
         return rates
