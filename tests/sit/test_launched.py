@@ -1,11 +1,13 @@
 """Runs that torchrun starts: what they leave, how they go on, how they end."""
 
+import datetime
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -13,6 +15,7 @@ import torch
 
 from layersync_kernels import cli
 from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
+from layersync_kernels.sit.distributed.processes import agree_on_attempt
 from layersync_kernels.sit.training.folder import LOCK
 from layersync_kernels.sit.training.runlog import read_records
 
@@ -142,6 +145,23 @@ def test_started_again_a_run_goes_on(data, alone, tmp_path):
     both = losses(run)
     assert sorted(both) == list(range(2, 201, 2))
     assert {step: both[step] for step in (2, 4, 6, 8)} == pytest.approx(losses(alone), rel=1e-4)
+
+
+def test_processes_that_start_again_do_not_meet_those_that_have_ended():
+    store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    wait = datetime.timedelta(seconds=20)
+
+    def agree(rank):
+        own = torch.distributed.TCPStore("localhost", store.port, is_master=False)
+        time.sleep(0.1 * rank)  # the first sees what was left by the earlier ones, before the others are there
+        return agree_on_attempt(own, rank, 3, wait)
+
+    with ThreadPoolExecutor(3) as pool:
+        attempts = [list(pool.map(agree, range(3))) for _ in range(3)]
+    assert [len(set(attempt)) for attempt in attempts] == [1, 1, 1]
+    assert len({attempt[0] for attempt in attempts}) == 3
+    with pytest.raises(RuntimeError, match=r"not all of 3 processes were there within 0\.1 s"):
+        agree_on_attempt(store, 1, 3, datetime.timedelta(seconds=0.1))
 
 
 def test_an_attempt_that_failed_before_its_first_checkpoint_begins_anew(data, alone, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ import datetime
 import logging
 import os
 import re
+import time
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -22,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 _SECONDS_FOR_FIRST = 5
 """That a process waits for the first one to say the same as it."""
+
+_SECONDS_BETWEEN_LOOKS = 0.02
+"""At what the other processes have written, while they start."""
 
 
 @dataclass(frozen=True)
@@ -159,7 +164,8 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
         logging.getLogger("layersync_kernels").setLevel(logging.ERROR)
     wait = datetime.timedelta(seconds=timeout)
     try:
-        store, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=wait)))
+        shared, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=wait)))
+        store = dist.PrefixStore(agree_on_attempt(shared, rank, world, wait), shared)
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
@@ -180,6 +186,34 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
         ) from error
     finally:
         dist.destroy_process_group()
+
+
+def agree_on_attempt(store: dist.Store, rank: int, world: int, wait: datetime.timedelta) -> str:
+    """A name that these processes have in common, and no earlier ones that used the same store.
+
+    torchrun keeps its store when it starts processes again, and with it the addresses of those that have ended, which
+    gloo would wait for. Its count of restarts is no such name: it is each node's own.
+
+    Raises:
+        RuntimeError: the others did not come in time.
+    """
+    own = uuid.uuid4().hex
+    store.set(f"arrived/{rank}", own)
+    others = [f"arrived/{other}" for other in range(1, world)]
+    end = time.monotonic() + wait.total_seconds()
+    while time.monotonic() < end:
+        if rank == 0:
+            if store.check(others):
+                store.set("attempt", " ".join([own, *(name.decode() for name in store.multi_get(others))]))
+            if store.add(f"{own}/joined", 0) == world - 1:
+                return own
+        elif store.check(["attempt"]):
+            attempt, *arrived = store.get("attempt").decode().split()
+            if own in arrived:
+                store.add(f"{attempt}/joined", 1)
+                return attempt
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    raise RuntimeError(f"not all of {world} processes were there within {wait.total_seconds():g} s")
 
 
 def _own_device(name: str, local_rank: int, local_world: int) -> torch.device:
