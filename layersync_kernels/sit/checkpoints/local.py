@@ -10,8 +10,11 @@
                                                          "checksums": SHA-256 of each file above, by name;
                                                          "digest": SHA-256 of all else in this file
 
+Where processes hold parts of the weights, a folder ``model`` is in the place of ``model.safetensors`` (and so on), with
+a file for each process, see `parts`.
+
 Nothing here is pickled, and nothing is read unchecked: a bit that flipped on the disk is an error that names the file.
-Each .safetensors says in its metadata which file of which step of which run it is, and belongs nowhere else.
+Each STEM.safetensors says in its metadata which file of which step of which run it is, and belongs nowhere else.
 SHA-256 hashes 1.1 GB/s on one core of a busy machine (OpenSSL, with the SHA instructions), which is about what a disk
 reads: no reason for a dependency with a faster hash.
 """
@@ -29,6 +32,7 @@ import re
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
@@ -38,12 +42,15 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..config.io import parse_json
 from ..config.run import CONFIG
+from ..distributed.processes import ALONE, Processes
 from ..files import TEMPORARY, flush
+from .parts import is_divided, own_files, read_parts, write_parts
 
 logger = logging.getLogger(__name__)
 
 FOLDER = "checkpoints"
 STATE = "state.json"
+_SUFFIX = ".safetensors"
 _CHECKSUMS, _DIGEST, _RUN, _STEP = "checksums", "digest", "run", "step"
 _STEP_NAME = re.compile(r"step_(\d{8,})")
 
@@ -69,6 +76,11 @@ def list_checkpoints(run_dir: Path) -> list[Path]:
     return [path for _, path in sorted(found)]
 
 
+def checkpoint_path(run_dir: Path, step: int) -> Path:
+    """Where a run has the checkpoint of that step, or would have it."""
+    return run_dir / FOLDER / f"step_{step:08d}"
+
+
 def save_checkpoint(
     run_dir: Path,
     step: int,
@@ -77,6 +89,7 @@ def save_checkpoint(
     *,
     keep: int = 2,
     keep_every: int = 0,
+    processes: Processes = ALONE,
 ) -> Path:
     """Writes one checkpoint and then removes all but the newest `keep`, and those of a multiple of `keep_every` steps.
 
@@ -87,51 +100,92 @@ def save_checkpoint(
     Args:
         run_dir: folder of the run.
         step: optimiser steps done.
-        tensors: file stem to named tensors, for instance {"model": model.state_dict()}.
+        tensors: file stem to named tensors, for instance {"model": model.state_dict()}. Of those that are divided each
+            process writes its part; all others are written by the first one, and are asked of no other.
         state: JSON values by names other than "step", "checksums" and "digest"; "run" marks the files, too.
         keep: how many checkpoints stay.
         keep_every: 0 keeps no others.
+        processes: all of which call this.
 
     Raises:
-        CheckpointError: the disk is full or the folder cannot be written; the older checkpoints are intact.
+        CheckpointError: the disk is full or the folder cannot be written, for one of the processes; all of them raise
+            it. The older checkpoints are intact.
     """
-    folder = run_dir / FOLDER
-    target = folder / f"step_{step:08d}"
-    temporary = folder / f"{TEMPORARY}{target.name}-{os.getpid()}"
-    if target.is_dir():
-        try:
-            check_checkpoint(target)
-            return target
-        except DamagedCheckpoint as error:
-            _set_aside(target, error)
+    target = checkpoint_path(run_dir, step)
+    begun = processes.by_first(lambda: _begin(run_dir, target))
+    if not begun:
+        return target
+    temporary = Path(begun)
+    failed, checksums = "", {}
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        for leftover in folder.glob(f"{TEMPORARY}*"):
-            shutil.rmtree(leftover, ignore_errors=True)
-        temporary.mkdir()
-        checksums = {}
-        for stem, named in tensors.items():
+        # First what all do together, and fail together.
+        for stem in (stem for stem, named in tensors.items() if is_divided(named)):
+            write_parts(temporary / stem, tensors[stem], processes)
+            for path in own_files(temporary / stem, processes):
+                flush(path)
+                checksums[f"{stem}/{path.name}"] = _checksum(path)
+        for stem in (stem for stem, named in tensors.items() if processes.first and not is_divided(named)):
             path = temporary / f"{stem}.safetensors"
-            contiguous = {name: tensor.detach().contiguous() for name, tensor in named.items()}
+            contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors[stem].items()}
             save_file(contiguous, path, _label(path, step, state.get(_RUN)))
             flush(path)
             checksums[path.name] = _checksum(path)
-        path = temporary / STATE
-        content = {**state, _STEP: step, _CHECKSUMS: checksums}
-        path.write_text(json.dumps({**content, _DIGEST: _digest(content)}, indent=2) + "\n", encoding="utf-8")
-        flush(path)
-        flush(temporary)
-        temporary.rename(target)
-        flush(folder)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        last = list_checkpoints(run_dir)
-        kept = f"the last good checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
-        raise CheckpointError(f"cannot save {target}: {error}; {kept}") from error
-    for old in list_checkpoints(run_dir)[:-keep]:
-        if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
-            shutil.rmtree(old, ignore_errors=True)
+        failed = str(error)
+    found = [json.loads(text) for text in processes.texts(json.dumps((failed, checksums)))]
+
+    def end() -> str:
+        if failures := [failure for failure, _ in found if failure]:
+            raise _not_saved(run_dir, target, temporary, failures[0])
+        written = {**state, _STEP: step, _CHECKSUMS: {name: own[name] for _, own in found for name in sorted(own)}}
+        _end(run_dir, target, temporary, written)
+        for old in list_checkpoints(run_dir)[:-keep]:
+            if not keep_every or int(old.name.removeprefix("step_")) % keep_every:
+                shutil.rmtree(old, ignore_errors=True)
+        return ""
+
+    processes.by_first(end)
     return target
+
+
+def _begin(run_dir: Path, target: Path) -> str:
+    """The temporary folder of a checkpoint; nothing where that is there already."""
+    temporary = target.with_name(f"{TEMPORARY}{target.name}-{os.getpid()}")
+    if target.is_dir():
+        try:
+            check_checkpoint(target)
+            return ""
+        except DamagedCheckpoint as error:
+            _set_aside(target, error)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in target.parent.glob(f"{TEMPORARY}*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise _not_saved(run_dir, target, temporary, str(error)) from error
+    return os.fspath(temporary)
+
+
+def _end(run_dir: Path, target: Path, temporary: Path, state: Mapping[str, Any]) -> None:
+    """Writes what says that a checkpoint is complete, and gives it its name."""
+    try:
+        path = temporary / STATE
+        path.write_text(json.dumps({**state, _DIGEST: _digest(state)}, indent=2) + "\n", encoding="utf-8")
+        flush(path)
+        for folder in (*(path for path in temporary.iterdir() if path.is_dir()), temporary):
+            flush(folder)
+        temporary.rename(target)
+        flush(target.parent)
+    except OSError as error:
+        raise _not_saved(run_dir, target, temporary, str(error)) from error
+
+
+def _not_saved(run_dir: Path, target: Path, temporary: Path, reason: str) -> CheckpointError:
+    shutil.rmtree(temporary, ignore_errors=True)
+    last = list_checkpoints(run_dir)
+    kept = f"the last good checkpoint is {last[-1]}" if last else "there is no earlier checkpoint"
+    return CheckpointError(f"cannot save {target}: {reason}; {kept}")
 
 
 def newest_checkpoint(run_dir: Path) -> Path | None:
@@ -181,20 +235,40 @@ def check_checkpoint(checkpoint: Path) -> None:
         DamagedCheckpoint: a file is missing or damaged; names it.
     """
     _, written = _read_state(checkpoint)
-    files = sorted(file.name for file in checkpoint.glob("*.safetensors"))
-    for name in files if written.checksums is None else sorted(written.checksums):
-        _check_tensors(checkpoint / name, written)
+    for name in sorted(_files(checkpoint) if written.checksums is None else written.checksums):
+        _check_tensors(checkpoint / name, written, part="/" in name)
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
+def stems(checkpoint: Path) -> list[str]:
+    """Of what a checkpoint folder holds tensors: "ema", "model", "optimizer" and so on."""
+    return sorted({name.partition("/")[0].removesuffix(_SUFFIX) for name in _files(checkpoint)})
+
+
+def tensors_path(checkpoint: Path, stem: str) -> Path:
+    """Where a checkpoint folder has the tensors of that name, in a file or in a folder of parts; or would have it."""
+    folder = checkpoint / stem
+    return folder if folder.is_dir() else checkpoint / f"{stem}{_SUFFIX}"
+
+
+def read_tensors(
+    path: Path, like: Mapping[str, Tensor] = MappingProxyType({}), *, checked: bool = False
+) -> dict[str, Tensor]:
     """All tensors of a safetensors file, on the CPU; a file of a checkpoint is compared with its checksum first.
+
+    Args:
+        path: the file, or the folder of parts that a checkpoint has in the place of one.
+        like: what is divided among processes, and so may be read, see `read_parts`.
+        checked: whether `check_checkpoint` has passed it.
 
     Raises:
         DamagedCheckpoint: missing, truncated, not safetensors, or not what was written; names the file.
     """
-    with _advising(path.parent):
-        _check_tensors(path, _read_state(path.parent)[1] if (path.parent / STATE).is_file() else None)
-    return load_file(path)
+    if not checked:
+        with _advising(path.parent):
+            written = _read_state(path.parent)[1] if (path.parent / STATE).is_file() else None
+            for file in sorted(path.glob(f"*{_SUFFIX}")) if path.is_dir() else [path]:
+                _check_tensors(file, written, part=path.is_dir())
+    return read_parts(path, like) if path.is_dir() else load_file(path)
 
 
 def read_state(checkpoint: Path) -> dict[str, Any]:
@@ -229,7 +303,7 @@ def _read_state(checkpoint: Path) -> tuple[dict[str, Any], _Written]:
             return state, _Written(None, step, run)
         if not isinstance(checksums, dict) or not all(_is_file_name(name) for name in checksums):
             raise ValueError(f"its {_CHECKSUMS} are not by names of files")
-        found = {file.name for file in checkpoint.iterdir()} - {STATE}
+        found = {path.name for path in checkpoint.iterdir() if not path.is_dir()} - {STATE} | _files(checkpoint)
     except (OSError, ValueError) as error:
         raise DamagedCheckpoint(f"cannot read {path}: {error}") from error
     if missing := sorted(checksums.keys() - found):
@@ -240,7 +314,14 @@ def _read_state(checkpoint: Path) -> tuple[dict[str, Any], _Written]:
 
 
 def _is_file_name(name: str) -> bool:
-    return name.endswith(".safetensors") and Path(name).name == name
+    parts = name.split("/")
+    return name.endswith(_SUFFIX) and len(parts) <= 2 and all(Path(part).name == part for part in parts)
+
+
+def _files(checkpoint: Path) -> set[str]:
+    """Files of tensors in a checkpoint folder, and in folders in it."""
+    found = (path for pattern in (f"*{_SUFFIX}", f"*/*{_SUFFIX}") for path in checkpoint.glob(pattern))
+    return {path.relative_to(checkpoint).as_posix() for path in found if path.is_file()}
 
 
 def _label(path: Path, step: int | None, run: str | None) -> dict[str, str]:
@@ -248,17 +329,25 @@ def _label(path: Path, step: int | None, run: str | None) -> dict[str, str]:
     return {"file": path.stem, "step": str(step), "run": str(run)}
 
 
-def _check_tensors(path: Path, written: _Written | None) -> None:
-    """Raises DamagedCheckpoint where a file is not what the state beside it says, or no complete safetensors."""
+def _check_tensors(path: Path, written: _Written | None, *, part: bool = False) -> None:
+    """Raises DamagedCheckpoint where a file is not what the state beside it says, or no complete safetensors.
+
+    What is a part of tensors has no label, and is nothing without the state, which alone knows how many there are.
+    """
+    name = f"{path.parent.name}/{path.name}" if part else path.name
     try:
         if written is not None and written.checksums is not None:
-            if path.name not in written.checksums:
+            if name not in written.checksums:
                 raise ValueError("it was not saved with this checkpoint")
-            if _checksum(path) != written.checksums[path.name]:
+            if _checksum(path) != written.checksums[name]:
                 raise ValueError(f"it is damaged: its SHA-256 is not the one in {STATE}")
+        elif part:
+            raise ValueError(
+                f"it is a part of tensors, and no {STATE} says of which; read the checkpoint that it is of"
+            )
         with safe_open(path, "pt") as file:  # the header, and that the file is as long as it says
             label = file.metadata() or {}
-        if written is None:
+        if written is None or part:
             return
         for name, expected in _label(path, written.step, written.run).items():
             # A file from before there were labels has none, in a checkpoint from before.

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..distributed.shards import divided_like
+from ..distributed.shards import divided_like, own_part
 from .weights import is_finite
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -19,6 +19,12 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer, names: Sequence[str]) ->
     """The state of an optimiser as named tensors. `names`: those of its parameters, in order."""
     state = optimizer.state_dict()["state"]
     return {f"{names[i]}.{key}": value for i, entry in state.items() for key, value in entry.items()}
+
+
+def moments_like(optimizer: torch.optim.Optimizer, names: Sequence[str]) -> dict[str, Tensor]:
+    """Tensors of the names, shapes and types of an optimiser's moments: its parameters."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return {f"{name}.{key}": p for name, p in zip(names, parameters, strict=True) for key in _MOMENTS}
 
 
 def load_optimizer(
@@ -37,7 +43,7 @@ def load_optimizer(
     Args:
         optimizer: an AdamW.
         names: those of its parameters, in order.
-        tensors: PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step.
+        tensors: PARAMETER.exp_avg, PARAMETER.exp_avg_sq, PARAMETER.step; whole, or divided as the parameters are.
         step: steps of the run. The optimiser's own count may be lower, where fp16 gradients overflowed, but is the same
             for all parameters that are not `optional`.
         optional: names of parameters that may have been left out of some or all steps.
@@ -58,7 +64,8 @@ def load_optimizer(
                 f"the optimiser state has {full_name!r} as {tensor.dtype} {tuple(tensor.shape)}; "
                 f"expected {like.dtype} {tuple(like.shape)}"
             )
-        if not is_finite(tensor) or (key != "exp_avg" and tensor.numel() and tensor.min() < 0):
+        own = own_part(tensor)
+        if not is_finite(own) or (key != "exp_avg" and own.numel() and own.min() < 0):
             raise CheckpointError(f"the optimiser state has numbers in {full_name!r} that cannot be")
         state.setdefault(name, {})[key] = tensor
     for name, entry in state.items():

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
-from ..distributed.shards import load_whole
+from ..distributed.shards import load_whole, own_part
 from .diffusers_keys import find_diffusers, is_diffusers, read_diffusers
-from .local import list_checkpoints, read_tensors
+from .local import list_checkpoints, read_tensors, stems, tensors_path
 from .published import read_published
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
@@ -66,9 +66,10 @@ def load_weights(path: Path, *, which: str = "ema") -> Weights:
     """
     found = find_weights(path)
     if found.is_dir():
-        file = found / f"{which}.safetensors"
-        if not file.is_file() and (there := sorted(path.stem for path in found.glob("ema*.safetensors"))):
-            raise CheckpointError(f"{found} has no weights {which!r}; it has: {', '.join(['model', *there])}")
+        there = [stem for stem in stems(found) if stem == "model" or stem.startswith("ema")]
+        if which not in there and any(stem != "model" for stem in there):
+            raise CheckpointError(f"{found} has no weights {which!r}; it has: {', '.join(there)}")
+        file = tensors_path(found, which)
         return Weights(read_tensors(file), file)
     if is_diffusers(found):
         return Weights(read_diffusers(found), found)
@@ -83,7 +84,7 @@ def fill_model(model: nn.Module, weights: Weights, *, exact: bool = False) -> No
 
     Args:
         model: of any floating type.
-        weights: all of them, and no others.
+        weights: all of them, and no others; whole, or divided as the model is.
         exact: whether the types have to be those of `model`; else one floating type may stand for another.
 
     Raises:
@@ -112,7 +113,8 @@ def check_fit(expected: Mapping[str, Tensor], weights: Weights, *, exact: bool =
 
 
 def is_finite(tensor: Tensor) -> bool:
-    """Whether all numbers are; in one pass that allocates nothing."""
+    """Whether all numbers are, of those that this process holds; in one pass that allocates nothing."""
+    tensor = own_part(tensor)
     if tensor.dtype not in FLOATS or not tensor.numel():
         return True
     low, high = tensor.aminmax()  # NaN if there is one

@@ -15,7 +15,7 @@ import tyro
 from ...errors import ConfigError
 from ..checkpoints.card import model_card
 from ..checkpoints.export import CARD, DTYPES, Record, is_card, write_card, write_diffusers, write_safetensors
-from ..checkpoints.local import run_of
+from ..checkpoints.local import run_of, stems
 from ..checkpoints.state import read_run_state
 from ..checkpoints.weights import find_weights
 from ..config import require
@@ -59,7 +59,7 @@ def export(command: ExportCommand) -> Path:
     run = run_of(checkpoint) if checkpoint.is_dir() else None
     if run is None:
         raise ConfigError(f"{command.source} is no run and no checkpoint of one, which say what the weights are")
-    there = sorted(file.stem for file in checkpoint.glob("*.safetensors") if _WEIGHTS.fullmatch(file.stem))
+    there = [stem for stem in stems(checkpoint) if _WEIGHTS.fullmatch(stem)]
     require(command.which in there, f"--which {command.which}: {checkpoint} has: {', '.join(there) or 'no weights'}")
     config, state = load_config(run / CONFIG), read_run_state(checkpoint)
     name = config.data.data

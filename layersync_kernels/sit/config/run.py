@@ -41,6 +41,8 @@ class LogConfig:
     """How many checkpoints stay."""
     keep_every: int = 0
     """Those of a multiple of so many steps stay for good; 0: none does."""
+    save_in_background: bool = True
+    """Train on while a checkpoint is written, at the cost of a copy of it in the memory of the host."""
     tensorboard: bool = True
     """Write TensorBoard events, if it is installed."""
 

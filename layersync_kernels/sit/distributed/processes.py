@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import logging
 import os
@@ -37,29 +38,39 @@ class Processes:
         rank: which one.
         world: how many there are.
         local_world: how many of them are on this machine.
+        group: what they talk over; None: that of all of them.
     """
 
     rank: int = 0
     world: int = 1
     local_world: int = 1
+    group: dist.ProcessGroup | None = None
 
     @property
     def first(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
 
+    def apart(self) -> Processes:
+        """The same ones over a connection of their own, for a thread that talks while this one does."""
+        if self.world == 1:
+            return self
+        group = dist.new_group(backend="gloo")
+        assert isinstance(group, dist.ProcessGroup)
+        return dataclasses.replace(self, group=group)
+
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of what each of them gives, value by value; the hosts wait for each other, devices do not."""
         if self.world == 1:
             return values
         tensor = torch.tensor(values, dtype=torch.float64)
-        dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
         return tuple(tensor.tolist())
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum of what each of them gives, in place; on the tensor's device."""
         if self.world > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def mean(self, tensor: Tensor) -> Tensor:
@@ -72,11 +83,15 @@ class Processes:
             return text
         given = torch.tensor(list(text.encode()), dtype=torch.uint8)
         length = torch.tensor([len(given)])
-        dist.broadcast(length, source)
+        dist.broadcast(length, source, group=self.group)
         content = given if self.rank == source else torch.empty(int(length), dtype=torch.uint8)
         if int(length):
-            dist.broadcast(content, source)
+            dist.broadcast(content, source, group=self.group)
         return bytes(content.tolist()).decode()
+
+    def texts(self, text: str) -> list[str]:
+        """What each of them gives, by rank."""
+        return [self.text(text, source) for source in range(self.world)]
 
     def by_first(self, function: Callable[[], str]) -> str:
         """What a function gives that the first process alone calls.

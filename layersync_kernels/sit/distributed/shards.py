@@ -22,15 +22,18 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def divided_like(values: Tensor, other: Tensor) -> Tensor:
-    """A whole tensor that each process has, divided as another one of its shape is; itself where that is not."""
-    if not isinstance(other, DTensor):
+    """A tensor, divided as another one of its shape is: of a whole one that each process has, its part.
+
+    It is returned as it is where the other one is whole, or where it is divided itself, which then has to be the same.
+    """
+    if not isinstance(other, DTensor) or isinstance(values, DTensor):
         return values
     return distribute_tensor(values.to(other.device), other.device_mesh, other.placements, src_data_rank=None)
 
 
 @torch.no_grad()
 def copy_into(target: Tensor, values: Tensor) -> None:
-    """Gives a tensor, of which each process may hold a part, the values of a whole one that each of them has."""
+    """Gives a tensor, of which each process may hold a part, the values of another one, see `divided_like`."""
     own_part(target).copy_(own_part(divided_like(values.expand(target.shape), target)))
 
 

@@ -235,8 +235,11 @@ class Trainer:
         checkpoints = list_checkpoints(self.run_dir) if self.run_dir else []
         return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been saved yet"
 
-    def save(self) -> Path:
-        """Writes a checkpoint, unless something is not finite.
+    def save(self, *, background: bool = False) -> Path:
+        """Writes a checkpoint, unless something is not finite, and returns where it is.
+
+        Args:
+            background: only begins to, see `TrainState.save`.
 
         Raises:
             TrainingDiverged: see `check_finite`.
@@ -250,7 +253,17 @@ class Trainer:
             self._started = time.monotonic()  # training goes on
         facts = {"meter": self.meter.state_dict(self.processes), "data": facts_of(self.data, self.num_classes)}
         log = self.config.log
-        return self.state.save(self.run_dir, facts, keep=log.keep, keep_every=log.keep_every)
+        keep = {"keep": log.keep, "keep_every": log.keep_every}
+        return self.state.save(self.run_dir, facts, **keep, background=background)
+
+    @contextlib.contextmanager
+    def _surviving_failed_save(self) -> Iterator[None]:
+        """Logs an error instead of raising it; all processes have the same, and one of them says so."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self.processes.first:
+                logger.error("%s; training goes on, and tries again at the next checkpoint", error)
 
     def load(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers, data order and means.
@@ -296,7 +309,7 @@ class Trainer:
         batches = DataClock(self.batches())
         written = self.run_dir if self.processes.first else None
         log = RunLog(written, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
-        with stop_signals() as stop_asked, save_signal() as save_asked, log:
+        with stop_signals() as stop_asked, save_signal() as save_asked, log, self.state.saver:
             stop, save = self._agree(stop_asked(), save_asked())
             done = self.fraction >= 1
             while not (done or stop):
@@ -315,11 +328,11 @@ class Trainer:
                 if self.run_dir is None or done:
                     continue
                 paused = time.monotonic()
+                with self._surviving_failed_save():
+                    self.state.saver.check()
                 if save or self.steps_done % config.log.checkpoint_every == 0:
-                    try:
-                        self.save()
-                    except CheckpointError as error:
-                        logger.error("%s; training goes on, and tries again at the next checkpoint", error)
+                    with self._surviving_failed_save():
+                        self.save(background=config.log.save_in_background)
                 if config.log.sample_every and self.steps_done % config.log.sample_every == 0:
                     self.draw_samples()
                     log.draw_curves()
@@ -354,6 +367,7 @@ class Trainer:
             "lr": self.state.optimizer.param_groups[0]["lr"],
             **self._pace.read(steps * self.config.optim.batch_size, seconds, waited),
             "seconds": self.seconds,
+            **self.state.saver.times(),
         }
         for term in self.state.terms:
             record.update(term.facts())

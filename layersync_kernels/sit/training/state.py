@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import logging
-import os
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,15 +13,16 @@ import torch
 from torch import Tensor
 
 from ...errors import CheckpointError
-from ..checkpoints.local import read_tensors, save_checkpoint
-from ..checkpoints.optimizer import load_optimizer, optimizer_tensors
+from ..checkpoints.local import check_checkpoint, checkpoint_path, read_tensors, stems, tensors_path
+from ..checkpoints.optimizer import load_optimizer, moments_like, optimizer_tensors
 from ..checkpoints.state import RunState, read_run_state
 from ..checkpoints.weights import Weights, fill_model
 from ..config.optim import OptimConfig
 from ..distributed.parallel import Parallel
-from ..distributed.shards import own_part, whole
+from ..distributed.shards import own_part
 from ..models.sit import SiT
 from .passes import Pass
+from .saver import Saver, Snapshot
 from .terms.base import LossTerm
 
 logger = logging.getLogger(__name__)
@@ -47,6 +47,7 @@ class TrainState:
         terms: of the loss.
         weights, averages: the trained tensors of `model`, and those of each of `emas` that follow them.
         trained: what the optimiser trains: `weights`, then the parameters of the terms; `names`: those of them.
+        saver: writes checkpoints; what it is still copying must not be changed.
         generator: draws mirroring, noise and times; on the model's device.
         steps_done: optimiser steps so far.
         samples_seen: position in the shuffled stream of samples.
@@ -90,6 +91,7 @@ class TrainState:
         self.trained: list[Tensor] = list(trained.values())
         self.optimizer = self.build_optimizer()
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=scaled)
+        self.saver = Saver(self.processes, self.device)
         self.generator = torch.Generator(self.device).manual_seed(seed)
         self.steps_done = 0
         self.samples_seen = 0
@@ -122,14 +124,20 @@ class TrainState:
         tensors = map(own_part, [*self.trained, *itertools.chain(*self.averages)])
         return bool(torch.stack(torch._foreach_norm([*tensors])).isfinite().all())
 
-    def save(self, run_dir: Path, facts: dict[str, Any], *, keep: int, keep_every: int) -> Path:
-        """Writes a checkpoint; the first process does, of what all of them hold.
+    def save(
+        self, run_dir: Path, facts: dict[str, Any], *, keep: int, keep_every: int, background: bool = False
+    ) -> Path:
+        """Writes a checkpoint; all processes call it.
 
         Args:
             run_dir: folder of the run.
             facts: what else the file of counters holds, as JSON.
             keep: how many checkpoints stay.
             keep_every: those of a multiple of so many steps stay too; 0: none does.
+            background: only begins to; see `saver`.
+
+        Returns:
+            where it is, or will be.
 
         Raises:
             CheckpointError: it cannot be written; the older ones are intact.
@@ -150,22 +158,17 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             **facts,
         }
-        gathered: dict[str, dict[str, Tensor]] = {}
-        for stem, named in tensors.items():
-            gathered[stem] = {}
-            for name, tensor in named.items():
-                values = whole(tensor)
-                if self.processes.first:
-                    gathered[stem][name] = values.cpu() if values is not tensor else values
-
-        def write() -> str:
-            kept = {"keep": keep, "keep_every": keep_every}
-            return os.fspath(save_checkpoint(run_dir, self.steps_done, gathered, state, **kept))
-
-        return Path(self.processes.by_first(write))
+        snapshot = Snapshot(run_dir, self.steps_done, tensors, state, keep, keep_every)
+        if background:
+            self.saver.begin(snapshot)
+        else:
+            self.saver.save(snapshot)
+        return checkpoint_path(run_dir, self.steps_done)
 
     def load(self, checkpoint: Path) -> RunState:
         """Takes the place of what a checkpoint folder holds: weights, average, optimiser, random numbers, counters.
+
+        Any number of processes may have written it, and any number may read it.
 
         Returns:
             what else the checkpoint's file of counters holds.
@@ -173,23 +176,29 @@ class TrainState:
         Raises:
             CheckpointError: it is damaged or belongs to another model; names the file.
         """
+
+        def check() -> str:
+            check_checkpoint(checkpoint)
+            return ""
+
+        self.processes.by_first(check)
         state = read_run_state(checkpoint)
-        model, optimizer, rng = (_read(checkpoint, stem) for stem in ("model", "optimizer", "rng"))
-        fill_model(self.model, model, exact=True)
-        there = {path.stem for path in checkpoint.glob("ema*.safetensors")}
+        fill_model(self.model, _read(checkpoint, "model", self.model.state_dict()), exact=True)
+        there = {stem for stem in stems(checkpoint) if stem.startswith("ema")}
         if (there > {"ema"} or len(self.emas) > 1) and there != set(self.emas):
             raise CheckpointError(
                 f"{checkpoint} has the averages {', '.join(sorted(there))}; --ema-decay asks for "
                 f"{', '.join(self.emas)}: resume with the decays of the run"
             )
         for stem, ema in self.emas.items():
-            fill_model(ema, _read(checkpoint, stem), exact=True)
+            fill_model(ema, _read(checkpoint, stem, ema.state_dict()), exact=True)
         for term in self.terms:
             if term.module is not None and term.file is not None:
-                if not (checkpoint / f"{term.file}.safetensors").is_file():
+                if term.file not in stems(checkpoint):
                     raise CheckpointError(term.missing(checkpoint))
-                fill_model(term.module, _read(checkpoint, term.file), exact=True)
+                fill_model(term.module, _read(checkpoint, term.file, term.module.state_dict()), exact=True)
         of_model = {name for name, _ in self.model.named_parameters()}
+        optimizer = _read(checkpoint, "optimizer", moments_like(self.optimizer, self.names))
         try:
             load_optimizer(
                 self.optimizer,
@@ -201,6 +210,7 @@ class TrainState:
             )
         except CheckpointError as error:
             raise CheckpointError(f"{optimizer.path}: {error}") from error
+        rng = _read(checkpoint, "rng", {})
         try:
             self._restore_random(rng.tensors)
         except (ValueError, TypeError, RuntimeError) as error:
@@ -238,6 +248,7 @@ class TrainState:
             torch.cuda.set_rng_state(states["cuda"], self.device)
 
 
-def _read(checkpoint: Path, stem: str) -> Weights:
-    path = checkpoint / f"{stem}.safetensors"
-    return Weights(read_tensors(path), path)
+def _read(checkpoint: Path, stem: str, like: Mapping[str, Tensor]) -> Weights:
+    """Tensors of a checkpoint that has been checked; divided as `like` is, where they were written so."""
+    path = tensors_path(checkpoint, stem)
+    return Weights(read_tensors(path, like, checked=True), path)

@@ -64,6 +64,7 @@ def train_step(
     if optim.clip_norm is not None:
         state.scaler.unscale_(state.optimizer)
         meter.add("grad_norm", whole(torch.nn.utils.clip_grad_norm_(state.trained, optim.clip_norm)))
+    state.saver.copied()
     state.scaler.step(state.optimizer)
     state.scaler.update()
     state.optimizer.zero_grad(set_to_none=True)
