@@ -10,7 +10,7 @@ WORKERS ?= 2
 SOURCES := setup.py build_backend.py $(wildcard csrc/*.* csrc/*/*.* csrc/*/*/*.*)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test slow test-card dry-run fuzz check bench doctor clean
+.PHONY: help demo test slow test-faults test-card dry-run fuzz check bench doctor clean
 
 help:  ## show this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -32,7 +32,7 @@ demo: $(VENV)/.built  ## install, train a SiT on digits with the fused loss, sam
 	$(BIN)/layersync demo
 
 test: $(VENV)/.built  ## install, then run all tests but the slow ones
-	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not threads and not fuzz and not slow"
+	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m "not threads and not fuzz and not slow and not faults"
 	$(PYTEST) -m threads
 
 # The versions that machines with an H100 are rented with, beside the newest: an environment of its own. Both are editable
@@ -55,7 +55,7 @@ $(CARD)/.built: $(CARD)/.dependencies $(SOURCES)
 	touch $@
 
 test-card: $(CARD)/.built  ## install the versions of rented H100s, then run the tests of builds, ops and benchmarks
-	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not threads and not fuzz" \
+	OMP_NUM_THREADS=1 $(CARD)/bin/python -m pytest -n $(WORKERS) --dist loadgroup -m "not threads and not fuzz and not faults" \
 	  tests/ops tests/bench tests/build
 
 dry-run: $(VENV)/.built  ## check benchmarks/gpu.sh and its computed budget on a machine without a card
@@ -63,6 +63,9 @@ dry-run: $(VENV)/.built  ## check benchmarks/gpu.sh and its computed budget on a
 
 slow: $(VENV)/.built  ## run the tests that take minutes for one thing: a build, gpu.sh without a card, the model of all launches, the portable loops
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m slow
+
+test-faults: $(VENV)/.built  ## kill runs of several processes at random moments, and compare what they end with (10 minutes)
+	OMP_NUM_THREADS=1 $(PYTEST) -m faults -rP
 
 fuzz: $(VENV)/.built  ## read 2,000 damaged files of each kind (some 20 minutes on 2 cores)
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) -m fuzz -rP

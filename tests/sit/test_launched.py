@@ -117,7 +117,7 @@ def _started(run, process, steps):
     pytest.fail(process.communicate()[0])
 
 
-def _children(process):
+def children(process):
     found = subprocess.run(["ps", "--ppid", str(process.pid), "-o", "pid="], capture_output=True, text=True, check=True)
     return sorted(map(int, found.stdout.split()))
 
@@ -126,7 +126,7 @@ def test_the_end_of_one_ends_the_others(data, tmp_path):
     run = tmp_path / "run"
     process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS)
     _started(run, process, 4)
-    os.kill(_children(process)[-1], signal.SIGKILL)
+    os.kill(children(process)[-1], signal.SIGKILL)
     code, output = ended(process)
     assert code != 0
     assert "Signal 9 (SIGKILL)" in output
@@ -137,7 +137,7 @@ def test_started_again_a_run_goes_on(data, alone, tmp_path):
     run = tmp_path / "run"
     process = launch(2, f"--data={data}", f"--out={run}", "--steps=200", *FLAGS, "--overwrite", restarts=1)
     _started(run, process, 4)
-    os.kill(_children(process)[-1], signal.SIGKILL)
+    os.kill(children(process)[-1], signal.SIGKILL)
     code, output = ended(process)
     assert code == 0, output
     assert output.count(f"resuming {run} at step") == 1
@@ -181,7 +181,7 @@ def test_a_request_to_stop_stops_all(data, tmp_path, whom):
     run = tmp_path / "run"
     process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS)
     _started(run, process, 4)
-    os.kill(_children(process)[-1] if whom == "a process" else process.pid, signal.SIGTERM)
+    os.kill(children(process)[-1] if whom == "a process" else process.pid, signal.SIGTERM)
     code, output = ended(process)
     assert (code == 0) == (whom == "a process"), output
     assert "stopped and saved at step" in output
@@ -193,7 +193,7 @@ def test_a_process_that_hangs_is_noticed(data, tmp_path):
     run = tmp_path / "run"
     process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS, "--timeout=5")
     _started(run, process, 4)
-    os.kill(_children(process)[-1], signal.SIGSTOP)
+    os.kill(children(process)[-1], signal.SIGSTOP)
     code, output = ended(process)
     assert code != 0
     assert output.count("process 0 of 2 stops, as another one has ended or has not answered for 5 s") == 1

@@ -74,7 +74,7 @@ def test_records_of_a_resumed_run_are_those_of_an_uninterrupted_one(tmp_path, st
     trainer.step = lambda batch: (step(batch), trainer.steps_done == stop_at and os.kill(os.getpid(), signal.SIGTERM))
     assert trainer.fit().ended == "interrupted"
     run_training(tiny_config(log=log), tmp_path / "parts", resume=True)
-    timed = ("seconds", "samples_per_second", "tokens_per_second", "data_wait")
+    timed = ("seconds", "samples_per_second", "tokens_per_second", "data_wait", "save_seconds", "save_wait")
     whole, parts = (
         [{k: r[k] for k in r if k not in timed} for r in read_records(tmp_path / n)] for n in ("whole", "parts")
     )

@@ -118,13 +118,13 @@ def save_checkpoint(
     temporary = Path(begun)
     failed, checksums = "", {}
     try:
-        # First what all do together, and fail together.
-        for stem in (stem for stem, named in tensors.items() if is_divided(named)):
+        divided = [stem for stem, named in tensors.items() if is_divided(named)]
+        for stem in divided:  # all together, which fail together: first of all, as none may be missing in it
             write_parts(temporary / stem, tensors[stem], processes)
-            for path in own_files(temporary / stem, processes):
-                flush(path)
-                checksums[f"{stem}/{path.name}"] = _checksum(path)
-        for stem in (stem for stem, named in tensors.items() if processes.first and not is_divided(named)):
+        for path in (path for stem in divided for path in own_files(temporary / stem, processes)):
+            flush(path)
+            checksums[path.relative_to(temporary).as_posix()] = _checksum(path)
+        for stem in (stem for stem in tensors if processes.first and stem not in divided):
             path = temporary / f"{stem}.safetensors"
             contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors[stem].items()}
             save_file(contiguous, path, _label(path, step, state.get(_RUN)))
