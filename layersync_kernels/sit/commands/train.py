@@ -64,7 +64,7 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
     if restarted() and (out / CONFIG).is_file():  # by the attempt before
         resume, overwrite = True, False
     with contextlib.ExitStack() as stack:
-        processes, device = stack.enter_context(joined(config.device, timeout=config.parallel.timeout))
+        processes, device = stack.enter_context(joined(config.device, timeout=config.parallel.timeout, out=out))
 
         def claim() -> str:
             stack.enter_context(lock_folder(out))

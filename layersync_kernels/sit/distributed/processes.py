@@ -11,6 +11,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -19,6 +20,7 @@ from torch import Tensor
 from ...errors import ConfigError, ProcessLost, UserError, first_line
 from ..console import console
 from ..device import resolve_device
+from .watchdog import STACKS, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -37,16 +39,23 @@ class Processes:
         rank: which one.
         world: how many there are.
         local_world: how many of them are on this machine.
+        watchdog: that says where this one hangs.
     """
 
     rank: int = 0
     world: int = 1
     local_world: int = 1
+    watchdog: Watchdog | None = None
 
     @property
     def first(self) -> bool:
         """Whether this is the one that writes and speaks."""
         return self.rank == 0
+
+    def come_on(self) -> None:
+        """Says that this one does not hang: it begins to train, or has ended a step."""
+        if self.watchdog is not None:
+            self.watchdog.restart()
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of what each of them gives, value by value; the hosts wait for each other, devices do not."""
@@ -139,7 +148,7 @@ def restarted() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.device]]:
+def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that torchrun has started, connected until the block ends, and the device of this one.
 
     Gloo connects hosts and, where there are GPUs, NCCL these. Messages and progress are those of the first process.
@@ -147,6 +156,7 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
     Args:
         device: as `resolve_device` has it; several processes on GPUs take one each.
         timeout: seconds that a process waits for the others, before it gives up.
+        out: folder of the run, in which processes that hang or wait for those say where, see `Watchdog`.
 
     Raises:
         ConfigError: more processes than GPUs, a single GPU named for all, variables that contradict each other.
@@ -170,8 +180,9 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise ProcessLost(f"process {rank} of {world} cannot reach the others: {_short(error)}") from error
+    watchdog = Watchdog(out / STACKS / f"rank-{rank}.txt", timeout)
     try:
-        yield Processes(rank, world, local_world), own
+        yield Processes(rank, world, local_world, watchdog), own
     except UserError as error:
         store.set(f"failed/{rank}", str(error))
         if rank and _first_says(store, str(error)):
@@ -180,11 +191,13 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
     except RuntimeError as error:
         if not _is_of_connection(error):
             raise
+        where = f"; {watchdog.path} shows the lines at which it waited, the files beside it those of the others"
         raise ProcessLost(
             f"process {rank} of {world} stops, as another one has ended or has not answered for {timeout:g} s; its own "
-            f"message says why ({_short(error)})"
+            f"message says why ({_short(error)}){where if watchdog.written else ''}"
         ) from error
     finally:
+        watchdog.close()
         dist.destroy_process_group()
 
 

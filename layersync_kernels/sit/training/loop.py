@@ -173,6 +173,7 @@ class Trainer:
         """The most that any process asks for; from now on all of them have the same `fraction`."""
         if self.processes.world == 1:
             return asked
+        self.processes.come_on()
         *most, self._together = self.processes.largest(*asked, self.seconds)
         return tuple(most)
 
