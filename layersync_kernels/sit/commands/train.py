@@ -23,6 +23,7 @@ from ..training.loop import Outcome, Trainer
 from ..training.runlog import checkpoint_to_resume
 from ..training.terms.layersync import LayerSyncTerm
 from ..training.terms.repa import RepaTerm
+from ..training.trackers import wandb_module
 from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, starting_point
 
 
@@ -67,6 +68,8 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
         processes, device = stack.enter_context(joined(config.device, timeout=config.parallel.timeout, out=out))
 
         def claim() -> str:
+            if config.log.wandb is not None:
+                wandb_module()  # missing, it stops all of them before there is a run
             stack.enter_context(lock_folder(out))
             check_run(out, config, resume=resume, overwrite=overwrite)
             return ""

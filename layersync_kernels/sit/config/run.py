@@ -43,6 +43,8 @@ class LogConfig:
     """Those of a multiple of so many steps stay for good; 0: none does."""
     tensorboard: bool = True
     """Write TensorBoard events, if it is installed."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the records too; None: none does."""
 
     def validate(self) -> None:
         """Checks ranges.
