@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import io
 import logging
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
@@ -168,25 +170,28 @@ def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processe
     if world == 1:
         yield ALONE, resolve_device(device)
         return
-    own = _own_device(device, local_rank, local_world)
     if rank:
         console.quiet = True
         logging.getLogger("layersync_kernels").setLevel(logging.ERROR)
     wait = datetime.timedelta(seconds=timeout)
+    unreachable = f"process {rank} of {world} cannot reach the others"
     try:
         shared, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=wait)))
         store = dist.PrefixStore(agree_on_attempt(shared, rank, world, wait), shared)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLost(f"{unreachable}: {_short(error)}") from error
+    with _said_once(store, rank):
+        own = _own_device(device, local_rank, local_world)
+    try:
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
-        raise ProcessLost(f"process {rank} of {world} cannot reach the others: {_short(error)}") from error
+        raise ProcessLost(f"{unreachable}: {_short(error)}") from error
     watchdog = Watchdog(out / STACKS / f"rank-{rank}.txt", timeout)
     try:
-        yield Processes(rank, world, local_world, watchdog), own
-    except UserError as error:
-        store.set(f"failed/{rank}", str(error))
-        if rank and _first_says(store, str(error)):
-            raise SystemExit(1) from None
+        with _said_once(store, rank):
+            yield Processes(rank, world, local_world, watchdog), own
+    except UserError:
         raise
     except RuntimeError as error:
         if not _is_of_connection(error):
@@ -199,6 +204,37 @@ def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processe
     finally:
         watchdog.close()
         dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _said_once(store: dist.Store, rank: int) -> Iterator[None]:
+    """Around what may fail: where the first process raises the same UserError, the others end with exit code 1."""
+    try:
+        yield
+    except UserError as error:
+        store.set(f"failed/{rank}", str(error))
+        if rank and _first_says(store, str(error)):
+            raise SystemExit(1) from None
+        raise
+
+
+@contextlib.contextmanager
+def before_joined() -> Iterator[None]:
+    """Around what fails in all processes of a machine alike, before they can tell each other, such as reading flags.
+
+    The first one of the machine says why. torchrun ends the others with it; they speak where it has not.
+    """
+    if _launched()[2] == 0:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except (UserError, SystemExit):
+        time.sleep(_SECONDS_FOR_FIRST)
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world: int, wait: datetime.timedelta) -> str:
@@ -241,6 +277,11 @@ def _own_device(name: str, local_rank: int, local_world: int) -> torch.device:
         raise ConfigError(
             f"{local_world} processes on this machine, which has {torch.cuda.device_count()} GPUs; start torchrun with "
             f"--nproc-per-node {torch.cuda.device_count()}"
+        )
+    if not dist.is_nccl_available():
+        raise ConfigError(
+            f"--device {name}: this torch has no NCCL, by which GPUs are connected; install one that has, or start one "
+            "process, or several with --device cpu"
         )
     own = torch.device("cuda", local_rank)
     torch.cuda.set_device(own)
