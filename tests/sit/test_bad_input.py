@@ -88,6 +88,7 @@ def found(tmp_path_factory):
         "fewer samples than processes": fresh("one.npz"),
         "no bucket with a batch": fresh("pictures", "--buckets", "8x4", "4x8", "--channels=1"),
         "no mesh": fresh("six.npz", "--parallel=hsdp", "--shard-size=2"),
+        "a folder in use": [f"--data={folder / 'six.npz'}", f"--out={newer}", *FLAGS],
         "no GPU": fresh("six.npz", "--device=cuda"),
         "a newer checkpoint": [f"--out={newer}", "--resume", "--steps=4"],
     }
@@ -105,6 +106,7 @@ def test_a_batch_of_all_processes_may_be_larger_than_the_data(found):
 MESSAGES = {
     "no bucket with a batch": "no size has enough samples for a batch of 8: 2 of (8, 4), 1 of (4, 8); lower --batch",
     "no mesh": "--parallel hsdp with --shard-size 2: 2 processes do not make several copies of that many",
+    "a folder in use": "newer exists; choose another --out",
     "no GPU": "--device cuda: ",
     "a newer checkpoint": "state.json is not what a run saves: unknown settings ['shards'], as a newer version of "
     "layersync_kernels may write them: install that one",

@@ -102,12 +102,6 @@ def test_an_error_of_all_is_said_once(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_folder_in_use_is_said_once(alone):
-    code, output = ended(launch(2, f"--out={alone}", *FLAGS))
-    assert code != 0
-    assert output.count(f"{alone} exists; choose another --out") == 1
-
-
 def _started(run, process, steps):
     """Waits until a run has come to a record of that many steps."""
     end = time.monotonic() + SECONDS
