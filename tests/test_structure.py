@@ -142,7 +142,7 @@ def test_pytest_looks_into_every_folder_of_tests(request):
 def test_tests_are_collected_without_the_extras():
     """benchmarks/gpu.sh collects all of them on a machine that has none: a module of tests asks for such a package."""
     extras = {"soundfile", "librosa", "diffusers", "datasets", "bvhio", "av", "pybullet", "accelerate", "peft", "timm"}
-    extras |= {"transformers", "efficientnet_lite_pytorch", "mlxtend"}
+    extras |= {"transformers", "efficientnet_lite_pytorch", "mlxtend", "wandb"}
     found = []
     for path in (ROOT / "tests").rglob("*.py"):
         for node in ast.parse(path.read_text()).body:

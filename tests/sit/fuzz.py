@@ -359,7 +359,7 @@ def fuzz_records(folder):
         content = b"\n".join(lines)
         path.write_bytes(damage_bytes(rng, content) if rng.random() < 0.3 else content)
         assert checkpoint_to_resume(run) is not None
-        RunLog(run, step=4, steps=8, tensorboard=False)
+        RunLog(run, step=4, steps=8)
         records = read_records(run)
         assert all(record["step"] <= 4 for record in records)
         if records and rng.random() < 0.02:

@@ -109,8 +109,11 @@ def build(kind, tmp_path, workers=0):
     elif kind == "images":
         data = images(write_images(tmp_path / "i"), memory_limit_gb=0, workers=workers)
         assert isinstance(data, StreamingSet)
-    elif kind == "tars":
-        data = images(write_tars(tmp_path / "t"), memory_limit_gb=0, workers=workers, shuffle_shards=2)
+    elif kind in ("tars", "remote tars"):
+        folder = write_tars(tmp_path / "t")
+        name = folder if kind == "tars" else f"file://{folder}/x-{{0..7}}.tar"
+        options = {"memory_limit_gb": 0, "workers": workers, "shuffle_shards": 2, "cache": tmp_path / "cache"}
+        data = images(name, **options)
         assert isinstance(data, StreamingSet)
         assert list(data.files) == [7] * 7 + [1]
     else:
@@ -122,8 +125,8 @@ def build(kind, tmp_path, workers=0):
     return data
 
 
-KINDS = ["memory", "buckets", "images", "tars", "latents", "streamed", "remote"]
-STREAMED = ["images", "tars", "streamed", "remote"]
+KINDS = ["memory", "buckets", "images", "tars", "remote tars", "latents", "streamed", "remote"]
+STREAMED = ["images", "tars", "remote tars", "streamed", "remote"]
 
 
 def tensors(batch):
@@ -445,14 +448,20 @@ def test_what_is_not_there_is_said_at_once(flaky, tmp_path, monkeypatch):
         latents("flaky://nowhere")
     with pytest.raises(DataError, match=r"cannot open nobody://x/index.json: .*nobody"):
         latents("nobody://x")
-    with pytest.raises(DataError, match="tar files are read from folders of this machine"):
-        images("flaky://x/y.tar")
+    with pytest.raises(DataError, match=r"there is no flaky://x/y.tar"):
+        images("flaky://x/y.tar", cache=tmp_path / "cache")
     Flaky().rm_file(f"/bucket/{shard_name(7)}")
     with pytest.raises(DataError, match=r"there is no flaky://bucket/latents_00007"):
         list(itertools.islice(latents(flaky, cache=tmp_path / "cache").batches(10, seed=0), 5))
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    for load, name in ((latents, "s3://bucket/latents"), (images, "s3://bucket/x-{0..7}.tar")):
+        with pytest.raises(DataError, match=r"cannot open s3://bucket/.*: Install s3fs to access S3"):
+            load(name)
     monkeypatch.setitem(sys.modules, "fsspec", None)
     with pytest.raises(ConfigError, match=r"--data flaky://bucket/index.json needs .*layersync_kernels\[remote\]"):
         latents(flaky)
+    with pytest.raises(ConfigError, match=r"--data flaky://bucket/x.tar needs .*layersync_kernels\[remote\]"):
+        images("flaky://bucket/x.tar")
 
 
 # Damage
@@ -542,12 +551,58 @@ def test_tars_beyond_the_limit_are_read_from_their_places(tmp_path):
     assert_equal(streamed.take(index), held.take(index))
     owners = next(streamed.batches(COUNT, seed=0)).index // SHARD
     assert len(owners[:8].unique()) <= 2  # a window of two files has at least as many samples
+    streamed = images(folder, memory_limit_gb=0, shuffle_shards=2)  # of whose files none is open yet
     (folder / "x-3.tar").unlink()
     with pytest.raises(DataError, match=r"cannot read .*x-3.tar.*is it still there"):
         list(itertools.islice(streamed.batches(10, seed=0), 5))
     (folder / "x-3.tar").write_bytes(bytes(600))
     with pytest.raises(DataError, match=r"x-3.tar ends before byte"):
         streamed.take(torch.arange(21, 28))
+
+
+def opened(folder):
+    """Files of that folder that this process has open, deleted ones too."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    return {name for name in links if name.startswith(f"{folder}/") and ".tar" in name}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["tars", "remote tars"])
+def test_few_tars_are_open_and_few_bytes_cached(kind, tmp_path):
+    folder = write_tars(tmp_path / "t")
+    size = (folder / "x-0.tar").stat().st_size
+    name = folder if kind == "tars" else f"file://{folder}/x-{{0..7}}.tar"
+    options = {"memory_limit_gb": 0, "shuffle_shards": 2, "cache_limit_gb": 3 * size / 2**30}
+    data = images(name, cache=tmp_path / "cache", **options)
+    seen, held = set(), images(folder)
+    for batch in itertools.islice(data.batches(5, seed=0), 30):
+        assert_equal(batch, held.take(batch.index))
+        assert len(opened(tmp_path)) <= 4
+        seen |= opened(tmp_path)
+        assert sum(path.stat().st_size for path in (tmp_path / "cache").glob("*.tar")) <= 3 * size
+    assert len({re.search(r"x-(\d)\.tar", name)[1] for name in seen}) == 8
+
+
+def test_tars_behind_urls_are_fetched_by_the_cache_and_held_within_the_limit(flaky, tmp_path, caplog):
+    for path in write_tars(tmp_path / "t").iterdir():
+        Flaky().pipe_file(f"/bucket/{path.name}", path.read_bytes())
+    name, index = f"{flaky}/x-{{0..7}}.tar", torch.randperm(COUNT)
+    expected = images(tmp_path / "t").take(index)
+    Flaky.failures = 1
+    streamed = images(name, cache=tmp_path / "cache", memory_limit_gb=0)
+    assert caplog.text.count("trying once more") == 1
+    assert_equal(streamed.take(index), expected)
+    held = images(name, cache=tmp_path / "cache")
+    assert len(Flaky.opened) == 8  # each file once, for there is room
+    Flaky.failures = 9
+    assert_equal(held.take(index), expected)
+    Flaky.failures = 0
+    Flaky().pipe_file("/bucket/x-0.tar", b"x" * 1024)
+    with pytest.raises(DataError, match=r"cannot read flaky://bucket/x-0.tar"):
+        images(name, cache=tmp_path / "cache")
+    Flaky().rm_file("/bucket/x-5.tar")
+    with pytest.raises(DataError, match=r"there is no flaky://bucket/x-5.tar"):
+        images(f"{flaky}/x-{{5..6}}.tar", cache=tmp_path / "cache")
 
 
 def test_compressed_tars_are_held_or_refused(tmp_path):

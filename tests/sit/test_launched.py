@@ -16,6 +16,7 @@ import torch
 from layersync_kernels import cli
 from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
 from layersync_kernels.sit.distributed.processes import agree_on_attempt
+from layersync_kernels.sit.distributed.watchdog import Watchdog
 from layersync_kernels.sit.training.folder import LOCK
 from layersync_kernels.sit.training.runlog import read_records
 
@@ -37,11 +38,11 @@ def data(tmp_path_factory):
     return path
 
 
-def launch(processes, *arguments, restarts=0):
-    """torchrun with that many processes of one thread."""
+def launch(processes, *arguments, restarts=0, **variables):
+    """torchrun with that many processes of one thread, and these variables of the environment."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command = [*torchrun, f"--max-restarts={restarts}", "-m", "layersync_kernels", "train", *map(str, arguments)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"}
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "COLUMNS": "200"} | variables
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
@@ -84,6 +85,7 @@ def test_a_run_goes_on_with_another_number_of_processes(data, alone, tmp_path, p
     assert output.count("done: step 4") == 1  # one of them speaks
     assert f"cpu x 2 processes ({parallel})" in output
     assert not (run / LOCK).exists()
+    assert not (run / "stacks").exists()
     assert train(f"--out={run}", "--resume", "--steps=6") == 0
     code, output = ended(launch(2, f"--out={run}", "--resume", "--steps=8"))
     assert code == 0, output
@@ -98,12 +100,6 @@ def test_an_error_of_all_is_said_once(data, tmp_path):
     message = "--batch-size 5, which is that of all processes, does not divide into 2 processes; give a multiple of 2"
     assert output.count(message) == 1
     assert not (tmp_path / "run").exists()
-
-
-def test_a_folder_in_use_is_said_once(alone):
-    code, output = ended(launch(2, f"--out={alone}", *FLAGS))
-    assert code != 0
-    assert output.count(f"{alone} exists; choose another --out") == 1
 
 
 def _started(run, process, steps):
@@ -189,7 +185,8 @@ def test_a_request_to_stop_stops_all(data, tmp_path, whom):
     assert f"stopped and saved at step {step};" in output
 
 
-def test_a_process_that_hangs_is_noticed(data, tmp_path):
+@pytest.mark.slow
+def test_a_process_that_is_stopped_is_noticed(data, tmp_path):
     run = tmp_path / "run"
     process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS, "--timeout=5")
     _started(run, process, 4)
@@ -197,3 +194,77 @@ def test_a_process_that_hangs_is_noticed(data, tmp_path):
     code, output = ended(process)
     assert code != 0
     assert output.count("process 0 of 2 stops, as another one has ended or has not answered for 5 s") == 1
+
+
+HANGING = """
+import ctypes, os, signal, torch
+from layersync_kernels.sit.batch import Batch, Condition
+from layersync_kernels.sit.data.base import SampleSet
+from layersync_kernels.sit.spec import SampleSpec
+
+class Hanging(SampleSet):
+    batches_taken = 0
+
+    def __len__(self):
+        return 60
+
+    def take(self, index):
+        self.batches_taken += 1
+        if os.environ["RANK"] == "1" and self.batches_taken == 5:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # torchrun need not wait
+            ctypes.PyDLL(None).sleep(600)  # this line hangs, and keeps the GIL
+        return Batch(torch.ones(len(index), 1, 4, 4), Condition(index % 3), index)
+
+def make(config):
+    return Hanging(spec=SampleSpec(1, (4, 4)), num_classes=3, class_names=["a", "b", "c"])
+"""
+
+
+def test_a_process_that_hangs_says_where(tmp_path):
+    run, module = tmp_path / "run", tmp_path / "hanging.py"
+    module.write_text(HANGING)
+    flags = ["--data=hanging:make", f"--out={run}", "--steps=1000000", *FLAGS, "--no-flip", "--timeout=5"]
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    code, output = ended(launch(2, *flags, PYTHONPATH=path))
+    assert code != 0
+    assert output.count("process 0 of 2 stops, as another one has ended or has not answered for 5 s") == 1
+    waited, hung = (run / "stacks" / f"rank-{rank}.txt" for rank in (0, 1))
+    assert f"; {waited} shows the lines at which it waited, the files beside it those of the others" in output
+    line = 1 + HANGING.splitlines().index(next(line for line in HANGING.splitlines() if "this line" in line))
+    assert f'File "{module}", line {line} in take' in hung.read_text()
+    assert " in fit" in waited.read_text()
+    assert "hanging.py" not in waited.read_text()
+
+
+def test_stacks_are_added_to_those_of_earlier_attempts_and_a_run_without_leaves_none(tmp_path, capfd):
+    path = tmp_path / "stacks" / "rank-3.txt"
+
+    def attempt(seconds):
+        watchdog = Watchdog(path, seconds)
+        watchdog.restart()
+        end = time.monotonic() + SECONDS
+        while seconds < 1 and not watchdog.written and time.monotonic() < end:
+            time.sleep(0.01)
+        watchdog.close()
+
+    attempt(1000)
+    assert not path.parent.exists()
+    attempt(0.05)
+    before = path.read_text()
+    assert before.startswith(f"process {os.getpid()} on ")
+    assert before.count(" in attempt") == 1
+    attempt(1000)
+    assert path.read_text() == before
+    attempt(0.05)
+    assert path.read_text().startswith(before)
+    assert path.read_text().count(" in attempt") == 2
+    shutil.rmtree(path.parent)
+    path.parent.touch()  # no folder can be made
+    attempt_to_stderr = Watchdog(path, 0.05)
+    attempt_to_stderr.restart()
+    end, said = time.monotonic() + SECONDS, ""
+    while "(most recent call first)" not in said and time.monotonic() < end:
+        said += capfd.readouterr().err
+        time.sleep(0.01)
+    attempt_to_stderr.close()
+    assert "Timeout" in said

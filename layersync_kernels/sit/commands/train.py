@@ -17,12 +17,13 @@ from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, StartingPoint, TrainConfig
 from ..console import console, start_logging
 from ..data.base import write_broken
-from ..distributed.processes import Processes, joined, restarted
+from ..distributed.processes import Processes, before_joined, joined, restarted
 from ..training.folder import check_run, lock_folder, start_run
 from ..training.loop import Outcome, Trainer
 from ..training.runlog import checkpoint_to_resume
 from ..training.terms.layersync import LayerSyncTerm
 from ..training.terms.repa import RepaTerm
+from ..training.trackers import wandb_module
 from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, starting_point
 
 
@@ -42,10 +43,11 @@ class TrainCommand(StartingPoint):
 def train_main(argv: Sequence[str]) -> int:
     """`layersync train`."""
     start_logging()
-    out, resume = peek_out(argv, TrainCommand.out)
-    taken = out / CONFIG if resume and (out / CONFIG).is_file() else None
-    default = TrainCommand(config=starting_point(argv, taken=taken))
-    command = parse(TrainCommand, argv, default=default, command="train")
+    with before_joined():
+        out, resume = peek_out(argv, TrainCommand.out)
+        taken = out / CONFIG if resume and (out / CONFIG).is_file() else None
+        default = TrainCommand(config=starting_point(argv, taken=taken))
+        command = parse(TrainCommand, argv, default=default, command="train")
     outcome = run_training(command.config, command.out, resume=command.resume, overwrite=command.overwrite)
     # SIGTERM is how a cluster takes its machines back: the run has been saved, and nothing has failed.
     return INTERRUPTED if outcome.ended == "interrupted" and outcome.signal != signal.SIGTERM else 0
@@ -60,13 +62,16 @@ def run_training(config: TrainConfig, out: Path, *, resume: bool = False, overwr
         UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
     """
     config = with_absolute_paths(config)
-    config.validate()
+    with before_joined():
+        config.validate()
     if restarted() and (out / CONFIG).is_file():  # by the attempt before
         resume, overwrite = True, False
     with contextlib.ExitStack() as stack:
-        processes, device = stack.enter_context(joined(config.device, timeout=config.parallel.timeout))
+        processes, device = stack.enter_context(joined(config.device, timeout=config.parallel.timeout, out=out))
 
         def claim() -> str:
+            if config.log.wandb is not None:
+                wandb_module()  # missing, it stops all of them before there is a run
             stack.enter_context(lock_folder(out))
             check_run(out, config, resume=resume, overwrite=overwrite)
             return ""

@@ -21,7 +21,7 @@ class DataConfig:
 
     data: str = "mnist"
     """mnist | torchvision:NAME | a folder of class folders | FILE.npz | FILE.safetensors (latents) | URL of a folder
-    of latents."""
+    of latents, or of tars."""
     data_root: Path = Path("data")
     """Where torchvision and the named sets keep their files."""
     download: bool = False

@@ -91,7 +91,10 @@ def build(kind: type[T], values: Any, where: str = "", *, others: Any = None) ->
     values = _grouped(hints, values)
     unknown = sorted(set(values) - set(hints))
     if unknown and others is None:
-        raise ValueError(f"{where}unknown settings {_shown(unknown)}; known: {sorted(hints)}")
+        raise ValueError(
+            f"{where}unknown settings {_shown(unknown)}, as a newer version of layersync_kernels may write them: "
+            f"install that one; known: {sorted(hints)}"
+        )
     for name in unknown:
         convert(others, values[name], f"{where}{name}")
     fields = dataclasses.fields(kind)  # type: ignore[arg-type]

@@ -21,7 +21,7 @@ class ParallelConfig:
     """Of fsdp and hsdp: drop a block's whole weights after its forward pass, and gather them again for its backward
     pass."""
     timeout: float = 600.0
-    """Seconds that a process waits for the others."""
+    """Seconds that a process waits for the others; shortly before that each writes where it hangs or waits."""
 
     def validate(self) -> None:
         """Checks ranges.

@@ -45,6 +45,8 @@ class LogConfig:
     """Train on while a checkpoint is written, at the cost of a copy of it in the memory of the host."""
     tensorboard: bool = True
     """Write TensorBoard events, if it is installed."""
+    wandb: str | None = None
+    """Project of Weights & Biases that gets the records too; None: none does."""
 
     def validate(self) -> None:
         """Checks ranges.

@@ -57,9 +57,8 @@ def load_latents_folder(config: DataConfig) -> LatentSet | StreamedLatents:
     if config.flip and not index.flip:
         raise DataError(f"{config.data} has no latents of mirrored samples, which --flip needs: write them with --flip")
     window = window_of(index.sizes, config.shuffle_shards)
-    cache = ShardCache(config.cache or config.data_root / "cache", config.cache_limit_gb * 2**30)
     # A batch that passes from one window to the next reads of both.
-    files = ShardFiles(config.data, index, limit=2 * window, cache=cache)
+    files = ShardFiles(config.data, index, limit=2 * window, cache=ShardCache.of(config))
     facts: dict[str, Any] = {
         "spec": SampleSpec.of(index.shape, variable=index.variable),
         "num_classes": index.num_classes,

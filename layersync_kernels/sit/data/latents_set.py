@@ -18,7 +18,7 @@ from ..batch import WHOLE, Batch, Condition, Share, within_lengths
 from .base import SampleSet, Shuffle, requests
 from .draws import draw
 from .latents_index import LatentsIndex, shard_name
-from .remote import ShardCache, is_url
+from .remote import ShardCache
 from .shards import ShardShuffle, read_ahead
 from .workers import read_by_workers
 
@@ -144,7 +144,7 @@ class ShardFiles:
         place = self.place(number)
         opener = functools.partial(_mapped, ahead=ahead)
         try:
-            found = self.cache.open(place, opener) if is_url(place) else opener(Path(place))
+            found = self.cache.open(place, opener)
         except SafetensorError as error:
             raise DataError(f"cannot read {place}: {error}; write it anew") from error
         except OSError as error:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from ...errors import DataError, first_line
+from ..config.data import DataConfig
 from ..extras import optional_module
 from ..files import TEMPORARY, atomic_path
 
@@ -82,12 +83,19 @@ class ShardCache:
     def __init__(self, folder: Path, limit: float) -> None:
         self.folder, self.limit = folder, limit
 
+    @classmethod
+    def of(cls, config: DataConfig) -> ShardCache:
+        """As the settings say."""
+        return cls(config.cache or config.data_root / "cache", config.cache_limit_gb * 2**30)
+
     def open(self, url: str, opener: Callable[[Path], T]) -> T:
-        """What `opener` makes of the local copy of a file, which nobody removes meanwhile.
+        """What `opener` makes of the local copy of a file, which nobody removes meanwhile; else of the path that it is.
 
         Raises:
             DataError: the file cannot be fetched, or does not fit into the limit or on the disk.
         """
+        if not is_url(url):
+            return opener(Path(url))
         files, path = _filesystem(url)
         size = _twice(url, lambda: files.info(path))["size"]
         if not isinstance(size, int):

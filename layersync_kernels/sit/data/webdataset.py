@@ -5,15 +5,17 @@ By tarfile of the standard library, which reads them member by member and needs 
 
 from __future__ import annotations
 
+import functools
 import io
 import itertools
 import json
+import os
 import re
 import tarfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
@@ -24,7 +26,7 @@ from .captions import captioned
 from .folders import check_image, from_source
 from .media import mostly
 from .memory import limit_bytes
-from .remote import is_url
+from .remote import ShardCache
 from .shards import read_ahead, window_of
 from .streaming import Source
 
@@ -44,20 +46,19 @@ def load_webdataset(config: DataConfig) -> SampleSet:
     """Tar files of images; ``.cls`` holds the class, ``.txt`` a caption, ``.json`` either by "label" and "caption".
 
     What is packed is held in memory. If it is more than `config.memory_limit_gb`, images are read from their places in
-    the files as training goes, those of a few files at a time, and the rest alone is held.
+    the files as training goes, those of a few files at a time, and the rest alone is held. Files behind URLs are read
+    by way of the cache, each once for what is in it, and again as training goes.
 
     Raises:
         DataError: a file that is missing or no tar, no images in any, a sample without class among others with one, or
-            more than the limit in tars that are compressed.
+            more than the limit in tars that are compressed; a file that cannot be fetched.
     """
-    if is_url(config.data):
-        raise DataError(f"{config.data}: tar files are read from folders of this machine; copy or mount them")
-    tars = _Tars(limit_bytes(config))
-    for path in _paths(config.data):
+    tars = _Tars(limit_bytes(config), ShardCache.of(config))
+    for name in _names(config.data):
         try:
-            tars.add(path)
+            tars.add(name)
         except (OSError, tarfile.TarError, EOFError) as error:
-            raise DataError(f"cannot read {path}: {error}") from error
+            raise DataError(f"cannot read {name}: {error}") from error
     samples = {key: places for key, places in tars.images.items() if places}
     if not samples:
         raise DataError(f"{config.data} holds no images: expected {', '.join(IMAGES)}")
@@ -76,13 +77,14 @@ def load_webdataset(config: DataConfig) -> SampleSet:
     captions = [fact.get("caption") for fact in facts]
     files: list[int] = []
     if tars.held is None:
-        files = list(Counter(place.path for place in images).values())
-        tars.recent = deque(maxlen=2 * window_of(files, config.shuffle_shards))
+        files = list(Counter(place.file for place in images).values())
+        # A batch that passes from one window to the next reads of both.
+        tars.keep_open(2 * window_of(files, config.shuffle_shards))
     return captioned(from_source(source, config, default_channels=3, files=files), captions, names, config)
 
 
 class _Place(NamedTuple):
-    path: Path
+    file: str
     offset: int
     size: int
 
@@ -90,63 +92,75 @@ class _Place(NamedTuple):
 class _Tars:
     """What tar files hold.
 
+    Args:
+        limit: bytes of images that are held in memory.
+        cache: for files behind URLs.
+
     Attributes:
         images: places of the images of each sample, by suffix.
         described: what else there is of a sample, by suffix.
         held: what is at these places; None: it is more than the limit.
-        recent: files that have been read ahead.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: float, cache: ShardCache) -> None:
         self.images: dict[str, dict[str, _Place]] = {}
         self.described: dict[str, dict[str, bytes]] = {}
         self.held: dict[_Place, bytes] | None = {}
         self._limit, self._size = max(limit, 1), 0
-        self.recent: deque[Path] = deque(maxlen=1)
+        self._cache = cache
+        self.keep_open(1)
 
-    def add(self, path: Path) -> None:
+    def keep_open(self, limit: int) -> None:
+        """Of the files that are read from later, the last so many stay open."""
+        self._file = functools.lru_cache(maxsize=limit)(self._open)
+
+    def _open(self, name: str) -> BinaryIO:
+        file = self._cache.open(name, lambda path: path.open("rb"))
+        read_ahead(file)
+        return file
+
+    def add(self, name: str) -> None:
         """Goes through a file once."""
+        self._cache.open(name, functools.partial(self._add, name))
+
+    def _add(self, name: str, path: Path) -> None:
         with tarfile.open(path) as archive:
             for member in archive:
                 suffix = member.name.rpartition("/")[2].partition(".")[2]
                 if not member.isfile() or not suffix:
                     continue
-                key = f"{path}:{member.name[: len(member.name) - len(suffix) - 1]}"
+                key = f"{name}:{member.name[: len(member.name) - len(suffix) - 1]}"
                 suffix = f".{suffix.lower()}"
                 if suffix in IMAGES:
                     self._size += member.size
-                    place = _Place(path, member.offset_data, member.size)
+                    place = _Place(name, member.offset_data, member.size)
                     self.images.setdefault(key, {})[suffix] = place
                     if self._size > self._limit:
                         self.held = None
                     if self.held is not None:
                         self.held[place] = _content(archive, member)
                     elif not isinstance(archive.fileobj, io.BufferedReader):
-                        raise DataError(f"{path} is compressed, and more than --memory-limit-gb; unpack it")
+                        raise DataError(f"{name} is compressed, and more than --memory-limit-gb; unpack it")
                 elif suffix in DESCRIBED:
                     if member.size > MAX_DESCRIBED:
-                        raise DataError(f"{path}: {member.name} has {member.size} bytes; expected a class or a caption")
+                        raise DataError(f"{name}: {member.name} has {member.size} bytes; expected a class or a caption")
                     self.described.setdefault(key, {})[suffix] = _content(archive, member)
 
     def read(self, place: _Place) -> bytes:
         """What is at a place.
 
         Raises:
-            DataError: the file is no longer what it was.
+            DataError: the file is no longer what it was, or cannot be fetched.
         """
         if self.held is not None:
             return self.held[place]
         try:
-            with place.path.open("rb") as file:
-                if place.path not in self.recent:
-                    self.recent.append(place.path)
-                    read_ahead(file)
-                file.seek(place.offset)
-                content = file.read(place.size)
+            # Not at a position of the file, which threads and the processes of workers share.
+            content = os.pread(self._file(place.file).fileno(), place.size, place.offset)
         except OSError as error:
-            raise DataError(f"cannot read {place.path}: {error}; is it still there?") from error
+            raise DataError(f"cannot read {place.file}: {error}; is it still there?") from error
         if len(content) < place.size:
-            raise DataError(f"{place.path} ends before byte {place.offset + place.size}; was it written anew?")
+            raise DataError(f"{place.file} ends before byte {place.offset + place.size}; was it written anew?")
         return content
 
 
@@ -156,17 +170,17 @@ def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
     return opened.read()
 
 
-def _paths(name: str) -> Iterator[Path]:
+def _names(name: str) -> Iterator[str]:
     if Path(name).is_dir():
-        yield from sorted(Path(name).glob("*.tar"))
+        yield from map(str, sorted(Path(name).glob("*.tar")))
         return
     found = _RANGE.search(name)
     if found is None:
-        yield Path(name)
+        yield name
         return
     first, last = found.groups()
     for number in itertools.islice(range(int(first), int(last) + 1), 100_000):
-        yield Path(f"{name[: found.start()]}{number:0{len(first)}d}{name[found.end() :]}")
+        yield f"{name[: found.start()]}{number:0{len(first)}d}{name[found.end() :]}"
 
 
 def _facts(name: str, parts: dict[str, bytes]) -> dict[str, object]:

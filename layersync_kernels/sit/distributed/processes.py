@@ -5,13 +5,16 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import datetime
+import io
 import logging
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -20,6 +23,7 @@ from torch import Tensor
 from ...errors import ConfigError, ProcessLost, UserError, first_line
 from ..console import console
 from ..device import resolve_device
+from .watchdog import STACKS, Watchdog
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +43,14 @@ class Processes:
         world: how many there are.
         local_world: how many of them are on this machine.
         group: what they talk over; None: that of all of them.
+        watchdog: that says where this one hangs.
     """
 
     rank: int = 0
     world: int = 1
     local_world: int = 1
     group: dist.ProcessGroup | None = None
+    watchdog: Watchdog | None = None
 
     @property
     def first(self) -> bool:
@@ -58,6 +64,11 @@ class Processes:
         group = dist.new_group(backend="gloo")
         assert isinstance(group, dist.ProcessGroup)
         return dataclasses.replace(self, group=group)
+
+    def come_on(self) -> None:
+        """Says that this one does not hang: it begins to train, or has ended a step."""
+        if self.watchdog is not None:
+            self.watchdog.restart()
 
     def largest(self, *values: float) -> tuple[float, ...]:
         """The largest of what each of them gives, value by value; the hosts wait for each other, devices do not."""
@@ -154,7 +165,7 @@ def restarted() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.device]]:
+def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that torchrun has started, connected until the block ends, and the device of this one.
 
     Gloo connects hosts and, where there are GPUs, NCCL these. Messages and progress are those of the first process.
@@ -162,6 +173,7 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
     Args:
         device: as `resolve_device` has it; several processes on GPUs take one each.
         timeout: seconds that a process waits for the others, before it gives up.
+        out: folder of the run, in which processes that hang or wait for those say where, see `Watchdog`.
 
     Raises:
         ConfigError: more processes than GPUs, a single GPU named for all, variables that contradict each other.
@@ -173,34 +185,71 @@ def joined(device: str, *, timeout: float) -> Iterator[tuple[Processes, torch.de
     if world == 1:
         yield ALONE, resolve_device(device)
         return
-    own = _own_device(device, local_rank, local_world)
     if rank:
         console.quiet = True
         logging.getLogger("layersync_kernels").setLevel(logging.ERROR)
     wait = datetime.timedelta(seconds=timeout)
+    unreachable = f"process {rank} of {world} cannot reach the others"
     try:
         shared, _, _ = next(iter(dist.rendezvous("env://", rank, world, timeout=wait)))
         store = dist.PrefixStore(agree_on_attempt(shared, rank, world, wait), shared)
+    except (RuntimeError, ValueError) as error:
+        raise ProcessLost(f"{unreachable}: {_short(error)}") from error
+    with _said_once(store, rank):
+        own = _own_device(device, local_rank, local_world)
+    try:
         backend = "cpu:gloo,cuda:nccl" if own.type == "cuda" else "gloo"
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
-        raise ProcessLost(f"process {rank} of {world} cannot reach the others: {_short(error)}") from error
+        raise ProcessLost(f"{unreachable}: {_short(error)}") from error
+    watchdog = Watchdog(out / STACKS / f"rank-{rank}.txt", timeout)
     try:
-        yield Processes(rank, world, local_world), own
+        with _said_once(store, rank):
+            yield Processes(rank, world, local_world, watchdog), own
+    except UserError:
+        raise
+    except RuntimeError as error:
+        if not _is_of_connection(error):
+            raise
+        where = f"; {watchdog.path} shows the lines at which it waited, the files beside it those of the others"
+        raise ProcessLost(
+            f"process {rank} of {world} stops, as another one has ended or has not answered for {timeout:g} s; its own "
+            f"message says why ({_short(error)}){where if watchdog.written else ''}"
+        ) from error
+    finally:
+        watchdog.close()
+        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def _said_once(store: dist.Store, rank: int) -> Iterator[None]:
+    """Around what may fail: where the first process raises the same UserError, the others end with exit code 1."""
+    try:
+        yield
     except UserError as error:
         store.set(f"failed/{rank}", str(error))
         if rank and _first_says(store, str(error)):
             raise SystemExit(1) from None
         raise
-    except RuntimeError as error:
-        if not _is_of_connection(error):
-            raise
-        raise ProcessLost(
-            f"process {rank} of {world} stops, as another one has ended or has not answered for {timeout:g} s; its own "
-            f"message says why ({_short(error)})"
-        ) from error
-    finally:
-        dist.destroy_process_group()
+
+
+@contextlib.contextmanager
+def before_joined() -> Iterator[None]:
+    """Around what fails in all processes of a machine alike, before they can tell each other, such as reading flags.
+
+    The first one of the machine says why. torchrun ends the others with it; they speak where it has not.
+    """
+    if _launched()[2] == 0:
+        yield
+        return
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            yield
+    except (UserError, SystemExit):
+        time.sleep(_SECONDS_FOR_FIRST)
+        sys.stderr.write(said.getvalue())
+        raise
 
 
 def agree_on_attempt(store: dist.Store, rank: int, world: int, wait: datetime.timedelta) -> str:
@@ -243,6 +292,11 @@ def _own_device(name: str, local_rank: int, local_world: int) -> torch.device:
         raise ConfigError(
             f"{local_world} processes on this machine, which has {torch.cuda.device_count()} GPUs; start torchrun with "
             f"--nproc-per-node {torch.cuda.device_count()}"
+        )
+    if not dist.is_nccl_available():
+        raise ConfigError(
+            f"--device {name}: this torch has no NCCL, by which GPUs are connected; install one that has, or start one "
+            "process, or several with --device cpu"
         )
     own = torch.device("cuda", local_rank)
     torch.cuda.set_device(own)

@@ -36,12 +36,13 @@ from ..models.embedders import share_draws
 from ..models.registry import build_model
 from ..sampling.draw import conditions, draw
 from .pace import Pace
-from .runlog import Meter, RunLog, surviving_full_disk
+from .runlog import Meter, RunLog
 from .signals import save_signal, stop_signals
 from .state import TrainState
 from .step import train_step
 from .terms import TERMS, build_terms
 from .terms.base import LossTerm, Setting, TermBuilder
+from .trackers import open_trackers, surviving_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -173,6 +174,7 @@ class Trainer:
         """The most that any process asks for; from now on all of them have the same `fraction`."""
         if self.processes.world == 1:
             return asked
+        self.processes.come_on()
         *most, self._together = self.processes.largest(*asked, self.seconds)
         return tuple(most)
 
@@ -308,7 +310,8 @@ class Trainer:
         metrics: dict[str, Any] = {}
         batches = DataClock(self.batches())
         written = self.run_dir if self.processes.first else None
-        log = RunLog(written, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
+        trackers = open_trackers(config, written, step=self.steps_done, run_id=self.state.run)
+        log = RunLog(written, step=self.steps_done, steps=optim.steps, trackers=trackers)
         with stop_signals() as stop_asked, save_signal() as save_asked, log, self.state.saver:
             stop, save = self._agree(stop_asked(), save_asked())
             done = self.fraction >= 1

@@ -1,15 +1,14 @@
-"""What a run says: progress bar, ``metrics.jsonl``, TensorBoard."""
+"""What a run says: progress bar, ``metrics.jsonl``, curves, and what other trackers take."""
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import json
 import logging
 import math
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from ..console import console
 from ..distributed.processes import ALONE, Processes
 from ..files import atomic_path
 from .curves import save_curves
+from .trackers import Tracker, surviving_full_disk
 
 logger = logging.getLogger(__name__)
 
@@ -136,15 +136,6 @@ def checkpoint_to_resume(run_dir: Path) -> Path | None:
     return checkpoint
 
 
-@contextlib.contextmanager
-def surviving_full_disk(what: str) -> Iterator[None]:
-    """Logs an OSError instead of raising it: training outlives a picture or a log line that cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        logger.warning("cannot write %s: %s; training goes on", what, error)
-
-
 class RunLog:
     """Writes what a run reports to the terminal and to its folder.
 
@@ -152,16 +143,16 @@ class RunLog:
         run_dir: folder of the run, or None for the terminal alone.
         step: where the run goes on; records beyond it (of an attempt that came further than its last checkpoint) go.
         steps: where it ends.
-        tensorboard: also write TensorBoard events, when the package is there.
+        trackers: that take the records too; they are closed with this.
 
     Raises:
         CheckpointError: the records cannot be read or written; they are as they were.
     """
 
-    def __init__(self, run_dir: Path | None, *, step: int, steps: int, tensorboard: bool) -> None:
+    def __init__(self, run_dir: Path | None, *, step: int, steps: int, trackers: Sequence[Tracker] = ()) -> None:
         self.run_dir = run_dir
         self._steps = steps
-        self._writer = self._open_tensorboard(run_dir, step) if run_dir and tensorboard else None
+        self._trackers = trackers
         self._last_line = time.monotonic()
         self._progress = Progress(
             SpinnerColumn(),
@@ -176,26 +167,14 @@ class RunLog:
         if run_dir:
             _trim_records(run_dir, step)
 
-    @staticmethod
-    def _open_tensorboard(run_dir: Path, step: int) -> Any:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError:
-            logger.info("TensorBoard is not installed: no events are written (pip install tensorboard)")
-            return None
-        with surviving_full_disk("TensorBoard events"):
-            return SummaryWriter(str(run_dir / "tensorboard"), purge_step=step + 1)
-        return None
-
     def __enter__(self) -> RunLog:
         self._progress.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, error: type[BaseException] | None, *_: object) -> None:
         self._progress.stop()
-        if self._writer is not None:
-            with surviving_full_disk("TensorBoard events"):
-                self._writer.close()
+        for tracker in self._trackers:
+            tracker.close(failed=error is not None)
 
     def advance(self, step: int, fraction: float) -> None:
         """Moves the bar; reads nothing from the device."""
@@ -214,14 +193,10 @@ class RunLog:
             return
         with surviving_full_disk(RECORDS):
             _append(self.run_dir / RECORDS, json.dumps(record) + "\n")
-        if self._writer is not None:
-            with surviving_full_disk("TensorBoard events"):
-                for name, value in record.items():
-                    if name == "cosine":
-                        for pair, cosine in value.items():
-                            self._writer.add_scalar(f"cosine/{pair}", cosine, record["step"])
-                    elif name != "step":
-                        self._writer.add_scalar(name, value, record["step"])
+        values = {name: value for name, value in record.items() if name not in ("step", "cosine")}
+        values |= {f"cosine/{pair}": value for pair, value in record.get("cosine", {}).items()}
+        for tracker in self._trackers:
+            tracker.write(values, record["step"])
 
     def draw_curves(self) -> Path | None:
         """Redraws ``curves.png`` from the records so far."""
