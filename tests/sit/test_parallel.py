@@ -9,7 +9,7 @@ from torch import nn
 
 from layersync_kernels.errors import ConfigError, TrainingDiverged
 from layersync_kernels.sit.batch import Share
-from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig, ScheduleConfig
+from layersync_kernels.sit.config.loss import AlignConfig, DispersiveConfig, LayerSyncConfig, ScheduleConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.parallel import ParallelConfig
 from layersync_kernels.sit.data.memory import MemorySet
@@ -69,6 +69,8 @@ CASES = {
     "lengths, two passes": lambda: motions(optim={"accumulate": 2}),
     "repa": lambda: motions(align=AlignConfig(**REPA), optim={"accumulate": 2}),
     "repa in every other step": lambda: motions(align=AlignConfig(**REPA, align_when=ScheduleConfig(every=2))),
+    "dispersive, two passes": lambda: images(dispersive=DispersiveConfig("auto", 2.0), optim={"accumulate": 2}),
+    "dispersive, lengths": lambda: motions(dispersive=DispersiveConfig(1, 5.0, 0.1)),
     "not clipped, light": lambda: images(optim={"clip_norm": None}, model={"recompute": "light"}),
     "eager, two pairs": lambda: images(
         model={"kernels": "eager"}, layersync=LayerSyncConfig(layersync=("1:3", "2:3"), weight=(0.2, 0.1))

@@ -96,14 +96,13 @@ def _train(
         return ""
 
     processes.by_first(start)
-    layersync, repa = trainer.term(LayerSyncTerm), trainer.term(RepaTerm)
-    pairs = "off" if layersync is None else layersync.module.extra_repr()
-    teacher = "" if repa is None else f"; {config.align.align} {repa.module.extra_repr()}"
+    repa = trainer.term(RepaTerm)
+    terms = [*([] if trainer.term(LayerSyncTerm) else ["LayerSync off"]), *(t.summary() for t in trainer.state.terms)]
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     shared = "" if processes.world == 1 else f" x {processes.world} processes ({config.parallel.parallel})"
     console.print(
         f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.spec}, "
-        f"{trainer.device}{shared}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
+        f"{trainer.device}{shared}, {trainer.autocast_dtype or 'fp32'}; {'; '.join(filter(None, terms))}"
     )
     outcome = trainer.fit()
     if repa is not None and (share := outcome.metrics.get("teacher_share")) is not None:

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import tyro
 
-from . import at_least, require
+from . import at_least, positive, require
 
 Decay = Literal["constant", "linear", "cosine"]
 
@@ -35,6 +35,16 @@ class AlignScheduleConfig(ScheduleConfig):
     start_step: Annotated[int, tyro.conf.arg(name="align-start-step")] = 0
     stop_step: Annotated[int | None, tyro.conf.arg(name="align-stop-step")] = None
     every: Annotated[int, tyro.conf.arg(name="align-every")] = 1
+
+
+@dataclass(frozen=True)
+class DispersiveScheduleConfig(ScheduleConfig):
+    """When the dispersive loss is on."""
+
+    schedule: Annotated[Decay, tyro.conf.arg(name="dispersive-schedule")] = "constant"
+    start_step: Annotated[int, tyro.conf.arg(name="dispersive-start-step")] = 0
+    stop_step: Annotated[int | None, tyro.conf.arg(name="dispersive-stop-step")] = None
+    every: Annotated[int, tyro.conf.arg(name="dispersive-every")] = 1
 
 
 @dataclass(frozen=True)
@@ -93,3 +103,25 @@ class AlignConfig:
             self.align != "off" or not given,
             "--teacher and --features are used by --align repa or irepa only, which is off",
         )
+
+
+@dataclass(frozen=True)
+class DispersiveConfig:
+    """Dispersive loss (Wang & He 2025): the samples of a batch drive each other apart in a block, without a teacher."""
+
+    dispersive: Literal["off", "auto"] | int = "off"
+    """The block, counted from 1; auto: in a quarter of the depth, as in the paper."""
+    dispersive_weight: float = 0.5
+    """Weight of the loss; 0.5 in the paper, 0.25 in its PyTorch code."""
+    dispersive_temperature: float = 0.5
+    """What squared distances, means over the elements of a sample, are divided by; 0.5 in the paper, 1 in its PyTorch
+    code."""
+    dispersive_when: DispersiveScheduleConfig = field(default_factory=DispersiveScheduleConfig)
+
+    def validate(self) -> None:
+        """Checks ranges.
+
+        Raises:
+            ConfigError: naming the flag, its value and what it may be.
+        """
+        positive(dispersive_temperature=self.dispersive_temperature)

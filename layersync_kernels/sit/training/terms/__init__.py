@@ -7,10 +7,11 @@ from collections.abc import Iterable
 import torch
 
 from .base import LossTerm, Setting, TermBuilder
+from .dispersive import DispersiveTerm
 from .layersync import LayerSyncTerm
 from .repa import RepaTerm
 
-TERMS: tuple[TermBuilder, ...] = (LayerSyncTerm.build, RepaTerm.build)
+TERMS: tuple[TermBuilder, ...] = (LayerSyncTerm.build, RepaTerm.build, DispersiveTerm.build)
 """What a trainer builds its terms with, in the order in which they are added up."""
 
 

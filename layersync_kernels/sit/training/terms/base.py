@@ -94,6 +94,10 @@ class LossTerm(ABC):
         """
         return None
 
+    def summary(self) -> str:
+        """What is said of it when a run starts; empty: nothing."""
+        return ""
+
     def missing(self, checkpoint: object) -> str:
         """What is said when a checkpoint holds nothing of this term."""
         return f"{checkpoint} was trained without the term {self.name}"

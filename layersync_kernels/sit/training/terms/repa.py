@@ -122,6 +122,10 @@ class RepaTerm(AlignmentTerm):
             return None
         return f"{not_finite(self.teacher.name)}; check its weights and features"
 
+    def summary(self) -> str:
+        """Its method, block, teacher and schedule."""
+        return f"{self.module.method} {self.module.extra_repr()}"
+
     def missing(self, checkpoint: object) -> str:
         """What to do instead."""
         return f"{checkpoint} was trained without a teacher; resume it with --align off"
