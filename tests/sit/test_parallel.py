@@ -37,6 +37,13 @@ def teacher(modality):
     return lambda samples, lengths: layer(samples)
 
 
+def picture_teacher(modality):
+    """Fixed features (B, 3, 2, 2) of pictures."""
+    torch.manual_seed(5)
+    layer = nn.Conv2d(1, 3, 2, stride=2)
+    return lambda samples, lengths: layer(samples)
+
+
 def sequences():
     """Up to 12 long."""
     generator = torch.Generator().manual_seed(3)
@@ -69,8 +76,16 @@ CASES = {
     "lengths, two passes": lambda: motions(optim={"accumulate": 2}),
     "repa": lambda: motions(align=AlignConfig(**REPA), optim={"accumulate": 2}),
     "repa in every other step": lambda: motions(align=AlignConfig(**REPA, align_when=ScheduleConfig(every=2))),
-    "dispersive, two passes": lambda: images(dispersive=DispersiveConfig("auto", 2.0), optim={"accumulate": 2}),
-    "dispersive, lengths": lambda: motions(dispersive=DispersiveConfig(1, 5.0, 0.1)),
+    "irepa, dispersive, two passes": lambda: images(
+        align=AlignConfig("irepa", f"{__name__}:picture_teacher", align_block=2),
+        dispersive=DispersiveConfig("auto", 2.0),
+        optim={"accumulate": 2},
+    ),
+    "sra, dispersive, lengths, two passes": lambda: motions(
+        align=AlignConfig("sra", align_block=1, align_teacher_block=3),
+        dispersive=DispersiveConfig(1, 5.0, 0.1),
+        optim={"accumulate": 2},
+    ),
     "not clipped, light": lambda: images(optim={"clip_norm": None}, model={"recompute": "light"}),
     "eager, two pairs": lambda: images(
         model={"kernels": "eager"}, layersync=LayerSyncConfig(layersync=("1:3", "2:3"), weight=(0.2, 0.1))

@@ -30,8 +30,8 @@ class CompareConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     methods: tuple[str, ...] = METHODS
-    """vanilla (neither), layersync, repa, both; and dispersive. Which LayerSync, which teacher and which block, the flags
-    of `layersync train` say; without --align it is REPA with efficientnet-lite0."""
+    """vanilla (neither), layersync, repa, both; and dispersive. Which LayerSync, teacher and block, the flags of
+    `layersync train` say; without --align it is REPA with efficientnet-lite0."""
     seeds: int = 3
     """Runs of each method: seeds --seed, --seed + 1 ..."""
     marks: int = 8

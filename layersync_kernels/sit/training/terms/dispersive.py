@@ -80,8 +80,7 @@ class DispersiveTerm(LossTerm):
         if target is not None:
             there = length_mask(target, samples.shape[1])[..., None]
             samples = torch.where(there, samples, 0).sum(1, dtype=torch.float32) / target[:, None]
-        gather = "world" if self._gather else None
-        loss = dispersive_loss(samples, temperature=self.temperature, gather=gather)
+        loss = dispersive_loss(samples, temperature=self.temperature, gather="world" if self._gather else None)
         return self.weight * self.schedule.factor(step) * loss
 
     def summary(self) -> str:
