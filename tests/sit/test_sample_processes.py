@@ -27,10 +27,10 @@ from .tiny import tiny_config, tiny_data
 pytestmark = pytest.mark.xdist_group("sampling processes")
 EULER = SamplingConfig(solver="euler", sampling_steps=3, cfg_scale=2.0)
 SOLVERS = {
-    "dopri5": SamplingConfig(),
     "guided dopri5": SamplingConfig(cfg_scale=2.0, guidance_interval=(0.2, 0.7)),
     "guided sde": SamplingConfig(sampler="sde", solver="heun", sampling_steps=4, cfg_scale=1.5),
 }
+TOLERANCE = 2e-4
 LOG = {"sample_every": 1, "grid_columns": 3, "log_every": 100, "checkpoint_every": 100}
 
 
@@ -59,20 +59,53 @@ def assert_same_files(first, second):
         assert all(np.array_equal(values, second[name][key]) for key, values in arrays.items())
 
 
-def drawn_by(rank, run, folder):
-    """What two processes draw of a run: files anew, those that are missing, and an overview."""
+def overview(run, folder, processes=ALONE):
+    options = {"number": None, "per_class": 3, "sampling": SOLVERS["guided dopri5"], "batch_size": 4}
+    path = sample(command(run, folder / "grid.png", array=folder / "grid.npz", **options), processes=processes)
+    assert path == folder / "grid.png"
+
+
+def pictures(folder, processes=ALONE, **parallel):
+    """Samples by each solver, of uneven batches, and the pictures of a run, before and after a further step."""
+    groups = {"optim": {"batch_size": 8, "lr": 5e-2}, "model": {"num_classes": 4}, "log": LOG}
+    config = tiny_config(**groups, parallel=parallel)
+    trainer = Trainer(config, tiny_data(), processes=processes, run_dir=folder)
+    trainer.advance(3)
+    found = []
+    for _ in range(2):
+        condition = conditions(torch.arange(5) % 3)
+        for sampling in SOLVERS.values():
+            options = {"seed": 3, "batch_size": 4, "processes": processes}
+            found.append(draw(trainer.ema, trainer.transport, sampling, condition, **options))
+        trainer.draw_samples()
+        trainer.advance(trainer.steps_done + 1)
+    config, data = motions()
+    lengths = Trainer(config, data)  # of a model that has learnt nothing, with lengths
+    condition = conditions(torch.arange(5) % 2, data.typical_lengths())
+    found.append(draw(lengths.ema, lengths.transport, SOLVERS["guided sde"], condition, seed=4, processes=processes))
+    return found
+
+
+WAYS = ({"parallel": "ddp"}, {"parallel": "fsdp", "reshard": False})
+
+
+def drawn_by_two(rank, run, folder):
+    """How many files each process draws anew, and of those that are missing; and the pictures."""
     processes = Processes(rank, 2, 2)
     calls, own = [], many.draw
     many.draw = lambda *arguments, **options: calls.append(1) or own(*arguments, **options)
     sample(command(run, folder / "anew", files=True), processes=processes)
+    anew = len(calls)
     sample(command(run, folder / "parts"), processes=processes)
-    grid = {"number": None, "per_class": 3, "sampling": SOLVERS["guided dopri5"], "batch_size": 4}
-    sample(command(run, folder / "grid.png", array=folder / "grid.npz", **grid), processes=processes)
-    return len(calls)
+    counts = anew, len(calls) - anew
+    overview(run, folder, processes)
+    return counts, [pictures(folder / str(number), processes, **way) for number, way in enumerate(WAYS)]
 
 
-def test_processes_draw_the_files_of_one(run, tmp_path, monkeypatch):
-    sample(command(run, tmp_path / "one", files=True))
+@pytest.fixture(scope="module")
+def two(run, tmp_path_factory):
+    """The folder that two processes have drawn into, one of its parts after a single one was stopped; the results."""
+    folder = tmp_path_factory.mktemp("two")
     own, calls = many.draw, []
 
     def stopped(*arguments, **options):
@@ -81,26 +114,51 @@ def test_processes_draw_the_files_of_one(run, tmp_path, monkeypatch):
             raise KeyboardInterrupt
         return own(*arguments, **options)
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(many, "draw", stopped)
         with pytest.raises(KeyboardInterrupt):
-            sample(command(run, tmp_path / "parts"))
-    (tmp_path / "work").mkdir()
-    counts = run_processes(functools.partial(drawn_by, run=run, folder=tmp_path), tmp_path / "work", 120)
-    assert counts == [2 + 2 + 1, 2 + 1 + 1]  # of four files, of the three that were missing, of the overview
+            sample(command(run, folder / "parts"))
+    work = functools.partial(drawn_by_two, run=run, folder=folder)
+    return folder, run_processes(work, tmp_path_factory.mktemp("work"), 240)
+
+
+def test_processes_draw_the_files_of_one(run, two, tmp_path):
+    folder, results = two
+    assert [counts for counts, _ in results] == [(2, 2), (2, 1)]  # of four files, of the three that were missing
+    sample(command(run, tmp_path / "one", files=True))
     one = files(tmp_path / "one")
     assert len(one) == 4
-    assert_same_files(one, files(tmp_path / "anew"))
-    assert_same_files(one, files(tmp_path / "parts"))
-    pictures = [sorted((tmp_path / name / "files").iterdir()) for name in ("one", "anew")]
-    assert [path.read_bytes() for path in pictures[0]] == [path.read_bytes() for path in pictures[1]]
-    assert len(pictures[0]) == 7
-    grid = {"number": None, "per_class": 3, "sampling": SOLVERS["guided dopri5"], "batch_size": 4}
-    sample(command(run, tmp_path / "alone.png", array=tmp_path / "alone.npz", **grid))
-    alone, together = (np.load(tmp_path / f"{name}.npz") for name in ("alone", "grid"))
+    assert_same_files(one, files(folder / "anew"))
+    assert_same_files(one, files(folder / "parts"))
+    own, theirs = (sorted((place / "files").iterdir()) for place in (tmp_path / "one", folder / "anew"))
+    assert [path.read_bytes() for path in own] == [path.read_bytes() for path in theirs]
+    assert len(own) == 7
+
+
+def test_processes_draw_the_overview_of_one(run, two, tmp_path):
+    overview(run, tmp_path)
+    alone, together = (np.load(folder / "grid.npz") for folder in (tmp_path, two[0]))
     np.testing.assert_allclose(together["samples"], alone["samples"], rtol=0, atol=1e-4)
     assert together["labels"].tolist() == alone["labels"].tolist()
-    assert (tmp_path / "grid.png").is_file()
+    assert (two[0] / "grid.png").is_file()
+
+
+def test_pictures_of_a_run_are_those_of_one_process(two, tmp_path):
+    folder, results = two
+    alone = pictures(tmp_path)
+    assert all(not torch.allclose(alone[i], alone[i + len(SOLVERS)], atol=1e-3) for i in range(len(SOLVERS)))
+    for _, of_ways in results:
+        for found in of_ways:
+            for mine, theirs in zip(alone, found, strict=True):
+                torch.testing.assert_close(theirs, mine, rtol=0, atol=TOLERANCE)
+    names = sorted(path.name for path in (tmp_path / "samples").iterdir())
+    assert names == ["step_00000003.png", "step_00000004.png"]
+    for number in range(len(WAYS)):
+        for name in names:
+            mine, theirs = (
+                np.array(Image.open(run / "samples" / name), int) for run in (tmp_path, folder / str(number))
+            )
+            assert np.abs(mine - theirs).max() <= 1
 
 
 DYING = """
@@ -118,6 +176,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_one_process_goes_on_where_one_of_two_was_killed(run, tmp_path, capfd):
     (tmp_path / "dying.py").write_text(DYING)
     flags = ["--number=7", "--shard=1", "--solver=euler", "--sampling-steps=3", "--device=cpu", "--precision=fp32"]
@@ -141,50 +200,3 @@ def test_one_process_goes_on_where_one_of_two_was_killed(run, tmp_path, capfd):
     sample(command(run, tmp_path / "one", shard=1))
     assert_same_files(files(tmp_path / "one"), files(tmp_path / "parts"))
     assert len(before) < len(files(tmp_path / "parts")) == 7
-
-
-def pictures(folder, processes=ALONE, **parallel):
-    """Samples by each solver, of uneven batches, and the pictures of a run, before and after further steps."""
-    groups = {"optim": {"batch_size": 8, "lr": 5e-2}, "model": {"num_classes": 4}, "parallel": parallel, "log": LOG}
-    trainer = Trainer(tiny_config(**groups), tiny_data(), processes=processes, run_dir=folder)
-    trainer.advance(3)
-    found = []
-    for _ in range(2):
-        condition = conditions(torch.arange(5) % 3)
-        options = {"seed": 3, "batch_size": 4, "processes": processes}
-        found += [draw(trainer.ema, trainer.transport, sampling, condition, **options) for sampling in SOLVERS.values()]
-        trainer.draw_samples()
-        trainer.advance(trainer.steps_done + 1)
-    config, data = motions()
-    lengths = Trainer(config, data)  # of a model that has learnt nothing, with lengths
-    condition = conditions(torch.arange(5) % 2, data.typical_lengths())
-    found.append(draw(lengths.ema, lengths.transport, SOLVERS["guided sde"], condition, seed=4, processes=processes))
-    return found
-
-
-WAYS = [{"parallel": "ddp"}, {"parallel": "fsdp", "reshard": False}]
-
-
-def pictures_of(rank, folder):
-    return [pictures(folder / str(number), Processes(rank, 2, 2), **way) for number, way in enumerate(WAYS)]
-
-
-def test_pictures_of_a_run_are_those_of_one_process(tmp_path):
-    alone = pictures(tmp_path / "alone")
-    assert all(
-        not torch.allclose(first, second, atol=1e-3) for first, second in zip(alone[:3], alone[3:6], strict=True)
-    )
-    (tmp_path / "work").mkdir()
-    for of_rank in run_processes(functools.partial(pictures_of, folder=tmp_path), tmp_path / "work", 200):
-        for found in of_rank:
-            for mine, theirs in zip(alone, found, strict=True):
-                torch.testing.assert_close(theirs, mine, rtol=0, atol=2e-3)
-    names = sorted(path.name for path in (tmp_path / "alone" / "samples").iterdir())
-    assert names == ["step_00000003.png", "step_00000004.png"]
-    for number in range(len(WAYS)):
-        for name in names:
-            mine, theirs = (
-                np.array(Image.open(tmp_path / folder / "samples" / name), dtype=int)
-                for folder in ("alone", str(number))
-            )
-            assert np.abs(mine - theirs).max() <= 1
