@@ -77,7 +77,7 @@ class CompareConfig:
 
 @dataclass(frozen=True)
 class CompareCommand(StartingPoint):
-    """Train vanilla, LayerSync, REPA and both from the same seeds; write report.md, report.png and report.json.
+    """Train vanilla, LayerSync, REPA and both (or others) from the same seeds; write report.md, .png and .json.
 
     Each run trains for --steps, or for --max-seconds of training where that is less. Runs of one seed take turns, so
     that a slow spell of the machine hits all methods alike. Stopped and called again, it goes on where it was.
