@@ -31,7 +31,7 @@ class Command(NamedTuple):
 COMMANDS = {
     "train": Command("layersync_kernels.sit.commands.train:train_main", "train a SiT, with LayerSync or without", True),
     "sample": Command(
-        "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint"
+        "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint", True
     ),
     "export": Command(
         "layersync_kernels.sit.commands.export:export_main", "write the weights of a run for others, with a model card"

@@ -119,13 +119,13 @@ def test_methods_start_alike_and_draw_the_same_numbers(config, tmp_path, capsys)
     (teacher / "hubconf.py").write_text("import torch\ndef tiny(pretrained):\n    return torch.nn.Conv2d(3, 8, 2, 2)\n")
     align = dataclasses.replace(config.train.align, teacher=f"hub/{teacher}:tiny", teacher_size=4)
     train = dataclasses.replace(config.train, align=align, optim=dataclasses.replace(config.train.optim, steps=2))
-    methods = ("vanilla", "layersync", "repa", "both")
+    methods = ("vanilla", "layersync", "repa", "both", "dispersive")
     config = dataclasses.replace(config, train=train, methods=methods, seeds=1, marks=1)
     out = tmp_path / "out"
     compare(CompareCommand(config, out))
     marks = qualities(out)
     assert len({tuple(marks[method, 0][0]) for method in methods}) == 1
-    assert len({tuple(marks[method, 0][1]) for method in methods}) == 4
+    assert len({tuple(marks[method, 0][1]) for method in methods}) == len(methods)
     first, *others = (read_tensors(out / m / "seed-0/checkpoints/step_00000002/rng.safetensors") for m in methods)
     for other in others:
         assert all(torch.equal(first[name], other[name]) for name in first)
@@ -199,6 +199,8 @@ def missing_network(name, device, dtype):
         ({"data": {"data": "nothing.npz"}}, DataError, r"nothing\.npz"),
         ({"model": {"model": "nonsense"}}, ConfigError, "nonsense"),
         ({"methods": ("vanilla", "repa"), "align": {"teacher": "hub/nowhere:net"}}, TeacherError, "nowhere"),
+        ({"dispersive": {"dispersive": 2}}, ConfigError, "name that in --methods"),
+        ({"methods": ("vanilla", "dispersive"), "dispersive": {"dispersive": 4}}, ConfigError, "has blocks 1 to 3"),
         ({"quality_network": "nonsense"}, TeacherError, "no network named nonsense"),
     ],
 )

@@ -167,7 +167,7 @@ def test_runs_of_a_comparison_are_locked_with_it(tmp_path, data, monkeypatch):
 
 def test_processes_of_a_launcher_train_alone(tmp_path, data, monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in ("compare", "demo", "sample"):
+    for command in ("compare", "demo", "probe"):
         assert cli.main([command, "--out", str(tmp_path / "run"), f"--data={data}", *SIZE]) == 1
         assert "is the work of one process, and WORLD_SIZE is 2" in " ".join(capsys.readouterr().err.split())
     assert cli.main(["train", "--out", str(tmp_path / "run"), f"--data={data}", *SIZE]) == 1

@@ -9,7 +9,7 @@ from torch import nn
 
 from layersync_kernels.errors import ConfigError, TrainingDiverged
 from layersync_kernels.sit.batch import Share
-from layersync_kernels.sit.config.loss import AlignConfig, LayerSyncConfig, ScheduleConfig
+from layersync_kernels.sit.config.loss import AlignConfig, DispersiveConfig, LayerSyncConfig, ScheduleConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.parallel import ParallelConfig
 from layersync_kernels.sit.data.memory import MemorySet
@@ -34,6 +34,13 @@ def teacher(modality):
     """Fixed tokens (B, 12, 3) of sequences."""
     torch.manual_seed(5)
     layer = nn.Conv1d(1, 3, 1)
+    return lambda samples, lengths: layer(samples)
+
+
+def picture_teacher(modality):
+    """Fixed features (B, 3, 2, 2) of pictures."""
+    torch.manual_seed(5)
+    layer = nn.Conv2d(1, 3, 2, stride=2)
     return lambda samples, lengths: layer(samples)
 
 
@@ -69,6 +76,16 @@ CASES = {
     "lengths, two passes": lambda: motions(optim={"accumulate": 2}),
     "repa": lambda: motions(align=AlignConfig(**REPA), optim={"accumulate": 2}),
     "repa in every other step": lambda: motions(align=AlignConfig(**REPA, align_when=ScheduleConfig(every=2))),
+    "irepa, dispersive, two passes": lambda: images(
+        align=AlignConfig("irepa", f"{__name__}:picture_teacher", align_block=2),
+        dispersive=DispersiveConfig("auto", 2.0),
+        optim={"accumulate": 2},
+    ),
+    "sra, dispersive, lengths, two passes": lambda: motions(
+        align=AlignConfig("sra", align_block=1, align_teacher_block=3),
+        dispersive=DispersiveConfig(1, 5.0, 0.1),
+        optim={"accumulate": 2},
+    ),
     "not clipped, light": lambda: images(optim={"clip_norm": None}, model={"recompute": "light"}),
     "eager, two pairs": lambda: images(
         model={"kernels": "eager"}, layersync=LayerSyncConfig(layersync=("1:3", "2:3"), weight=(0.2, 0.1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,16 +14,18 @@ from torch import Tensor
 from ...errors import CheckpointError, ConfigError
 from ..checkpoints.local import run_of
 from ..config import at_least, require
+from ..config.parallel import ParallelConfig
 from ..config.run import SAMPLES, OfRun
 from ..config.sampling import SamplingConfig, TransportConfig
 from ..console import start_logging
 from ..device import resolve_device, resolve_precision
 from ..diffusion.transport import build_transport
+from ..distributed.processes import ALONE, Processes, joined
 from ..files import save_arrays
 from ..modality.base import cut
 from ..sampling.draw import conditions
 from ..sampling.load import Trained, load_trained
-from ..sampling.many import Drawing, draw_many
+from ..sampling.many import Drawing, draw_many, writing_samples
 from ..text.registry import load_text_encoder
 from .arguments import parse_of_run
 
@@ -31,7 +34,8 @@ from .arguments import parse_of_run
 class SampleCommand(OfRun):
     """Draw samples with the averaged weights: an overview, a row for each class, or with --number any number of them.
 
-    What is written follows from what the model was trained on: pictures, sounds, films or stick figures.
+    What is written follows from what the model was trained on: pictures, sounds, films or stick figures. Processes that
+    torchrun starts share the work: the files of --number, or the samples of the overview.
     """
 
     out: Path | None = None
@@ -62,10 +66,17 @@ class SampleCommand(OfRun):
     """Attention heads, for a lone file of unusual size: weights do not tell them."""
     device: str = "auto"
     precision: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    timeout: float = ParallelConfig.timeout
+    """Seconds that a process waits for the others, where torchrun has started several."""
 
 
-def sample(command: SampleCommand) -> Path:
+def sample(command: SampleCommand, *, processes: Processes = ALONE, device: torch.device | None = None) -> Path:
     """Draws what `command` asks for and returns the path of the picture, or of the folder.
+
+    Args:
+        command: what.
+        processes: that share the work.
+        device: of this one; None: what the command says.
 
     Raises:
         UserError: anything wrong with the checkpoint or the settings.
@@ -73,7 +84,7 @@ def sample(command: SampleCommand) -> Path:
     command.sampling.validate()
     at_least(1, per_class=command.per_class, batch_size=command.batch_size, number=command.number, shard=command.shard)
     at_least(0, seed=command.seed)
-    device = resolve_device(command.device)
+    device = resolve_device(command.device) if device is None else device
     trained = load_trained(command.source, which=command.weights, num_heads=command.num_heads)
     classes = _classes(command, trained)
     text, text_lengths = _words(command, trained)
@@ -94,24 +105,35 @@ def sample(command: SampleCommand) -> Path:
     )
     run = run_of(command.source)
     default = run / SAMPLES if run else command.source.parent
-    try:
-        if command.number is not None:
-            folder = command.out or default / "many"
-            draw_many(drawing, trained, condition, folder, shard=command.shard, files=command.files, device=device)
-            return folder
-        samples = drawing(condition.to(device))
-        if not samples.isfinite().all():
-            raise CheckpointError(f"{command.source} gives samples that are not finite; its weights may have diverged")
-        if command.array is not None:
-            save_arrays(command.array, {"samples": samples.cpu().numpy(), "labels": labels.numpy()})
+    if command.number is not None:
+        folder = command.out or default / "many"
+        draw_many(
+            drawing,
+            trained,
+            condition,
+            folder,
+            shard=command.shard,
+            files=command.files,
+            device=device,
+            processes=processes,
+        )
+        return folder
+    samples = drawing(condition.to(device), processes=processes)
+    if not samples.isfinite().all():
+        raise CheckpointError(f"{command.source} gives samples that are not finite; its weights may have diverged")
+
+    def write() -> str:
         stem = (command.out or default / ("grid" if run else command.source.name)).with_suffix("")
-        drawn = trained.modality.overview(samples, stem, columns=command.per_class, lengths=condition.lengths)
-        if command.files:
-            for i, own in enumerate(cut(samples, condition.lengths)):
-                trained.modality.save(own, stem / f"{i:06d}")
-        return drawn[0]
-    except OSError as error:
-        raise CheckpointError(f"cannot write the samples: {error}") from error
+        with writing_samples():
+            if command.array is not None:
+                save_arrays(command.array, {"samples": samples.cpu().numpy(), "labels": labels.numpy()})
+            drawn = trained.modality.overview(samples, stem, columns=command.per_class, lengths=condition.lengths)
+            if command.files:
+                for i, own in enumerate(cut(samples, condition.lengths)):
+                    trained.modality.save(own, stem / f"{i:06d}")
+        return os.fspath(drawn[0])
+
+    return Path(processes.by_first(write))
 
 
 def _classes(command: SampleCommand, trained: Trained) -> tuple[int, ...]:
@@ -141,5 +163,10 @@ def _words(command: SampleCommand, trained: Trained) -> tuple[Tensor | None, Ten
 def sample_main(argv: Sequence[str]) -> int:
     """`layersync sample`."""
     start_logging()
-    print(sample(parse_of_run(SampleCommand, argv, command="sample")))
+    command = parse_of_run(SampleCommand, argv, command="sample")
+    at_least(1, timeout=command.timeout)
+    with joined(command.device, timeout=command.timeout) as (processes, device):
+        path = sample(command, processes=processes, device=device)
+        if processes.first:
+            print(path)
     return 0

@@ -21,8 +21,8 @@ from ..distributed.processes import Processes, before_joined, joined, restarted
 from ..training.folder import check_run, lock_folder, start_run
 from ..training.loop import Outcome, Trainer
 from ..training.runlog import checkpoint_to_resume
+from ..training.terms.base import TaughtTerm
 from ..training.terms.layersync import LayerSyncTerm
-from ..training.terms.repa import RepaTerm
 from ..training.trackers import wandb_module
 from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, starting_point
 
@@ -101,19 +101,18 @@ def _train(
         return ""
 
     processes.by_first(start)
-    layersync, repa = trainer.term(LayerSyncTerm), trainer.term(RepaTerm)
-    pairs = "off" if layersync is None else layersync.module.extra_repr()
-    teacher = "" if repa is None else f"; {config.align.align} {repa.module.extra_repr()}"
+    taught = trainer.term(TaughtTerm)  # type: ignore[type-abstract]
+    terms = [*([] if trainer.term(LayerSyncTerm) else ["LayerSync off"]), *(t.summary() for t in trainer.state.terms)]
     parameters = sum(p.numel() for p in trainer.model.parameters()) / 1e6
     shared = "" if processes.world == 1 else f" x {processes.world} processes ({config.parallel.parallel})"
     console.print(
         f"{config.model.model}, {parameters:.1f} M parameters, {len(trainer.data)} samples of {trainer.data.spec}, "
-        f"{trainer.device}{shared}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
+        f"{trainer.device}{shared}, {trainer.autocast_dtype or 'fp32'}; {'; '.join(filter(None, terms))}"
     )
     outcome = trainer.fit()
-    if repa is not None and (share := outcome.metrics.get("teacher_share")) is not None:
+    if taught is not None and (share := outcome.metrics.get("teacher_share")) is not None:
         what = "its precomputed features" if config.align.features else "running it"
-        console.print(f"the teacher {repa.teacher.name} took {share:.1%} of a step ({what})")
+        console.print(f"the teacher {taught.teacher_name} took {share:.1%} of a step ({what})")
     if outcome.ended == "interrupted":
         again = command_line("train", ["--out", str(out), "--resume"], code_flags(config))
         console.print(f"stopped and saved at step {outcome.step}; go on with: {again}", soft_wrap=True)

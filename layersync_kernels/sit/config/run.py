@@ -10,7 +10,7 @@ import tyro
 
 from . import at_least, require
 from .data import DataConfig
-from .loss import AlignConfig, LayerSyncConfig
+from .loss import AlignConfig, DispersiveConfig, LayerSyncConfig
 from .model import ModelConfig
 from .optim import OptimConfig
 from .parallel import ParallelConfig
@@ -68,6 +68,7 @@ class TrainConfig:
     transport: TransportConfig = field(default_factory=TransportConfig)
     layersync: LayerSyncConfig = field(default_factory=LayerSyncConfig)
     align: AlignConfig = field(default_factory=AlignConfig)
+    dispersive: DispersiveConfig = field(default_factory=DispersiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
@@ -97,6 +98,7 @@ class TrainConfig:
             self.model,
             self.transport,
             self.align,
+            self.dispersive,
             self.optim,
             self.sampling,
             self.log,

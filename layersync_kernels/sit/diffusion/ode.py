@@ -36,6 +36,7 @@ class ODESampler:
         atol: float = 1e-6,
         rtol: float = 1e-3,
         reverse: bool = False,
+        norm: Callable[[Tensor], Tensor] | None = None,
     ) -> SampleFn:
         """Follows the probability-flow ODE dx = v dt with a solver of torchdiffeq.
 
@@ -50,6 +51,7 @@ class ODESampler:
             atol: absolute tolerance of an adaptive solver.
             rtol: its relative tolerance.
             reverse: from data to noise.
+            norm: of an adaptive solver's errors, (B, ...) to 0-d; None: the root of the mean square.
 
         Raises:
             ValueError: an unknown solver, fewer than 2 times, a tolerance that is not positive.
@@ -85,6 +87,8 @@ class ODESampler:
             options: dict[str, Any] = (
                 {"step_t": times[-1:]} if adaptive else {"grid_constructor": lambda func, y0, t: times}
             )
+            if adaptive and norm is not None:
+                options["norm"] = norm
             with evaluating(model_fn):
                 try:
                     x = odeint(velocity, x, times[[0, -1]], method=solver, atol=atol, rtol=rtol, options=options)[-1]

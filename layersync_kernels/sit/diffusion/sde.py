@@ -19,6 +19,11 @@ SINGULAR_EPS = 1e-3
 """How far to stay from an end of [0, 1] where a quotient is infinite, when the transport does not say."""
 
 
+def normal_like(x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Standard normal numbers of the shape, dtype and device of `x`."""
+    return torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device)
+
+
 class SDESampler:
     """The half of `Sampler` that follows an SDE."""
 
@@ -35,6 +40,7 @@ class SDESampler:
         last_step_size: float = 0.04,
         num_steps: int = 250,
         generator: torch.Generator | None = None,
+        normal: Callable[[Tensor, torch.Generator | None], Tensor] | None = None,
     ) -> SampleFn:
         """Follows the SDE dx = (v + w·score) dt + sqrt(2w) dW, which has the marginals of the ODE for any w(t) >= 0.
 
@@ -53,6 +59,7 @@ class SDESampler:
             num_steps: times that the SDE visits up to the last step, as in the published code: num_steps - 1 steps, and
                 the last one.
             generator: draws the noise; on the device of `z`.
+            normal: gives the noise of a step, of the state and the generator; None: standard normal numbers like it.
 
         Raises:
             ValueError: an unknown name, fewer than 2 times, a number out of range.
@@ -101,7 +108,7 @@ class SDESampler:
             with evaluating(model_fn):
                 for time in times[:-1]:
                     t = at(time)
-                    noise = torch.randn(x.shape, generator=generator, dtype=x.dtype, device=x.device) * dt**0.5
+                    noise = (normal or normal_like)(x, generator) * dt**0.5
                     noise = (2 * diffusion(t)).sqrt() * noise
                     if method == "euler":
                         x = x + drift(x, t) * dt + noise

@@ -88,7 +88,7 @@ class Transport:
 
         Returns:
             "loss" (B,) at least fp32, the mean square error over all but the batch; "pred", the model's prediction;
-            "states", when the model handed back states.
+            "t" and "x0", the times and the noise; "states", when the model handed back states.
 
         Raises:
             TypeError: `x1` is not floating point.
@@ -126,7 +126,7 @@ class Transport:
         elif self.loss_weight == "likelihood":
             square = self.interpolant.rate(time) / self.interpolant.sigma(time)[0].square() * square
         lengths = (model_kwargs or {}).get("lengths")
-        terms = {"loss": _mean(square, lengths), "pred": prediction}
+        terms = {"loss": _mean(square, lengths), "pred": prediction, "t": t, "x0": x0}
         return terms if states is None else {**terms, "states": states}
 
     def velocity(self, prediction: Tensor, x: Tensor, t: Tensor) -> Tensor:

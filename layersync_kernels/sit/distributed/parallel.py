@@ -70,7 +70,7 @@ class Parallel:
             return make().to(self._device)
         with torch.device("meta"), DrawnAsOne():
             model = make()
-        self._divide(model)
+        self._divide(model, reshard=self._reshard)
         model.to_empty(device=self._device)
         with DrawnAsOne():
             model.initialize_weights()
@@ -84,7 +84,7 @@ class Parallel:
             assert self._make is not None
             with torch.device("meta"):
                 twin = self._make()
-            self._divide(twin)
+            self._divide(twin, reshard=True)  # no backward pass drops what a forward pass has gathered
             twin.to_empty(device=self._device)
             with torch.no_grad():
                 for target, source in zip(twin.parameters(), model.parameters(), strict=True):
@@ -97,11 +97,11 @@ class Parallel:
             fully_shard(module, mesh=self._mesh, reshard_after_forward=self._reshard, mp_policy=self._rest)
         return module
 
-    def _divide(self, model: SiT) -> None:
+    def _divide(self, model: SiT, *, reshard: bool) -> None:
         assert self._mesh is not None
         for block in model.blocks:
-            fully_shard(block, mesh=self._mesh, reshard_after_forward=self._reshard, mp_policy=self._blocks)
-        fully_shard(model, mesh=self._mesh, reshard_after_forward=self._reshard, mp_policy=self._rest)
+            fully_shard(block, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=self._blocks)
+        fully_shard(model, mesh=self._mesh, reshard_after_forward=reshard, mp_policy=self._rest)
 
     def replicate(self, network: nn.Module, *, unused: bool) -> nn.Module:
         """What to call in place of `network`, so that gradients are means over processes.

@@ -88,6 +88,15 @@ class Processes:
         """The mean of what each of them gives, in place; on the tensor's device."""
         return self.sum(tensor).div_(self.world) if self.world > 1 else tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """What each of them gives (N, ...), of one shape, one after the other: (N · world, ...); on its device."""
+        if self.world == 1:
+            return tensor
+        everything = tensor.new_empty((self.world * len(tensor), *tensor.shape[1:]))
+        gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # its name from torch 2.14 on
+        gather(everything, tensor.contiguous(), group=self.group)
+        return everything
+
     def text(self, text: str, source: int = 0) -> str:
         """What the one of rank `source` gives."""
         if self.world == 1:
@@ -205,7 +214,7 @@ def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processe
     watchdog = Watchdog(out / STACKS / f"rank-{rank}.txt", timeout)
     try:
         with _said_once(store, rank):
-            yield Processes(rank, world, local_world, watchdog), own
+            yield Processes(rank, world, local_world, watchdog=watchdog), own
     except UserError:
         raise
     except RuntimeError as error:

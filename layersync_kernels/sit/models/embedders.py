@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +42,8 @@ class LabelEmbedder(nn.Module):
     """Embeds class labels; while training, a share of them becomes the null label `num_classes`."""
 
     share: Share = WHOLE
+    dropped: Tensor | None = None
+    keep_dropped: bool = False
 
     def __init__(self, num_classes: int, hidden_size: int, dropout_prob: float) -> None:
         super().__init__()
@@ -52,6 +55,7 @@ class LabelEmbedder(nn.Module):
         """Labels (N,) → (N, D)."""
         if self.training and self.dropout_prob > 0:
             dropped = drop(y.shape[0], self.dropout_prob, self.share, y.device)
+            self.dropped = dropped if self.keep_dropped else None
             y = torch.where(dropped, self.num_classes, y)
         try:
             return self.embedding_table(y)
@@ -72,6 +76,8 @@ class TextEmbedder(nn.Module):
     """
 
     share: Share = WHOLE
+    dropped: Tensor | None = None
+    keep_dropped: bool = False
 
     def __init__(self, text_width: int, hidden_size: int, dropout_prob: float, *, pooled: bool) -> None:
         super().__init__()
@@ -85,6 +91,7 @@ class TextEmbedder(nn.Module):
             lengths = torch.full((text.shape[0],), text.shape[1], device=text.device)
         if self.training and self.dropout_prob > 0:
             dropped = drop(text.shape[0], self.dropout_prob, self.share, text.device)
+            self.dropped = dropped if self.keep_dropped else None
             lengths = torch.where(dropped, 0, lengths)
         without = lengths == 0
         words = torch.where(without[:, None, None], self.null, text.to(self.null.dtype))
@@ -102,6 +109,20 @@ def share_draws(model: nn.Module, share: Share) -> None:
         model: with embedders of this file.
         share: of a pass.
     """
-    for module in model.modules():
-        if isinstance(module, LabelEmbedder | TextEmbedder):
-            module.share = share
+    for embedder in _embedders(model):
+        embedder.share = share
+
+
+def keep_dropped(model: nn.Module) -> None:
+    """Makes a model remember which conditions it leaves out, for `dropped_conditions`."""
+    for embedder in _embedders(model):
+        embedder.keep_dropped = True
+
+
+def dropped_conditions(model: nn.Module) -> Tensor | None:
+    """Which conditions the last forward pass in training left out: bool (N,); None: it leaves out none."""
+    return next((embedder.dropped for embedder in _embedders(model)), None)
+
+
+def _embedders(model: nn.Module) -> Iterator[LabelEmbedder | TextEmbedder]:
+    return (module for module in model.modules() if isinstance(module, LabelEmbedder | TextEmbedder))

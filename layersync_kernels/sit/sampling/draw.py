@@ -10,8 +10,11 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..batch import Condition, within_lengths
 from ..config.sampling import SamplingConfig
+from ..diffusion.checks import SampleFn
 from ..diffusion.sampler import Sampler
+from ..diffusion.sde import normal_like
 from ..diffusion.transport import Transport
+from ..distributed.processes import ALONE, Processes
 from ..models.sit import SiT
 
 
@@ -45,6 +48,50 @@ def conditions(
     return Condition(labels, own_lengths, text, text_lengths)
 
 
+class _Part:
+    """What a process has of a batch that several draw together, as a single one would.
+
+    Parts are equally large, as those who gather them have to be: where the batch does not divide, its last sample is
+    drawn more than once, and counted once.
+
+    Args:
+        count: samples in the batch.
+        processes: that draw it.
+    """
+
+    def __init__(self, count: int, processes: Processes) -> None:
+        self._count, self._processes = count, processes
+        self._size = -(-count // processes.world)
+        first = processes.rank * self._size
+        self._rows = torch.arange(first, first + self._size).clamp(max=count - 1)
+        self._counted = min(max(count - first, 0), self._size)
+
+    def of(self, samples: Tensor) -> Tensor:
+        """The own ones of the batch (N, ...)."""
+        return samples[self._rows.to(samples.device)]
+
+    def condition(self, condition: Condition) -> Condition:
+        """That of the own ones."""
+        return condition[self._rows.to(condition.labels.device)]
+
+    def whole(self, samples: Tensor) -> Tensor:
+        """The batch (N, ...), of what each process has drawn."""
+        return self._processes.gather(samples)[: self._count]
+
+    def norm(self, x: Tensor) -> Tensor:
+        """The root of the mean square over all processes, by which all of them choose the same steps."""
+        counted = x.unflatten(0, (-1, self._size))[:, : self._counted]
+        square = counted.square().sum(dtype=torch.float64)
+        total = self._processes.sum(torch.stack([square, torch.full_like(square, counted.numel())]))
+        return (total[0] / total[1]).sqrt().to(x.dtype)
+
+    def normal(self, x: Tensor, generator: torch.Generator | None) -> Tensor:
+        """The own part of what is drawn for the batch; guidance has it twice, one after the other."""
+        times = len(x) // self._size
+        whole = normal_like(x.new_empty((times * self._count, *x.shape[1:])), generator)
+        return whole.unflatten(0, (times, -1))[:, self._rows.to(x.device)].flatten(0, 1)
+
+
 def draw(
     model: SiT,
     transport: Transport,
@@ -54,6 +101,7 @@ def draw(
     seed: int,
     autocast_dtype: torch.dtype | None = None,
     batch_size: int = 256,
+    processes: Processes = ALONE,
 ) -> Tensor:
     """Draws one sample per label and length.
 
@@ -67,6 +115,8 @@ def draw(
         seed: of the noise.
         autocast_dtype: None for fp32.
         batch_size: samples drawn at once.
+        processes: which divide each batch among them, and all get all samples: those of a single process, up to
+            rounding. Each calls this with the same arguments; weights may be divided.
 
     Returns:
         float32 (N, C, ...), zeros beyond lengths.
@@ -80,20 +130,6 @@ def draw(
     # Another seed than that of the starting noise, or the first step of an SDE would add the same noise again.
     device = condition.labels.device
     generator = torch.Generator(device).manual_seed(seed + 2**31)  # a CPU generator takes 32 bits
-    sampler = Sampler(transport)
-    try:
-        if sampling.sampler == "ode":
-            solve = sampler.sample_ode(sampling_method=sampling.solver, num_steps=sampling.sampling_steps)
-        else:
-            solve = sampler.sample_sde(
-                sampling_method=sampling.solver,
-                num_steps=sampling.sampling_steps,
-                diffusion_form=sampling.diffusion_form,
-                diffusion_norm=sampling.diffusion_norm,
-                generator=generator,
-            )
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
     noise = torch.randn(len(condition), *model.spec.shape, generator=torch.Generator().manual_seed(seed)).to(device)
     inside = None
     if condition.lengths is not None:
@@ -103,6 +139,11 @@ def draw(
     drawn = []
     with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
         for z, part in zip(noise.split(batch_size), condition.split(batch_size), strict=True):
+            shared = None
+            if processes.world > 1:
+                shared = _Part(len(z), processes)
+                z, part = shared.of(z), shared.condition(part)
+            solve = _solver(transport, sampling, generator, shared)
             if guided:
                 both = solve(
                     torch.cat([z, z]),
@@ -111,8 +152,31 @@ def draw(
                     cfg_scale=sampling.cfg_scale,
                     guidance_interval=interval,
                 )
-                drawn.append(both[: len(z)])
+                samples = both[: len(z)]
             else:
-                drawn.append(solve(z, model, **part.keywords()))
+                samples = solve(z, model, **part.keywords())
+            drawn.append(samples if shared is None else shared.whole(samples))
     samples = torch.cat(drawn).float()
     return samples if inside is None else torch.where(inside, samples, 0)  # an SDE adds noise everywhere
+
+
+def _solver(transport: Transport, sampling: SamplingConfig, generator: torch.Generator, part: _Part | None) -> SampleFn:
+    """Follows the flow of a batch, or of a part of it."""
+    sampler = Sampler(transport)
+    try:
+        if sampling.sampler == "ode":
+            return sampler.sample_ode(
+                sampling_method=sampling.solver,
+                num_steps=sampling.sampling_steps,
+                norm=None if part is None else part.norm,
+            )
+        return sampler.sample_sde(
+            sampling_method=sampling.solver,
+            num_steps=sampling.sampling_steps,
+            diffusion_form=sampling.diffusion_form,
+            diffusion_norm=sampling.diffusion_norm,
+            generator=generator,
+            normal=None if part is None else part.normal,
+        )
+    except ValueError as error:
+        raise ConfigError(str(error)) from error

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +20,14 @@ from ..batch import Condition
 from ..config.sampling import SamplingConfig
 from ..console import console
 from ..diffusion.transport import Transport
+from ..distributed.processes import ALONE, Processes
 from ..files import save_arrays, write_json
 from ..modality.base import cut
 from ..models.sit import SiT
 from .draw import draw
 from .load import Trained
+
+logger = logging.getLogger(__name__)
 
 FACTS = "samples.json"
 """Name of the file that says what the others are."""
@@ -38,7 +44,7 @@ class Drawing:
     autocast_dtype: torch.dtype | None
     batch_size: int
 
-    def __call__(self, condition: Condition, *, seed: int | None = None) -> Tensor:
+    def __call__(self, condition: Condition, *, seed: int | None = None, processes: Processes = ALONE) -> Tensor:
         """Samples float32 (N, C, ...)."""
         return draw(
             self.model,
@@ -48,6 +54,7 @@ class Drawing:
             seed=self.seed if seed is None else seed,
             autocast_dtype=self.autocast_dtype,
             batch_size=self.batch_size,
+            processes=processes,
         )
 
 
@@ -60,6 +67,7 @@ def draw_many(
     shard: int,
     files: bool,
     device: torch.device,
+    processes: Processes = ALONE,
 ) -> None:
     """Writes samples into ``samples_00000.npz`` and so on; files that are there are left as they are.
 
@@ -75,10 +83,11 @@ def draw_many(
         shard: samples in a file.
         files: also write each sample by itself, into ``files/``.
         device: of the model.
+        processes: each writes files of its own, and waits for no other one.
 
     Raises:
         ConfigError: the folder holds samples of other settings.
-        CheckpointError: samples that are not finite.
+        CheckpointError: samples that are not finite, or cannot be written.
     """
     facts: dict[str, Any] = {
         "seed": drawing.seed,
@@ -88,6 +97,50 @@ def draw_many(
         "sampling": asdict(drawing.sampling),
         "weights": _digest(drawing.model),
     }
+    parts = condition.split(shard)
+
+    def path_of(number: int) -> Path:
+        return folder / f"samples_{number:05d}.npz"
+
+    def missing() -> str:
+        with writing_samples():
+            _check_facts(folder, facts)
+        return json.dumps([number for number in range(len(parts)) if not path_of(number).is_file()])
+
+    if len(parts) < processes.world:
+        logger.warning(
+            "%d files for %d processes: some have nothing to do; a smaller --shard gives all of them work",
+            len(parts),
+            processes.world,
+        )
+    # One of them looks: the others might already see what it has written.
+    own_numbers = json.loads(processes.by_first(missing))[processes.rank :: processes.world]
+    for number in track(own_numbers, "sampling", console=console, disable=not console.is_terminal or console.quiet):
+        own = parts[number]
+        seed = int(np.random.SeedSequence((drawing.seed, number)).generate_state(1)[0]) >> 1
+        samples = drawing(own.to(device), seed=seed).cpu()
+        if not samples.isfinite().all():
+            raise CheckpointError("the samples are not finite; the weights may have diverged")
+        with writing_samples():
+            if files:
+                for i, sample in enumerate(cut(samples, own.lengths), start=number * shard):
+                    trained.modality.save(sample, folder / "files" / f"{i:06d}")
+            arrays = trained.modality.arrays(samples, own.lengths)
+            arrays["arr_1" if "arr_0" in arrays else "labels"] = own.labels.numpy()
+            save_arrays(path_of(number), arrays)
+
+
+@contextlib.contextmanager
+def writing_samples() -> Iterator[None]:
+    """Raises CheckpointError where what is written inside cannot be."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"cannot write the samples: {error}") from error
+
+
+def _check_facts(folder: Path, facts: dict[str, Any]) -> None:
+    """Writes what the samples of a folder are, or compares it with what is there."""
     there = folder / FACTS
     if there.is_file():
         try:
@@ -100,23 +153,6 @@ def draw_many(
             )
     else:
         write_json(there, facts)
-    parts = condition.split(shard)
-    steps = track(range(len(parts)), "sampling", console=console, disable=not console.is_terminal)
-    for number in steps:
-        path = folder / f"samples_{number:05d}.npz"
-        if path.is_file():
-            continue
-        own = parts[number]
-        seed = int(np.random.SeedSequence((drawing.seed, number)).generate_state(1)[0]) >> 1
-        samples = drawing(own.to(device), seed=seed).cpu()
-        if not samples.isfinite().all():
-            raise CheckpointError("the samples are not finite; the weights may have diverged")
-        if files:
-            for i, sample in enumerate(cut(samples, own.lengths), start=number * shard):
-                trained.modality.save(sample, folder / "files" / f"{i:06d}")
-        arrays = trained.modality.arrays(samples, own.lengths)
-        arrays["arr_1" if "arr_0" in arrays else "labels"] = own.labels.numpy()
-        save_arrays(path, arrays)
 
 
 def _digest(model: SiT) -> float:

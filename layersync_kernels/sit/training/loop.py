@@ -400,6 +400,7 @@ class Trainer:
             condition.to(self.device),
             seed=self.config.seed,
             autocast_dtype=self.autocast_dtype,
+            processes=self.processes,
         )
         if self.run_dir is None or not self.processes.first:
             return None

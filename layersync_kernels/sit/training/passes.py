@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..batch import WHOLE, Batch, Share
 from ..diffusion.transport import Transport
 from ..models.sit import Capture, SiT
-from .terms.base import LossTerm
+from .terms.base import Drawn, LossTerm
 
 
 class Pass(nn.Module):
@@ -62,8 +62,9 @@ class Pass(nn.Module):
             output = transport.training_losses(self.model, part.samples, inputs, generator=generator, share=share)
             total = flow = output["loss"].mean()
             found: dict[str, Tensor] = {"loss": flow.detach()}
+            drawn = Drawn(output["t"], output["x0"], transport, share)
             for term, target in zip(terms, targets, strict=True):
-                loss = term.loss(output.get("states", {}), target, step)
+                loss = term.loss(output.get("states", {}), term.teach(target, drawn, step), step)
                 total = total + loss
                 found[f"{term.name}_loss"] = loss.detach()
                 found.update(term.metrics())

@@ -75,6 +75,8 @@ class TrainState:
         stems = ["ema", *(f"ema-{decay:g}" for decay in config.ema_decays[1:])]
         self.emas = {stem: parallel.copy(self.model) for stem in stems}
         self.ema = self.emas["ema"]
+        for term in self.terms:
+            term.ema = self.ema
         unused = any(parameter.requires_grad for module in modules for parameter in module.parameters())
         self.network = parallel.replicate(Pass(self.model, self.terms), unused=unused)
         trained = {name: p for name, p in self.model.named_parameters() if p.requires_grad}

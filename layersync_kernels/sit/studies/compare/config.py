@@ -17,6 +17,8 @@ from ...evaluation.validation import hold_out
 SETTINGS = "compare.json"
 """Name of the settings file in the folder of a comparison."""
 METHODS = ("vanilla", "layersync", "repa", "both")
+"""What is compared where --methods does not say it."""
+KNOWN_METHODS = (*METHODS, "dispersive")
 MOST_HELD_OUT = 1000
 """Held-out samples where --held-out does not say how many."""
 _TEACHER = "efficientnet-lite0"
@@ -28,8 +30,8 @@ class CompareConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     methods: tuple[str, ...] = METHODS
-    """vanilla (neither), layersync, repa, both. Which LayerSync and which teacher, the flags of `layersync train` say;
-    without --align it is REPA with efficientnet-lite0."""
+    """vanilla (neither), layersync, repa, both; and dispersive. Which LayerSync, teacher and block, the flags of
+    `layersync train` say; without --align it is REPA with efficientnet-lite0."""
     seeds: int = 3
     """Runs of each method: seeds --seed, --seed + 1 ..."""
     marks: int = 8
@@ -54,7 +56,7 @@ class CompareConfig:
             ConfigError: naming the flag, its value and what it may be.
         """
         for method in self.methods:
-            if method in METHODS:
+            if method in KNOWN_METHODS:
                 method_config(self.train, method).validate()
         low = {"seeds": 1, "marks": 1, "held_out": 1, "samples": 2, "reference": 2, "frechet_every": 1}
         for name, least in low.items():
@@ -62,18 +64,20 @@ class CompareConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
         if self.marks > self.train.optim.steps:
             raise ConfigError(f"--marks {self.marks}: there are only {self.train.optim.steps} steps")
-        unknown = sorted(set(self.methods) - set(METHODS))
+        unknown = sorted(set(self.methods) - set(KNOWN_METHODS))
         if unknown or len(self.methods) < 2 or len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"--methods {' '.join(self.methods)}: expected two or more of {', '.join(METHODS)}")
+            raise ConfigError(f"--methods {' '.join(self.methods)}: expected two or more of {', '.join(KNOWN_METHODS)}")
         if self.train.layersync.layersync == ("off",) and set(self.methods) & {"layersync", "both"}:
             raise ConfigError("--layersync off leaves nothing to compare; leave it out, or choose other --methods")
+        if self.train.dispersive.dispersive != "off" and "dispersive" not in self.methods:
+            raise ConfigError("--dispersive is what the method dispersive trains with; name that in --methods")
         if self.validation is None and self.train.align.features is not None:
             raise ConfigError("--features are those of all samples, so none can be held out: give --validation FILE")
 
 
 @dataclass(frozen=True)
 class CompareCommand(StartingPoint):
-    """Train vanilla, LayerSync, REPA and both from the same seeds; write report.md, report.png and report.json.
+    """Train vanilla, LayerSync, REPA and both (or others) from the same seeds; write report.md, .png and .json.
 
     Each run trains for --steps, or for --max-seconds of training where that is less. Runs of one seed take turns, so
     that a slow spell of the machine hits all methods alike. Stopped and called again, it goes on where it was.
@@ -92,16 +96,21 @@ def method_config(config: TrainConfig, method: str) -> TrainConfig:
     """`config` as `method` trains it. The time limit goes: `Comparison` sees to it; the rate follows steps."""
     replace = dataclasses.replace
     config = replace(config, optim=replace(config.optim, max_seconds=None))
-    if method in ("vanilla", "repa"):
+    if method in ("vanilla", "repa", "dispersive"):
         config = replace(config, layersync=replace(config.layersync, layersync=("off",)))
     align = config.align
-    if method in ("vanilla", "layersync"):
+    if method in ("vanilla", "layersync", "dispersive"):
         align = replace(align, align="off", teacher=None, features=None)
     elif align.align == "off":
         align = replace(align, align="repa")
         if align.teacher is None and align.features is None:
             align = replace(align, teacher=_TEACHER)
-    return replace(config, align=align)
+    dispersive = config.dispersive
+    if method != "dispersive":
+        dispersive = replace(dispersive, dispersive="off")
+    elif dispersive.dispersive == "off":
+        dispersive = replace(dispersive, dispersive="auto")
+    return replace(config, align=align, dispersive=dispersive)
 
 
 def load_sets(config: CompareConfig, device: torch.device) -> tuple[SampleSet, SampleSet]:

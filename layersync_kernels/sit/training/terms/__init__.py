@@ -7,10 +7,12 @@ from collections.abc import Iterable
 import torch
 
 from .base import LossTerm, Setting, TermBuilder
+from .dispersive import DispersiveTerm
 from .layersync import LayerSyncTerm
 from .repa import RepaTerm
+from .sra import SraTerm
 
-TERMS: tuple[TermBuilder, ...] = (LayerSyncTerm.build, RepaTerm.build)
+TERMS: tuple[TermBuilder, ...] = (LayerSyncTerm.build, RepaTerm.build, SraTerm.build, DispersiveTerm.build)
 """What a trainer builds its terms with, in the order in which they are added up."""
 
 

@@ -44,6 +44,10 @@ class LayerSyncTerm(AlignmentTerm):
         """The weighted sum over pairs."""
         return self.weighted(self.module(states, step=step, mask=target.mask), target)
 
+    def summary(self) -> str:
+        """Its pairs and schedule."""
+        return f"LayerSync {self.module.extra_repr()}"
+
 
 def build_loss(config: LayerSyncConfig, depth: int) -> LayerSyncLoss | None:
     """The LayerSync loss for a model of `depth` blocks; None for "off".

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
-from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -17,27 +15,21 @@ from ...batch import Batch
 from ...config.loss import AlignConfig
 from ...models.sit import SiT
 from ...teachers.base import Teacher, not_finite
-from ...teachers.clock import TeacherClock
 from ...teachers.features import Features, latent_message
 from ...teachers.grids import GridTeacher, load_any
-from .base import AlignmentTerm, Present, Setting, tokens_present
+from .base import Present, Setting, TaughtTerm, aligned_block, tokens_present
 
 
-class RepaTerm(AlignmentTerm):
+class RepaTerm(TaughtTerm):
     """`RepresentationAlignmentLoss` as a term, with its teacher.
 
     Args:
         loss: its projectors are trained with the model.
         teacher: the network, or its precomputed features.
         setting: whose model's tokens learn, and on which device.
-
-    Attributes:
-        clock: measures the teacher's share of the measured steps.
     """
 
     name = "repa"
-    file = "projector"
-    module: RepresentationAlignmentLoss
 
     def __init__(
         self,
@@ -45,13 +37,13 @@ class RepaTerm(AlignmentTerm):
         teacher: Teacher | GridTeacher | Features,
         setting: Setting,
     ) -> None:
-        self.module, self.teacher, self._setting = loss, teacher, setting
-        self.clock = TeacherClock(setting.device)
+        super().__init__(loss, teacher.name, setting)
+        self.teacher = teacher
         self._sums: list[Tensor] = []  # of the tokens of each pass since the last check, still on the device
 
     @classmethod
     def build(cls, setting: Setting) -> RepaTerm | None:
-        """That of ``config.align``; None for "off".
+        """That of ``config.align``; None for "off" and "sra".
 
         Raises:
             DataError: latents, of which there are no precomputed features.
@@ -59,7 +51,7 @@ class RepaTerm(AlignmentTerm):
         """
         config, data, device = setting.config, setting.data, setting.device
         align = config.align
-        if align.align == "off":
+        if align.align in ("off", "sra"):
             return None
         teacher: Teacher | GridTeacher | Features
         if align.features is not None:
@@ -107,14 +99,6 @@ class RepaTerm(AlignmentTerm):
         except ValueError as error:  # token counts that cannot be interpolated; NaN in the very first call
             raise TeacherError(f"the teacher {self.module.pairs[0][1]} does not fit: {error}") from error
 
-    def measured(self) -> AbstractContextManager[None]:
-        """The clock's step."""
-        return self.clock.step()
-
-    def facts(self) -> Mapping[str, float]:
-        """The teacher's share, once a step has been measured."""
-        return {} if math.isnan(self.clock.share) else {"teacher_share": self.clock.share}
-
     def cause(self, diverged: bool) -> str | None:
         """Tokens that were not finite."""
         sums, self._sums = self._sums, []
@@ -133,10 +117,7 @@ def build_loss(config: AlignConfig, model: SiT, teacher: str, teacher_size: int)
     Raises:
         ConfigError: a block that the model does not have, or settings that clash.
     """
-    depth, width = len(model.blocks), model.hidden_size
-    block = max(1, round(depth * 8 / 28)) if config.align_block is None else config.align_block
-    if not 1 <= block <= depth:
-        raise ConfigError(f"--align-block {block}: the model has blocks 1 to {depth}")
+    block, width = aligned_block(config, len(model.blocks)), model.hidden_size
     try:
         return RepresentationAlignmentLoss(
             width,
@@ -145,6 +126,7 @@ def build_loss(config: AlignConfig, model: SiT, teacher: str, teacher_size: int)
             method=config.align,
             projector_dim=min(2048, 4 * width) if config.projector_dim is None else config.projector_dim,
             weights=config.align_weight,
+            rows=config.align_rows,
             interpolate=True,
             **dataclasses.asdict(config.align_when),
         )
