@@ -174,7 +174,7 @@ def restarted() -> bool:
 
 
 @contextlib.contextmanager
-def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processes, torch.device]]:
+def joined(device: str, *, timeout: float, out: Path | None = None) -> Iterator[tuple[Processes, torch.device]]:
     """The processes that torchrun has started, connected until the block ends, and the device of this one.
 
     Gloo connects hosts and, where there are GPUs, NCCL these. Messages and progress are those of the first process.
@@ -182,7 +182,7 @@ def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processe
     Args:
         device: as `resolve_device` has it; several processes on GPUs take one each.
         timeout: seconds that a process waits for the others, before it gives up.
-        out: folder of the run, in which processes that hang or wait for those say where, see `Watchdog`.
+        out: folder of a run that trains, in which processes that hang or wait for those say where, see `Watchdog`.
 
     Raises:
         ConfigError: more processes than GPUs, a single GPU named for all, variables that contradict each other.
@@ -211,7 +211,7 @@ def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processe
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     except (RuntimeError, ValueError) as error:
         raise ProcessLost(f"{unreachable}: {_short(error)}") from error
-    watchdog = Watchdog(out / STACKS / f"rank-{rank}.txt", timeout)
+    watchdog = None if out is None else Watchdog(out / STACKS / f"rank-{rank}.txt", timeout)
     try:
         with _said_once(store, rank):
             yield Processes(rank, world, local_world, watchdog=watchdog), own
@@ -220,13 +220,16 @@ def joined(device: str, *, timeout: float, out: Path) -> Iterator[tuple[Processe
     except RuntimeError as error:
         if not _is_of_connection(error):
             raise
-        where = f"; {watchdog.path} shows the lines at which it waited, the files beside it those of the others"
+        where = ""
+        if watchdog is not None and watchdog.written:
+            where = f"; {watchdog.path} shows the lines at which it waited, the files beside it those of the others"
         raise ProcessLost(
             f"process {rank} of {world} stops, as another one has ended or has not answered for {timeout:g} s; its own "
-            f"message says why ({_short(error)}){where if watchdog.written else ''}"
+            f"message says why ({_short(error)}){where}"
         ) from error
     finally:
-        watchdog.close()
+        if watchdog is not None:
+            watchdog.close()
         dist.destroy_process_group()
 
 
