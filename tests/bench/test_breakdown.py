@@ -75,7 +75,7 @@ def test_kernels_belong_to_the_phase_that_launched_them():
     events = [
         *step_of(10, 100, 200, 50, 20, 20),
         Event("cudaLaunchKernel", 120, 122, correlation=1),
-        Event("forward", 150, 250, gpu=True, correlation=1),  # runs on in the host's backward pass
+        Event("forward", 215, 250, gpu=True, correlation=1),  # runs on in the host's backward pass
         Event("aten::mm", 215, 220, correlation=1),  # another count: that of operators
         Event("cuLaunchKernelEx", 230, 232, correlation=2),
         Event("backward", 250, 400, gpu=True, correlation=2),
@@ -87,7 +87,7 @@ def test_kernels_belong_to_the_phase_that_launched_them():
     ]
     times = times_of(events, "cuda")
     assert times.phases == {
-        "data": 0, "forward": 100, "backward": 150, COMMUNICATION: 30, "optimizer": 10, "ema": 0, "log": 0, REST: 110,
+        "data": 0, "forward": 35, "backward": 150, COMMUNICATION: 30, "optimizer": 10, "ema": 0, "log": 0, REST: 175,
     }  # fmt: skip
     assert times.hidden == 20
     with pytest.raises(UserError, match="has seen no kernel"):
@@ -134,7 +134,7 @@ def test_bad_input_is_refused(arguments, message, capsys):
 
 def test_what_else_is_measured_is_the_work_of_one_process(monkeypatch, capsys):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert cli.main(["bench", "trainer"]) == 1
+    assert cli.main(["bench", "trainer", "--resume"]) == 1
     assert "this is the work of one process, and WORLD_SIZE is 2" in " ".join(capsys.readouterr().err.split())
     assert cli.main(["bench", "trainer", "--breakdown"]) == 1
     assert "WORLD_SIZE is 2, and RANK is not set" in " ".join(capsys.readouterr().err.split())
