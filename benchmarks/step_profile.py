@@ -16,13 +16,11 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from layersync_kernels.bench.throughput import TRAINERS, provider_config
+from layersync_kernels.bench.throughput import TRAINERS, latents, provider_config
 from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import TrainConfig
 from layersync_kernels.sit.data.memory import MemorySet
-from layersync_kernels.sit.modality.latents import Latents
-from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.training.loop import Trainer
 
 BATCH, STEPS, PROFILED = 64, 6, 2
@@ -69,14 +67,7 @@ def main() -> None:
     if len(sys.argv) < 2 or not torch.cuda.is_available():
         raise SystemExit(f"{__doc__}\nneeds an NVIDIA card: {torch.cuda.is_available()=}")
     out, providers = Path(sys.argv[1]), sys.argv[2:] or ["fused", "off", "applied", "compile", "eager"]
-    data = MemorySet(
-        samples=torch.randn(4 * BATCH, 4, 32, 32, device="cuda"),
-        labels=torch.arange(4 * BATCH, device="cuda") % 1000,
-        spec=SampleSpec(4, (32, 32)),
-        num_classes=1000,
-        class_names=[str(label) for label in range(1000)],
-        modality=Latents(),
-    )
+    data = latents(BATCH, torch.device("cuda"))
     found: dict[str, object] = {}
     for provider in providers:
         found[provider] = figures = measure(provider, data)

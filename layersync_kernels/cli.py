@@ -14,12 +14,12 @@ from .errors import UserError
 class Command(NamedTuple):
     """A subcommand: "module:function" taking its arguments and giving an exit code, and a line of help.
 
-    `several`: whether it is the work of all processes that torchrun starts.
+    `several`: the arguments with which it is the work of all processes that torchrun starts; None: it never is.
     """
 
     target: str
     help: str
-    several: bool = False
+    several: frozenset[str] | None = None
 
     def load(self) -> Callable[[Sequence[str]], int | None]:
         """Imports the function."""
@@ -29,7 +29,9 @@ class Command(NamedTuple):
 
 
 COMMANDS = {
-    "train": Command("layersync_kernels.sit.commands.train:train_main", "train a SiT, with LayerSync or without", True),
+    "train": Command(
+        "layersync_kernels.sit.commands.train:train_main", "train a SiT, with LayerSync or without", frozenset()
+    ),
     "sample": Command(
         "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint", True
     ),
@@ -54,7 +56,9 @@ COMMANDS = {
     "demo": Command(
         "layersync_kernels.bench.demo:demo_main", "train on digits for a few minutes, sample, compare speeds"
     ),
-    "bench": Command("layersync_kernels.bench.cli:main", "time the ops and the trainer on this machine"),
+    "bench": Command(  # of a step that several processes share, each has its own part of the time
+        "layersync_kernels.bench.cli:main", "time the ops and the trainer on this machine", frozenset({"--breakdown"})
+    ),
     "scale": Command("layersync_kernels.bench.scale.command:main", "model a training step on many GPUs, on paper"),
     "tune": Command(
         "layersync_kernels.bench.tune:main", 'measure the backends on this machine, for backend="auto" to follow'
@@ -89,7 +93,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if name not in COMMANDS:
         print(f"layersync: no command {name!r}\n\n{usage()}", file=sys.stderr)
         return 2
-    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1" and not COMMANDS[name].several:
+    if (processes := os.environ.get("WORLD_SIZE") or "1") != "1" and not (
+        (several := COMMANDS[name].several) is not None and several <= set(rest)
+    ):
         print(
             f"layersync {name}: this is the work of one process, and WORLD_SIZE is {processes}; start it without "
             "torchrun, or with WORLD_SIZE unset",

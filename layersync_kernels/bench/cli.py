@@ -55,12 +55,19 @@ class BenchConfig:
     """Rows and width, in place of the sizes of the suite."""
     rounds: int = 15
     """Measured rounds of every case and mode."""
-    model: str = "SiT-S/2"
-    """Whose traffic is counted, on latents (4, 32, 32)."""
+    breakdown: bool = False
+    """Of the trainer: a table of where the time of its steps goes, in place of the contest; --rounds are steps. Under
+    torchrun all processes train, and the first one says where its time went."""
+    parallel: Literal["ddp", "fsdp", "hsdp"] = "ddp"
+    """How the processes of --breakdown share the model."""
+    model: str | None = None
+    """Whose traffic is counted, or whose step is broken down, on latents (4, 32, 32); by default SiT-S/2, and SiT-XL/2
+    where a GPU runs the step."""
     batch: int | None = None
-    """Images in the step whose traffic is counted; by default 8, and 256 on a card by name."""
+    """Images in that step, of all processes; by default 8 for each, 64 for each where a GPU runs the step, and 256 on a
+    card by name."""
     precision: tuple[Literal["fp32", "bf16"], ...] | None = None
-    """Of the step whose traffic is counted; bf16 is autocast. By default both, and bf16 on a card by name."""
+    """Of that step; bf16 is autocast. By default both, bf16 on a card by name, and the trainer's own of --breakdown."""
     backend: Literal["cuda", "triton"] = "cuda"
     """Of our ops on a card by name: the CUDA extension, or Triton."""
     bandwidth: float | None = None
@@ -86,11 +93,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     config = tyro.cli(BenchConfig, prog="layersync bench", args=argv)
     console = Console()
+    if config.breakdown:
+        _breakdown(config, console)
+        return 0
     if config.device not in _DEVICES:
         _gpu_traffic(config, console)
         return 0
     device = ("cuda" if torch.cuda.is_available() else "cpu") if config.device == "auto" else config.device
-    console.print(", ".join(f"{name} {value}" for name, value in machine_facts(device).items()))
+    _say_machine(device, console)
     wrong = False
     if config.resume and config.json is None:
         raise UserError("--resume: name the file that holds the rows by --json")
@@ -115,6 +125,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(wrong)
 
 
+def _say_machine(device: str, console: Console) -> None:
+    console.print(", ".join(f"{name} {value}" for name, value in machine_facts(device).items()))
+
+
 def _table(
     measured: Iterable[dict[str, object]],
     print_rows: Callable[[Sequence[dict[str, object]], Console], None],
@@ -135,11 +149,12 @@ def _checked_traffic(config: BenchConfig, batch: int) -> tuple[str, int]:
     from . import traffic
 
     batch = batch if config.batch is None else config.batch
-    if config.model not in traffic.sit_models:
-        raise UserError(f"--model {config.model}: expected one of {', '.join(traffic.sit_models)}")
+    model = "SiT-S/2" if config.model is None else config.model
+    if model not in traffic.sit_models:
+        raise UserError(f"--model {model}: expected one of {', '.join(traffic.sit_models)}")
     if batch < 1:
         raise UserError(f"--batch {batch}: expected at least 1")
-    return config.model, batch
+    return model, batch
 
 
 def _gpu_traffic(config: BenchConfig, console: Console) -> None:
@@ -192,6 +207,34 @@ def _trainer(config: BenchConfig, device: str, console: Console) -> None:
         if config.json is not None:
             append_json([row], config.json)
     trainer.print_table(rows, console)
+
+
+def _breakdown(config: BenchConfig, console: Console) -> None:
+    from ..sit.config.parallel import ParallelConfig
+    from ..sit.distributed.processes import joined
+    from . import breakdown
+    from .throughput import QUICK
+
+    if config.what != "trainer":
+        raise UserError(f"--breakdown is of the trainer: layersync bench trainer --breakdown, not {config.what}")
+    if config.resume:
+        raise UserError(
+            "--resume goes on with the contest of the trainer and with ops; --breakdown is measured at once"
+        )
+    with joined(config.device, timeout=ParallelConfig().timeout) as (processes, device):
+        model, batch = config.model, config.batch
+        if config.quick:
+            model, batch = QUICK[0], QUICK[1] * processes.world
+        console.quiet = not processes.first
+        _say_machine(device.type, console)
+        for precision in config.precision or ("auto",):
+            rows = breakdown.measure(
+                device, processes, model=model, batch=batch, parallel=config.parallel, precision=precision,
+                steps=config.rounds,
+            )  # fmt: skip
+            breakdown.print_table(rows, console)
+            if config.json is not None and processes.first:
+                append_json(rows, config.json)
 
 
 def _journal(config: BenchConfig, device: str) -> Journal | None:

@@ -31,6 +31,13 @@ def peak_bytes(function: Function, inputs: Sequence[Tensor]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         gradients = torch.autograd.grad(function(*inputs), leaves)
         del gradients
+    return most_held(profiler)
+
+
+def most_held(profiler: profile) -> int:
+    """Most bytes of tensors that were held at a time under a profiler with `profile_memory`, beyond those before it."""
+    assert profiler.profiler is not None
+    assert profiler.profiler.kineto_results is not None
     events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):

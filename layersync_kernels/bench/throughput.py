@@ -36,12 +36,14 @@ from .report import new_table
 
 PROVIDERS = ("fused", "off", "applied", "eager", "compile", "published")
 # A step of SiT-S/2 at batch 8 takes a second or two on two cores; SiT-XL/2 at 64 is what a GPU of 80 GB trains with.
-_SETTINGS = {"cpu": ("SiT-S/2", 8), "cuda": ("SiT-XL/2", 64)}
+SETTINGS = {"cpu": ("SiT-S/2", 8), "cuda": ("SiT-XL/2", 64)}
+"""Device to model and batch."""
 STEPS = {"cpu": 1, "cuda": 4}
 """Device to optimiser steps of a turn."""
 ROUNDS = {"cpu": 10, "cuda": 5}
 """Device to rounds."""
-_QUICK = ("SiT-P/8", 2)
+QUICK = ("SiT-P/8", 2)
+"""The model and batch of `--quick`."""
 _AGAINST = ("fused", "off", "eager", "compile", "published")
 
 
@@ -273,6 +275,18 @@ def contenders(config: TrainConfig) -> dict[str, TrainConfig]:
     return configs
 
 
+def latents(batch: int, device: torch.device) -> MemorySet:
+    """Four batches of random latents (4, 32, 32), of 1000 classes."""
+    return MemorySet(
+        samples=torch.randn(4 * batch, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(device),
+        labels=torch.arange(4 * batch, device=device) % 1000,
+        spec=SampleSpec(4, (32, 32)),
+        num_classes=1000,
+        class_names=[str(label) for label in range(1000)],
+        modality=Latents(),
+    )
+
+
 def measure(
     device: str, *, quick: bool = False, earlier: Iterable[Mapping[str, Any]] = ()
 ) -> Iterator[dict[str, object]]:
@@ -293,7 +307,7 @@ def measure(
     Raises:
         DeviceLost: a contender has left the device unusable; start again in a new process, with the rows so far.
     """
-    model, batch = _QUICK if quick else _SETTINGS[device]
+    model, batch = QUICK if quick else SETTINGS[device]
     config = TrainConfig(model=ModelConfig(model=model), optim=OptimConfig(batch_size=batch), device=device)
     common = {"case": f"{model} batch {batch}", "device": device, "machine": machine_facts(device)}
     seen = [dict(row) for row in earlier if row.get("op") == "trainer turn" and row.get("case") == common["case"]]
@@ -301,17 +315,17 @@ def measure(
     configs = {name: its for name, its in contenders(config).items() if name not in out}
     left = (2 if quick else ROUNDS[device]) - len(_complete_rounds(seen))
     if left > 0 and configs:
-        samples = MemorySet(
-            samples=torch.randn(4 * batch, 4, 32, 32, generator=torch.Generator().manual_seed(0)).to(device),
-            labels=torch.arange(4 * batch, device=device) % 1000,
-            spec=SampleSpec(4, (32, 32)),
-            num_classes=1000,
-            class_names=[str(label) for label in range(1000)],
-            modality=Latents(),
-        )
         steps = STEPS[device]
         first = 1 + max((row["round"] for row in seen), default=-1)
-        for turn in turns(configs, trainers=TRAINERS, steps=steps, rounds=left, warmup=2, data=samples, first=first):
+        for turn in turns(
+            configs,
+            trainers=TRAINERS,
+            steps=steps,
+            rounds=left,
+            warmup=2,
+            data=latents(batch, torch.device(device)),
+            first=first,
+        ):
             problem = None if turn.error is None else describe_failure(turn.error)
             row = {"op": "trainer turn", "provider": turn.name, "round": turn.round}
             seen.append(row | {"images_per_s": turn.images_per_s, "problem": problem} | common)

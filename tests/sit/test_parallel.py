@@ -6,10 +6,13 @@ import functools
 import pytest
 import torch
 from torch import nn
+from torch.profiler import ProfilerActivity, profile
 
+from layersync_kernels.bench.memory import most_held
 from layersync_kernels.errors import ConfigError, TrainingDiverged
 from layersync_kernels.sit.batch import Share
 from layersync_kernels.sit.config.loss import AlignConfig, DispersiveConfig, LayerSyncConfig, ScheduleConfig
+from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.parallel import ParallelConfig
 from layersync_kernels.sit.data.memory import MemorySet
@@ -208,6 +211,26 @@ def drawn(rank, parallel):
     model = built.build(lambda: build_model(config.model, data.spec, data.num_classes))
     after = torch.rand(3)
     return [{n: whole(t).clone() for n, t in m.state_dict().items()} for m in (model, built.copy(model))], after
+
+
+def started(rank):
+    """The most bytes of tensors until a divided model has taken its first step; its parameters, the largest of them."""
+    parallel = Parallel(ParallelConfig(parallel="fsdp"), Processes(rank, 2, 2), torch.device("cpu"), dtype=None)
+    make = functools.partial(build_model, ModelConfig(model="SiT-P/2", depth=4), SampleSpec(1, (4, 4)), 3)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+        state = TrainState(parallel.build(make), [], OptimConfig(), seed=0, parallel=parallel)
+        for parameter in state.trained:
+            parameter.grad = torch.zeros_like(parameter)
+        state.optimizer.step()
+    sizes = [parameter.numel() for parameter in state.model.parameters()]
+    return most_held(profiler), sum(sizes), max(sizes)
+
+
+def test_a_divided_model_starts_within_its_share_of_memory(tmp_path):
+    for held, parameters, largest in run(started, tmp_path, 120):
+        share = 20 * parameters / 2  # weights, average, gradient, two moments
+        assert largest < 0.1 * parameters
+        assert 0.9 * share < held < 1.02 * share + 4 * largest
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])

@@ -58,9 +58,9 @@ class ScaleConfig:
     tokens: int | None = None
     """Tokens of a sample, in its place; a square number."""
     precision: Literal["bf16", "fp32"] = "bf16"
-    """Of matrix products (bf16 is autocast), and of parameters and gradients on the wire."""
-    gradients: Literal["bf16", "fp32"] | None = None
-    """Of gradients on the wire, where it is another: DDP under autocast sums fp32 unless a hook compresses."""
+    """Of matrix products (bf16 is autocast), and of parameters on the wire."""
+    gradients: Literal["bf16", "fp32"] = "fp32"
+    """Of gradients on the wire: fp32 is what the trainer sums, and DDP under autocast unless a hook compresses."""
     card: str = "h100"
     """h100, a100, h200 or b200."""
     mfu: float | None = None
@@ -219,7 +219,7 @@ def _scenario(
         intra=intra,
         inter=inter,
         parameter_bytes=_BYTES[config.precision],
-        gradient_bytes=_BYTES[config.gradients or config.precision],
+        gradient_bytes=_BYTES[config.gradients],
         copy_bytes=counts.copy_bytes,
         activation_bytes=counts.activation_bytes,
         optimizer_states=config.optimizer_states,

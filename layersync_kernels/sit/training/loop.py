@@ -36,6 +36,7 @@ from ..models.embedders import share_draws
 from ..models.registry import build_model
 from ..sampling.draw import conditions, draw
 from .pace import Pace
+from .phases import phase
 from .runlog import Meter, RunLog
 from .signals import save_signal, stop_signals
 from .state import TrainState
@@ -196,7 +197,8 @@ class Trainer:
             batch: on the device but for its index; its size is a multiple of `accumulate`.
         """
         if self.config.data.flip and batch.mirrored is None:  # latents come mirrored
-            batch = random_mirror(batch, generator=self.state.generator, share=self.share)
+            with phase("data"):
+                batch = random_mirror(batch, generator=self.state.generator, share=self.share)
         loss = train_step(
             self.state,
             batch,
@@ -316,18 +318,21 @@ class Trainer:
             stop, save = self._agree(stop_asked(), save_asked())
             done = self.fraction >= 1
             while not (done or stop):
-                self._step(next(batches), optim.steps)
+                with phase("data"):
+                    batch = next(batches)
+                self._step(batch, optim.steps)
                 stop, save = self._agree(stop_asked(), save_asked())
                 done = self.fraction >= 1
-                log.advance(self.steps_done, self.fraction)
-                if done or self.steps_done % config.log.log_every == 0:
-                    means = self.meter.read(self.processes)
-                    now = time.monotonic()
-                    steps = self.steps_done - recorded_step
-                    metrics = self._record(means, steps, now - last_record, batches.lap())
-                    log.record(metrics, seconds_left=self._seconds_left(fraction_before, began))
-                    self.check_finite()
-                    last_record, recorded_step = time.monotonic(), self.steps_done
+                with phase("log"):
+                    log.advance(self.steps_done, self.fraction)
+                    if done or self.steps_done % config.log.log_every == 0:
+                        means = self.meter.read(self.processes)
+                        now = time.monotonic()
+                        steps = self.steps_done - recorded_step
+                        metrics = self._record(means, steps, now - last_record, batches.lap())
+                        log.record(metrics, seconds_left=self._seconds_left(fraction_before, began))
+                        self.check_finite()
+                        last_record, recorded_step = time.monotonic(), self.steps_done
                 if self.run_dir is None or done:
                     continue
                 paused = time.monotonic()

@@ -9,6 +9,7 @@ from ..batch import WHOLE, Batch, Share
 from ..diffusion.transport import Transport
 from ..distributed.parallel import gradients_kept
 from ..distributed.shards import whole
+from .phases import phase
 from .runlog import Meter
 from .state import TrainState
 
@@ -40,35 +41,41 @@ def train_step(
     optim, step = state.config, state.steps_done
     for group in state.optimizer.param_groups:
         group["lr"] = learning_rate
-    terms = [term for term in state.terms if term.active(step)]
-    targets = [term.targets(batch, optim.accumulate) for term in terms]
+    with phase("forward"):
+        terms = [term for term in state.terms if term.active(step)]
+        targets = [term.targets(batch, optim.accumulate) for term in terms]
     step_loss = torch.zeros((), device=batch.samples.device)
     parts = batch.split(len(batch) // optim.accumulate)
     for number, part in enumerate(parts, 1):
         with gradients_kept(state.network, state.divided, last=number == len(parts)):
-            found = state.network(
-                part,
-                terms,
-                [next(target) for target in targets],
-                transport=transport,
-                step=step,
-                generator=state.generator,
-                autocast_dtype=autocast_dtype,
-                share=share.of_a_pass,
-            )
+            with phase("forward"):
+                found = state.network(
+                    part,
+                    terms,
+                    [next(target) for target in targets],
+                    transport=transport,
+                    step=step,
+                    generator=state.generator,
+                    autocast_dtype=autocast_dtype,
+                    share=share.of_a_pass,
+                )
             total = found.pop("total")
-            state.scaler.scale(total / optim.accumulate).backward()
-        step_loss = step_loss + total.detach()
-        for name, value in found.items():
-            meter.add(name, value)
-    if optim.clip_norm is not None:
-        state.scaler.unscale_(state.optimizer)
-        meter.add("grad_norm", whole(torch.nn.utils.clip_grad_norm_(state.trained, optim.clip_norm)))
-    state.saver.copied()
-    state.scaler.step(state.optimizer)
-    state.scaler.update()
-    state.optimizer.zero_grad(set_to_none=True)
-    state.move_average()
+            with phase("backward"):
+                state.scaler.scale(total / optim.accumulate).backward()
+        with phase("log"):
+            step_loss = step_loss + total.detach()
+            for name, value in found.items():
+                meter.add(name, value)
+    with phase("optimizer"):
+        if optim.clip_norm is not None:
+            state.scaler.unscale_(state.optimizer)
+            meter.add("grad_norm", whole(torch.nn.utils.clip_grad_norm_(state.trained, optim.clip_norm)))
+        state.saver.copied()
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+        state.optimizer.zero_grad(set_to_none=True)
+    with phase("ema"):
+        state.move_average()
     state.steps_done += 1
     state.samples_seen += len(batch) * share.world
     return step_loss
