@@ -67,7 +67,8 @@ class LayerSync(nn.Module):
 
     Attributes:
         value: what `loss()` returned last, detached, without a host synchronisation; None before.
-        cosine: mean cosine of each pair, detached 0-d tensors keyed "student:teacher".
+        cosine: mean cosine of each pair when `loss()` was last computed, detached 0-d tensors keyed "student:teacher";
+            NaN before. Steps without a loss (schedule, no grad, `enabled`) leave them.
         enabled: False: hooks keep nothing, `loss()` is 0.
         weight: λ; may be changed at any time.
         step: the trainer's step, from 0, for schedules.
@@ -203,7 +204,7 @@ class LayerSync(nn.Module):
 
     @property
     def cosine(self) -> dict[str, Tensor]:
-        """Mean cosine of each pair in the last `loss()`."""
+        """Mean cosine of each pair when `loss()` was last computed; NaN before."""
         return self.alignment.cosine
 
     @property
@@ -273,13 +274,11 @@ class LayerSync(nn.Module):
 
     def _loss(self, mask: Tensor | None, reduction: str, token_weight: Tensor | None) -> Tensor:
         if not self.active:
-            self.alignment.cosine = {}
             return torch.zeros((), device=self._device)
         if self._step is None and self.alignment.needs_step:
             raise ValueError("LayerSync: the schedule needs to know the step: sync.step = step before the forward pass")
         if any(pair.hidden is None or pair.target is None for pair in self._pairs):
             if all(pair.hidden is None and pair.without_grad and not pair.reentrant for pair in self._pairs):
-                self.alignment.cosine = {}
                 return torch.zeros((), device=self._device)
             raise RuntimeError(self._why_nothing())
         if any(pair.repeated for pair in self._pairs):

@@ -63,8 +63,8 @@ class RepresentationAlignmentLoss(AlignmentLoss):
         layers: the blocks to capture, ascending.
         captures: the same, under the name by which a model is asked for what a loss needs.
         projectors: nn.ModuleList, one for each pair. With "repa" its keys are those of REPA's `model.projectors`.
-        cosine: after a forward pass, the mean cosine of each pair as a detached 0-d tensor, keyed by block, or
-            "block:teacher" where the pair names one.
+        cosine: the mean cosine of each pair when the loss was last computed, keyed by block, or "block:teacher" where
+            the pair names one: detached 0-d tensors, NaN before. Steps that the schedule skips leave them.
 
     Raises:
         ValueError: no blocks, one twice, unknown method or rows, no teacher_size, a number of weights or projectors
@@ -170,19 +170,19 @@ class RepresentationAlignmentLoss(AlignmentLoss):
             TypeError: hidden states or a teacher that are no dense floating tensors.
         """
         factor = self.factor(step)
-        self.cosine = {}
         if factor == 0:
             return zero_loss(states)
         self.check_captured([block for block, _ in self.pairs if block not in states], states)
-        terms = []
+        terms, cosine = [], {}
         for pair, projector, weight, size in zip(
             self.pairs, self.projectors, self.weights, self.teacher_sizes, strict=True
         ):
             name = pair_label(pair)
             hidden = states[pair[0]]
             target = self._target(hidden, self._teacher(teacher, pair[1]).detach(), name, size, mask)
-            loss, self.cosine[name] = self._aligned(projector, hidden, target, name, mask, token_weight)
+            loss, cosine[name] = self._aligned(projector, hidden, target, name, mask, token_weight)
             terms.append((weight * factor) * loss)
+        self.cosine = cosine
         self._checked = self._checked or not torch.compiler.is_compiling()
         return functools.reduce(torch.add, terms)
 

@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import layersync_kernels
+from layersync_kernels import LayerSync
 
 from . import standins, targets
 
@@ -165,7 +166,7 @@ def diffusers(_):
 
 def check_diffusers(names):
     for name, (target, _, student, teacher) in DIFFUSERS.items():
-        by_hand = ByHand(Guide(diffusers, student, teacher, tokens=TARGETS[target].tokens), 0.2, names[name])
+        by_hand = ByHand(Guide(diffusers, student, teacher, tokens=TARGETS[target].tokens), names[name])
         TARGETS[target].task_loss(names[name], TARGETS[target].batch(0))
         torch.testing.assert_close(names[f"{name}_sync"].loss(), by_hand.loss(), rtol=1e-5, atol=1e-6)
 
@@ -250,8 +251,8 @@ def alignment(student, teacher, mask=None):
 class ByHand:
     """Stands in for LayerSync: what a page should align comes from here, not from the arguments on the page."""
 
-    def __init__(self, guide: Guide, weight: float, model: nn.Module) -> None:
-        self.guide, self.weight, self.outputs = guide, weight, {}
+    def __init__(self, guide: Guide, model: nn.Module) -> None:
+        self.guide, self.weight, self.outputs = guide, guide.weight, {}
         for path, module in model.named_modules():
             for end in (guide.student, guide.teacher):
                 if path.removeprefix("module.") == end:
@@ -315,6 +316,12 @@ def execute(page: str, guide: Guide, make: Callable[..., Any], by_hand: bool) ->
     return run
 
 
+def past_its_stop_step(model, *args, **kwargs):
+    sync = LayerSync(model, *args, **kwargs | {"stop_step": 0})
+    sync.step = 0
+    return sync
+
+
 def distance(one: Run, other: Run, of: str = "") -> float:
     pairs = zip(one.gradients, other.gradients, strict=True)
     parts = [(a[name] - b[name]).square().sum() for a, b in pairs for name in b if name.startswith(of)]
@@ -327,14 +334,13 @@ def test_code_of_a_guide_runs_and_aligns_the_blocks_that_it_names(page):
     for library in guide.libraries:
         pytest.importorskip(library)
     with process_group() if guide.ddp else nullcontext():
-        run = execute(page, guide, layersync_kernels.LayerSync, False)
+        run = execute(page, guide, LayerSync, False)
         guide.check(run.names)
 
-        def by_hand(weight):
-            return execute(page, guide, lambda model, *_, **__: ByHand(guide, weight, model), True)
-
-        hand, off = by_hand(guide.weight), by_hand(0.0)
+        hand = execute(page, guide, lambda model, *_, **__: ByHand(guide, model), True)
+        off = execute(page, guide, past_its_stop_step, False)  # what a page logs is there then too
     assert len(run.gradients) == standins.STEPS
+    assert off.values == [0.0] * standins.STEPS
     assert run.values == pytest.approx(hand.values, rel=max(1e-5, guide.tolerance / 10))
     assert distance(off, hand, f"{guide.student}.") > 0
     assert distance(run, hand) < guide.tolerance * distance(off, hand)

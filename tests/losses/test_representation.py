@@ -191,11 +191,14 @@ def test_a_last_layer_with_a_forward_of_its_own_is_called(hidden, teacher):
 
 def test_schedule_as_of_layersync(hidden, teacher):
     align = RepresentationAlignmentLoss(D, T, projector_dim=40, schedule="linear", start_step=10, stop_step=20, every=5)
+    assert align.cosine["8"].isnan()
     full = align({8: hidden}, teacher, step=0)
     torch.testing.assert_close(align({8: hidden}, teacher, step=15), 0.5 * full)
+    last = align.cosine["8"]
     assert [align.active(step) for step in (0, 3, 15, 20)] == [True, False, True, False]
     assert align({}, None, step=20) == 0
-    assert align.cosine == {}
+    assert align.cosine["8"] is last
+    assert 0.5 * last == full.neg()
     with pytest.raises(ValueError, match="RepresentationAlignmentLoss: this schedule needs to know the step"):
         align({8: hidden}, teacher)
 
