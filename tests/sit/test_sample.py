@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import logging
 import shutil
 
 import numpy as np
@@ -11,13 +13,15 @@ from PIL import Image
 from layersync_kernels.errors import CheckpointError, ConfigError, UserError
 from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.checkpoints.local import save_checkpoint
+from layersync_kernels.sit.checkpoints.weights import warn_of_first_weights
 from layersync_kernels.sit.commands.sample import SampleCommand, sample
-from layersync_kernels.sit.config.io import save_config
+from layersync_kernels.sit.config.io import load_config, save_config
 from layersync_kernels.sit.config.model import ModelConfig
+from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import CONFIG, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.diffusion.transport import create_transport
-from layersync_kernels.sit.modality.images import save_grid
+from layersync_kernels.sit.modality.images import save_grid, unit_to_pixels
 from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling.draw import draw
@@ -132,7 +136,7 @@ def test_guidance_without_null_label_is_an_error():
 
 def test_run_draws_with_averaged_weights_one_row_per_class(run, model):
     command = SampleCommand(run, sampling=FAST, precision="fp32", classes=(2, 0), per_class=3, array=run / "s.npz")
-    path = sample(command)
+    path = sample(dataclasses.replace(command, floats=True))
     assert path == run / "samples" / "grid.png"
     width, height = Image.open(path).size
     assert width > height  # three columns, two rows
@@ -140,12 +144,45 @@ def test_run_draws_with_averaged_weights_one_row_per_class(run, model):
     assert stored["labels"].tolist() == [2, 2, 2, 0, 0, 0]
     expected = draw(model, transport(), FAST, Condition(torch.tensor([2, 2, 2, 0, 0, 0])), seed=0)
     np.testing.assert_allclose(stored["samples"], expected.numpy(), rtol=1e-5, atol=1e-5)
+    sample(command)
+    for_evaluation = np.load(run / "s.npz")  # what the evaluator of guided-diffusion reads
+    assert for_evaluation["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(for_evaluation["arr_0"], unit_to_pixels(expected).permute(0, 2, 3, 1).numpy())
+    assert for_evaluation["arr_1"].tolist() == [2, 2, 2, 0, 0, 0]
 
 
 def test_last_weights_can_be_asked_for(run):
     sample(SampleCommand(run, sampling=FAST, weights="model", array=run / "last.npz"))
     sample(SampleCommand(run, sampling=FAST, array=run / "ema.npz"))
-    assert not np.allclose(np.load(run / "last.npz")["samples"], np.load(run / "ema.npz")["samples"])
+    assert not np.array_equal(np.load(run / "last.npz")["arr_0"], np.load(run / "ema.npz")["arr_0"])
+
+
+@pytest.mark.parametrize(
+    ("optim", "which", "said"),
+    [
+        (OptimConfig(ema_decay=0.9999), "ema", "after 5 steps 100 % of the averaged weights"),
+        (OptimConfig(ema_decay=(0.5, 0.9)), "ema-0.9", "59 % of the averaged weights"),
+        (OptimConfig(ema_decay=0.9999), "model", None),
+        (OptimConfig(ema_decay=0.6), "ema", None),  # 8 %
+        (OptimConfig(ema_decay=0.9999, ema_warmup=True), "ema", None),
+    ],
+)
+def test_an_average_that_is_still_its_start_is_told(run, caplog, optim, which, said):
+    config = load_config(run / CONFIG)
+    save_config(dataclasses.replace(config, optim=optim), run / CONFIG)
+    with caplog.at_level(logging.WARNING):
+        warn_of_first_weights(optim, 5, which)
+    assert (said in caplog.text) if said else not caplog.records
+    caplog.clear()
+    if which != "ema-0.9":  # of which this run has no file
+        load_trained(run, which=which)
+        assert bool(caplog.records) == bool(said)
+
+
+@pytest.mark.parametrize(("change", "said"), [({"vae": "nobody/nothing"}, "--vae"), ({"floats": True}, "--array")])
+def test_flags_that_say_nothing_here_are_refused(run, change, said):
+    with pytest.raises(ConfigError, match=said):
+        sample(SampleCommand(run, sampling=FAST, **change))
 
 
 def test_checkpoint_folder_inside_its_run_and_copied_out_of_it(run, tmp_path):

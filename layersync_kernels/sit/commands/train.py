@@ -13,6 +13,7 @@ import torch
 
 from ...errors import ConfigError
 from ..checkpoints.local import newest_checkpoint
+from ..checkpoints.weights import warn_of_first_weights
 from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, StartingPoint, TrainConfig
 from ..console import console, start_logging
@@ -106,6 +107,8 @@ def _train(
         f"{trainer.device}{shared}, {trainer.autocast_dtype or 'fp32'}; LayerSync {pairs}{teacher}"
     )
     outcome = trainer.fit()
+    if processes.first:
+        warn_of_first_weights(config.optim, outcome.step)
     if repa is not None and (share := outcome.metrics.get("teacher_share")) is not None:
         what = "its precomputed features" if config.align.features else "running it"
         console.print(f"the teacher {repa.teacher.name} took {share:.1%} of a step ({what})")

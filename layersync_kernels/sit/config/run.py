@@ -114,6 +114,8 @@ class StartingPoint:
     """Where the settings below the flags come from."""
 
     preset: str | None = None
-    """Settings of that name: images | audio | motion | video, minutes of two cores, and others for cards."""
+    """Settings of that name. None: small, or images where there is no --data: minutes of two cores, as audio, motion
+    and video. paper: 400,000 steps of the paper's optimiser; images-imagenet-256 and more, which docs/data.md lists:
+    for cards."""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """A YAML or JSON file of settings: those that differ, in their groups or by the names of flags. Flags win."""

@@ -121,6 +121,11 @@ class Trainer:
         model = parallel.build(make)
         if config.model.init is not None:
             fill_model(model, load_weights(config.model.init))
+        if config.sampling.cfg_scale != 1.0 and config.log.sample_every and not model.guidable:
+            raise ConfigError(
+                f"--cfg-scale {config.sampling.cfg_scale:g} needs a null label, which --class-dropout above 0 trains; "
+                "draw with --cfg-scale 1, or not at all with --sample-every 0"
+            )
         share_draws(model.train(), self.share.of_a_pass)
         self.state = self.state_type(
             model,
