@@ -153,6 +153,12 @@ class LayerSync(nn.Module):
                     f"output; the method's advice is a teacher up to block {int(0.8 * depth)}",
                     stacklevel=3,
                 )
+        if tokens is None and (token := found.class_token(ends[0][0])) is not None:
+            self._say(
+                f"LayerSync: {token} is among the tokens and is aligned too; tokens=slice(1, None) leaves it out, "
+                "tokens=slice(None) says that it should be",
+                stacklevel=3,
+            )
         logger.info("%s", self.extra_repr())
 
     @staticmethod

@@ -103,7 +103,7 @@ def lightningdit(by_hand):
         "transport": standins.Transport(),
         "accelerator": accelerator(),
         "train_config": {"model": {"use_checkpoint": not by_hand}},
-        "writer": SimpleNamespace(add_scalar=lambda *_: None),
+        "writer": SimpleNamespace(add_scalar=lambda *_: None, add_scalars=lambda *_: None),
     }
 
 

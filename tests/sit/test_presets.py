@@ -79,7 +79,7 @@ def test_the_config_of_a_run_is_a_file_of_settings(tmp_path, kind):
         ("lr: 1e-4", 1e-4),  # a string to YAML 1.1
         ("lr: 1", 1.0),
         ("optim: {lr: 2.5e-3}", 2.5e-3),
-        ("", 1e-4),
+        ("", 3e-3),  # of the preset "small"
     ],
 )
 def test_numbers_as_people_write_them(tmp_path, text, expected):

@@ -105,7 +105,7 @@ def command_line(command: str, argv: Sequence[str], flags: Mapping[str, str]) ->
     return shlex.join(["layersync", command, *argv, *(part for name, value in flags.items() for part in (name, value))])
 
 
-def starting_point(argv: Sequence[str], *, taken: Path | None = None, **brief: float) -> TrainConfig:
+def starting_point(argv: Sequence[str], *, taken: Path | None = None, **brief: Any) -> TrainConfig:
     """The settings below the flags: of --preset, with those of --config over them.
 
     Without --preset those of "small"; of "images", which are its data too, where nothing says what to train on.
