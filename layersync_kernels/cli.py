@@ -67,7 +67,9 @@ def usage() -> str:
     """The text of `layersync --help`."""
     lines = ["usage: layersync COMMAND [OPTIONS]", "", "commands:"]
     lines += [f"  {name:<8} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "layersync COMMAND --help lists the options of a command."])
+    return "\n".join(
+        [*lines, "", "layersync COMMAND --help lists the options of a command, layersync --version says which."]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

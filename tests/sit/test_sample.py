@@ -21,14 +21,16 @@ from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import CONFIG, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.diffusion.transport import create_transport
+from layersync_kernels.sit.files import new_figure, plain_ticks
 from layersync_kernels.sit.modality.images import save_grid, unit_to_pixels
 from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling.draw import draw
 from layersync_kernels.sit.sampling.load import load_trained
 from layersync_kernels.sit.training.curves import save_curves
+from layersync_kernels.sit.training.loop import Trainer
 
-from .tiny import run_state
+from .tiny import run_state, tiny_config, tiny_data
 
 FAST = SamplingConfig(solver="euler", sampling_steps=3)
 
@@ -289,3 +291,34 @@ def test_curves_without_cosine_and_with_gaps(tmp_path):
     records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "cosine": {"1:2": 0.5}}, {"step": 3, "loss": 0.5}]
     assert save_curves(records, tmp_path / "c.png").stat().st_size > 1000
     assert save_curves(records[:1], tmp_path / "one.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "expected"),
+    [
+        ([2.35, 2.1], "log", ["2.1", "2.2", "2.3"]),
+        ([0.05, 2.0], "log", ["0.05", "0.1", "0.2", "0.5", "1", "2"]),
+        ([311_000, 311_049], "linear", ["311,000", "311,020", "311,040"]),
+        ([0.99990, 0.9999005], "linear", ["0.9999", "0.9999002", "0.9999004"]),
+    ],
+)
+def test_ticks_are_numbers_as_people_read_them(values, scale, expected):
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.plot(range(2), values)
+    axes.set_yscale(scale)
+    plain_ticks(axes.yaxis)
+    figure.canvas.draw()
+    low, high = sorted(axes.get_ylim())
+    shown = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert shown == expected
+    assert not axes.yaxis.get_offset_text().get_text()
+
+
+@pytest.mark.parametrize(("every", "lines"), [(1, 4), (2, 1)])
+def test_every_row_is_shown_where_each_step_is_recorded(every, lines, caplog):
+    """Else one in ten seconds, and the last."""
+    config = tiny_config(optim={"steps": 4}, log={"log_every": every})
+    with caplog.at_level(logging.INFO, logger="layersync_kernels"):
+        Trainer(config, tiny_data()).fit()
+    assert sum("samples/s" in message for message in caplog.messages) == lines

@@ -29,7 +29,11 @@ from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, s
 
 @dataclass(frozen=True)
 class TrainCommand(StartingPoint):
-    """Train a SiT. Everything goes to the folder --out: config, log, checkpoints, sample grids, loss curves."""
+    """Train a SiT. Everything goes to the folder --out: config, log, checkpoints, sample grids, loss curves.
+
+    Most used: --preset, --data, --image-size, --model, --layersync, --weight, --steps, --max-seconds, --batch-size,
+    --lr, --cfg-scale, --out, --resume.
+    """
 
     config: TrainConfig = field(default_factory=TrainConfig)
     out: Path = Path("runs/sit")

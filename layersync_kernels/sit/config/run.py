@@ -28,7 +28,7 @@ class LogConfig:
     """What a run reports and keeps."""
 
     log_every: int = 100
-    """Steps between records; the device is only read then."""
+    """Steps between records; the device is only read then. 1 also shows each of them as a line."""
     sample_every: int = 10_000
     """Steps between sample grids; 0: none at all."""
     grid_classes: int = 10
@@ -59,14 +59,14 @@ class LogConfig:
 class TrainConfig:
     """A whole run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    transport: TransportConfig = field(default_factory=TransportConfig)
     layersync: LayerSyncConfig = field(default_factory=LayerSyncConfig)
-    align: AlignConfig = field(default_factory=AlignConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     """Fixes initialisation, data order and noise."""

@@ -300,7 +300,8 @@ class Trainer:
         metrics: dict[str, Any] = {}
         batches = DataClock(self.batches())
         written = self.run_dir if self.processes.first else None
-        log = RunLog(written, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard)
+        rows = config.log.log_every == 1
+        log = RunLog(written, step=self.steps_done, steps=optim.steps, tensorboard=config.log.tensorboard, rows=rows)
         with stop_signals() as stop_asked, save_signal() as save_asked, log:
             stop, save = self._agree(stop_asked(), save_asked())
             done = self.fraction >= 1

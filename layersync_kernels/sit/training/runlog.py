@@ -153,13 +153,14 @@ class RunLog:
         step: where the run goes on; records beyond it (of an attempt that came further than its last checkpoint) go.
         steps: where it ends.
         tensorboard: also write TensorBoard events, when the package is there.
+        rows: show each record as a line; else one in ten seconds, or the bar of a terminal alone.
 
     Raises:
         CheckpointError: the records cannot be read or written; they are as they were.
     """
 
-    def __init__(self, run_dir: Path | None, *, step: int, steps: int, tensorboard: bool) -> None:
-        self.run_dir = run_dir
+    def __init__(self, run_dir: Path | None, *, step: int, steps: int, tensorboard: bool, rows: bool = False) -> None:
+        self.run_dir, self._rows = run_dir, rows
         self._steps = steps
         self._writer = self._open_tensorboard(run_dir, step) if run_dir and tensorboard else None
         self._last_line = time.monotonic()
@@ -207,7 +208,8 @@ class RunLog:
         facts += [f"cos {pair} {value:.3f}" for pair, value in record.get("cosine", {}).items()]
         facts.append(f"{_clock(seconds_left)} left")
         self._progress.update(self._task, facts="  ".join(facts))
-        if not console.is_terminal and (time.monotonic() - self._last_line > 10 or record["step"] >= self._steps):
+        due = time.monotonic() - self._last_line > 10 or record["step"] >= self._steps
+        if self._rows or (due and not console.is_terminal):
             self._last_line = time.monotonic()
             logger.info("step %d/%d  %s", record["step"], self._steps, "  ".join(facts))
         if self.run_dir is None:
