@@ -67,8 +67,7 @@ class LayerSync(nn.Module):
 
     Attributes:
         value: what `loss()` returned last, detached, without a host synchronisation; None before.
-        cosine: mean cosine of each pair when `loss()` was last computed, detached 0-d tensors keyed "student:teacher";
-            NaN before. Steps without a loss (schedule, no grad, `enabled`) leave them.
+        cosine: mean cosine of each pair, detached 0-d tensors keyed "student:teacher"; NaN before the first `loss()`.
         enabled: False: hooks keep nothing, `loss()` is 0.
         weight: λ; may be changed at any time.
         step: the trainer's step, from 0, for schedules.
@@ -155,8 +154,7 @@ class LayerSync(nn.Module):
                 )
         if tokens is None and (token := found.class_token(ends[0][0])) is not None:
             self._say(
-                f"LayerSync: {token} is among the tokens and is aligned too; tokens=slice(1, None) leaves it out, "
-                "tokens=slice(None) says that it should be",
+                f"LayerSync: {token} is aligned too; tokens=slice(1, None) leaves it out, slice(None) says that it should",
                 stacklevel=3,
             )
         logger.info("%s", self.extra_repr())
@@ -210,7 +208,7 @@ class LayerSync(nn.Module):
 
     @property
     def cosine(self) -> dict[str, Tensor]:
-        """Mean cosine of each pair when `loss()` was last computed; NaN before."""
+        """Mean cosine of each pair in the last `loss()` that was not skipped; NaN before."""
         return self.alignment.cosine
 
     @property

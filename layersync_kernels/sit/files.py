@@ -76,7 +76,7 @@ def plain_ticks(axis: Axis) -> None:
 
     low, high = axis.get_view_interval()
     decades = axis.get_scale() == "log" and high > 10 * low
-    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades else MaxNLocator(5, steps=[1, 2, 5, 10]))
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
