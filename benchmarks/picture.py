@@ -47,8 +47,8 @@ def main() -> None:
         axes.tick_params(axis="x", labelsize=8, length=0)
         axes.spines[["top", "right", "left"]].set_visible(False)
         axes.margins(y=0.12)
-    walk = Image.open(IMAGES / "motion.png")
-    walk = walk.crop((0, 0, walk.width // 4, walk.height))
+    motions = Image.open(IMAGES / "motion.png")
+    walk = motions.crop((0, 0, motions.width // 4, motions.height))
     for axes, image, title in (
         (digits, Image.open(IMAGES / "images.png"), "Digits that a SiT drew\nafter 8 minutes of a core"),
         (motion, walk, "Motions that one drew\nafter 3,036 steps"),

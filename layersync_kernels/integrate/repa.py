@@ -56,9 +56,11 @@ class RepresentationAlignment(nn.Module):
                 "RepresentationAlignmentLoss on hidden tokens that the model returns"
             )
         self.weight, self.value = weight, None
-        self._names = [f"{projectors}.{number}" for number in range(len(found))]
+        self._names: list[int | str] = [f"{projectors}.{number}" for number in range(len(found))]
         self._taps = [_Tap(projector[-1].out_features) for projector in found]
-        sizes = {name: projector[-1].out_features for name, projector in zip(self._names, found, strict=True)}
+        sizes: dict[int | str, int] = {
+            name: projector[-1].out_features for name, projector in zip(self._names, found, strict=True)
+        }
         loss = RepresentationAlignmentLoss(
             found[0][0].in_features,
             sizes,

@@ -154,7 +154,7 @@ class LayerSync(nn.Module):
                 )
         if tokens is None and (token := found.class_token(ends[0][0])) is not None:
             self._say(
-                f"LayerSync: {token} is aligned too; tokens=slice(1, None) leaves it out, slice(None) says that it should",
+                f"LayerSync: {token} is aligned too; tokens=slice(1, None) leaves it out, slice(None) asks for it",
                 stacklevel=3,
             )
         logger.info("%s", self.extra_repr())

@@ -25,6 +25,7 @@ from . import standins, targets
 
 GUIDES = Path(__file__).parents[2] / "docs" / "integrations"
 WITHOUT_CODE_OF_A_TRAINER = {"matrix.md", "pairs.md"}
+OF_THE_LOSS_ALONE = "simpletuner.md"
 
 
 @contextmanager
@@ -89,6 +90,7 @@ def repa(_):
         "optimizer": standins.sgd(model),
         "train_dataloader": [(x, y, [torch.randn(len(x), 16, 12)]) for x, y in standins.images()],
         "zs_tilde": [torch.randn(standins.BATCH, 16, 12)],
+        "h8": torch.randn(standins.BATCH, 16, 32),
         "accelerator": accelerator(),
         "loss_fn": standins.repa_loss,
         "args": SimpleNamespace(proj_coeff=0.5),
@@ -178,6 +180,9 @@ def check_fused(names):
 
 def check_repa(names):
     check_fused(names)
+    assert names["align"].cosine["8"].isfinite()
+    assert names["proj_loss_mean"] == 0
+    assert names["repa"].value != 0
     (z,), (z_tilde,) = names["zs"], names["zs_tilde"]
     by_sample = torch.stack([alignment(own, target) for own, target in zip(z_tilde, z, strict=True)])
     torch.testing.assert_close(names["proj_loss"], by_sample.mean())
@@ -346,7 +351,21 @@ def test_code_of_a_guide_runs_and_aligns_the_blocks_that_it_names(page):
     assert distance(run, hand) < guide.tolerance * distance(off, hand)
 
 
-@pytest.mark.parametrize("page", PAGES)
+def test_the_code_for_simpletuner_is_its_formula():
+    weight, states = 0.2, [torch.randn(2, 3, 4, 8, requires_grad=True) for _ in range(2)]
+    given = SimpleNamespace(weight=weight, _flatten_tokens=lambda hidden: hidden.flatten(1, -2))
+    names = {"self": given, "student": states[0], "teacher": states[1]}
+    for _, block in code(OF_THE_LOSS_ALONE, "python"):
+        exec(block, names)
+    expected = alignment(*states)
+    torch.testing.assert_close(names["loss"], weight * expected)
+    torch.testing.assert_close(names["similarity_mean"], -expected.detach())
+    own, by_hand = (torch.autograd.grad(loss, states, allow_unused=True) for loss in (names["loss"], weight * expected))
+    torch.testing.assert_close(own[0], by_hand[0])
+    assert own[1] is None  # the teacher
+
+
+@pytest.mark.parametrize("page", [*PAGES, OF_THE_LOSS_ALONE])
 def test_every_line_that_a_diff_adds_is_executed(page):
     executed = {line.split("  # ")[0].strip() for _, block in code(page, "python") for line in block.splitlines()}
     diffs = [line for _, diff in code(page, "diff") for line in diff.splitlines()]
@@ -357,7 +376,7 @@ def test_every_line_that_a_diff_adds_is_executed(page):
 
 def test_every_page_is_run_and_every_link_leads_somewhere():
     pages = {path.name for path in GUIDES.glob("*.md")}
-    assert pages - WITHOUT_CODE_OF_A_TRAINER == set(PAGES)
+    assert pages - WITHOUT_CODE_OF_A_TRAINER == {*PAGES, OF_THE_LOSS_ALONE}
     for page in pages:
         links = re.findall(r"\]\(([^)#:]+)\)", (GUIDES / page).read_text(encoding="utf-8"))
         assert not [link for link in links if not (GUIDES / link).exists()], page
