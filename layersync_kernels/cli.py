@@ -33,7 +33,9 @@ COMMANDS = {
         "layersync_kernels.sit.commands.train:train_main", "train a SiT, with LayerSync or without", frozenset()
     ),
     "sample": Command(
-        "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint", True
+        "layersync_kernels.sit.commands.sample:sample_main",
+        "draw a grid of samples from a run or checkpoint",
+        frozenset(),
     ),
     "export": Command(
         "layersync_kernels.sit.commands.export:export_main", "write the weights of a run for others, with a model card"
@@ -71,7 +73,9 @@ def usage() -> str:
     """The text of `layersync --help`."""
     lines = ["usage: layersync COMMAND [OPTIONS]", "", "commands:"]
     lines += [f"  {name:<8} {command.help}" for name, command in COMMANDS.items()]
-    return "\n".join([*lines, "", "layersync COMMAND --help lists the options of a command."])
+    return "\n".join(
+        [*lines, "", "layersync COMMAND --help lists the options of a command, layersync --version says which."]
+    )
 
 
 def main(argv: Sequence[str] | None = None) -> int:

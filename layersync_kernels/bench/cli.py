@@ -253,6 +253,7 @@ def _ops(config: BenchConfig, device: str, console: Console) -> bool:
     wrong = journal is not None and any(
         is_wrong(row.get("problem")) for row in journal.rows if row.get("op") in config.ops
     )
+    told: set[tuple[str | None, ...]] = set()
     for case in suite:
         modes: list[str] = list(config.modes)
         if journal is not None:
@@ -262,11 +263,13 @@ def _ops(config: BenchConfig, device: str, console: Console) -> bool:
                 continue
         if modes:
             with journal.measuring(case) if journal is not None else contextlib.nullcontext():
-                wrong |= _case(config, case, modes, console)
+                wrong |= _case(config, case, modes, console, told)
     return wrong
 
 
-def _case(config: BenchConfig, case: Case, modes: Sequence[str], console: Console) -> bool:
+def _case(
+    config: BenchConfig, case: Case, modes: Sequence[str], console: Console, told: set[tuple[str | None, ...]]
+) -> bool:
     rounds = 3 if config.quick else config.rounds
     measured = measure(case, config.providers, modes=modes, rounds=rounds, keep_memory=config.keep_memory)
     lost: DeviceLost | None = None
@@ -278,13 +281,16 @@ def _case(config: BenchConfig, case: Case, modes: Sequence[str], console: Consol
         except DeviceLost as error:
             lost = error
 
-    told: set[tuple[str, str]] = set()
     wrong = False
     for _, group in itertools.groupby(until_lost(), key=lambda row: row.mode):
         rows = list(group)
         if config.json is not None:
             append_json((row.as_dict() for row in rows), config.json)
-        problems = {(row.provider, row.problem): row for row in rows if row.problem is not None}
+        problems: dict[tuple[str | None, ...], Row] = {}
+        for row in rows:
+            if row.problem is not None:  # what no case here can do is told once, what is wrong of each case
+                of = (row.op, row.case) if is_wrong(row.problem) else ()
+                problems[(row.provider, row.problem, *of)] = row
         print_problems((row for key, row in problems.items() if key not in told), console)
         told |= problems.keys()
         print_table(rows, console)

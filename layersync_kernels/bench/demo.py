@@ -36,9 +36,7 @@ def demo_main(argv: Sequence[str]) -> int:
     """`layersync demo`."""
     start_logging()
     began = time.monotonic()
-    command = parse(
-        DemoCommand, argv, default=DemoCommand(config=starting_point(argv, preset="images")), command="demo"
-    )
+    command = parse(DemoCommand, argv, default=DemoCommand(config=starting_point(argv)), command="demo")
     out = command.out
     outcome = run_training(
         command.config, out, resume=command.resume, overwrite=command.overwrite and not command.resume

@@ -372,7 +372,9 @@ def print_table(rows: Iterable[Mapping[str, object]], console: Console) -> None:
     if not timed:
         return
     title = f"trainer, {timed[0]['case']}, {timed[0]['device']}: optimiser steps"
-    table = new_table(title, "blocks and loss", "images/s", "slowest", "fastest", *(f"x {name}" for name in _AGAINST))
+    table = new_table(
+        title, "blocks", "images/s", "slowest", "fastest", *(f"x\n{name:.7}" for name in _AGAINST)
+    )  # 80 columns
     for row in timed:
         numbers = (row[key] for key in ("images_per_s", "low", "high", *(f"vs_{name}" for name in _AGAINST)))
         table.add_row(str(row["provider"]), *("" if number is None else f"{number:.3f}" for number in numbers))

@@ -26,6 +26,10 @@ _CONTAINERS = (
 )
 
 
+# Parameters that timm, torchvision and transformers put before the tokens; the last one's stand in `embeddings`.
+_CLASS_TOKENS = ("cls_token", "class_token")
+
+
 @dataclass(frozen=True)
 class Block:
     """A block of a model.
@@ -179,3 +183,13 @@ class Blocks:
             )
         number = self.paths.index(path) + 1 if path in self.paths else None
         return Block(self._modules[path], path, number, self.depth if number else None)
+
+    def class_token(self, block: Block) -> str | None:
+        """The path of a learnt class token that stands among the tokens of a block, as far as its name tells."""
+        for path, module in self._modules.items():
+            around = path.rpartition(".")[0] if path.endswith("embeddings") else path
+            if f"{block.path}.".startswith(f"{around}." if around else ""):
+                for name in _CLASS_TOKENS:
+                    if name in module._parameters:
+                        return f"{path}.{name}" if path else name
+        return None

@@ -115,10 +115,11 @@ def apply_layersync_kernels(
 
     Raises:
         TypeError: the model is no nn.Module; trust holds something that is no class of modules.
-        ValueError: the model has nothing like a transformer block; an unknown recompute.
+        ValueError: an unknown recompute.
 
     Warns:
-        UserWarning: nothing was replaced, and not because all blocks are fused already.
+        UserWarning: nothing was replaced, and not because all blocks are fused already: what was found of a model that
+            cannot be fused.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"apply_layersync_kernels: model must be an nn.Module, got {type(model).__name__}")
@@ -126,12 +127,6 @@ def apply_layersync_kernels(
     if not (isinstance(trust, Sequence) and all(isinstance(c, type) and issubclass(c, nn.Module) for c in trust)):
         raise TypeError(f"apply_layersync_kernels: trust={trust!r}; expected classes of blocks, as in [MyBlock]")
     blocks = {path: m for path, m in model.named_modules(remove_duplicate=False) if _looks_like_a_block(m)}
-    if not blocks:
-        raise ValueError(
-            f"apply_layersync_kernels: {type(model).__name__} has no transformer block: no module in it has a child "
-            "named attn* next to one named norm1 or adaLN_modulation. Give the model that holds the SiT, DiT or REPA "
-            "blocks"
-        )
     swaps: dict[str, tuple[nn.Module, AdaLNZeroBlock]] = {}
     left: dict[str, str] = {}
     fused: dict[nn.Module, AdaLNZeroBlock] = {}  # a module at two paths stays one
@@ -152,9 +147,16 @@ def apply_layersync_kernels(
     for path, (old, new) in swaps.items():
         _put(model, path, old, new)
     replacement = Replacement(model, swaps, left)
-    refused = any(reason != _ALREADY_FUSED for reason in left.values())
+    refused = not blocks or any(reason != _ALREADY_FUSED for reason in left.values())
     if refused and not swaps:
-        warnings.warn(f"apply_layersync_kernels: {replacement}", stacklevel=2)
+        found = str(replacement)
+        if not blocks:
+            found = (
+                f"{type(model).__name__} has no block of a SiT, DiT or REPA model: no module in it has a child named "
+                "attn* next to one named norm1 or adaLN_modulation. Give the model that holds them"
+            )
+        hint = "layersync_kernels.modules.AdaLNZeroBlock is the fused block, for a model of your own to be made of"
+        warnings.warn(f"apply_layersync_kernels: {found}. {hint}", stacklevel=2)
     else:
         logger.log(logging.WARNING if refused else logging.INFO, "apply_layersync_kernels: %s", replacement)
     return replacement

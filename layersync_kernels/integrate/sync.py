@@ -67,7 +67,7 @@ class LayerSync(nn.Module):
 
     Attributes:
         value: what `loss()` returned last, detached, without a host synchronisation; None before.
-        cosine: mean cosine of each pair, detached 0-d tensors keyed "student:teacher".
+        cosine: mean cosine of each pair, detached 0-d tensors keyed "student:teacher"; NaN before the first `loss()`.
         enabled: False: hooks keep nothing, `loss()` is 0.
         weight: λ; may be changed at any time.
         step: the trainer's step, from 0, for schedules.
@@ -152,6 +152,11 @@ class LayerSync(nn.Module):
                     f"output; the method's advice is a teacher up to block {int(0.8 * depth)}",
                     stacklevel=3,
                 )
+        if tokens is None and (token := found.class_token(ends[0][0])) is not None:
+            self._say(
+                f"LayerSync: {token} is aligned too; tokens=slice(1, None) leaves it out, slice(None) asks for it",
+                stacklevel=3,
+            )
         logger.info("%s", self.extra_repr())
 
     @staticmethod
@@ -203,7 +208,7 @@ class LayerSync(nn.Module):
 
     @property
     def cosine(self) -> dict[str, Tensor]:
-        """Mean cosine of each pair in the last `loss()`."""
+        """Mean cosine of each pair in the last `loss()` that was not skipped; NaN before."""
         return self.alignment.cosine
 
     @property
@@ -273,13 +278,11 @@ class LayerSync(nn.Module):
 
     def _loss(self, mask: Tensor | None, reduction: str, token_weight: Tensor | None) -> Tensor:
         if not self.active:
-            self.alignment.cosine = {}
             return torch.zeros((), device=self._device)
         if self._step is None and self.alignment.needs_step:
             raise ValueError("LayerSync: the schedule needs to know the step: sync.step = step before the forward pass")
         if any(pair.hidden is None or pair.target is None for pair in self._pairs):
             if all(pair.hidden is None and pair.without_grad and not pair.reentrant for pair in self._pairs):
-                self.alignment.cosine = {}
                 return torch.zeros((), device=self._device)
             raise RuntimeError(self._why_nothing())
         if any(pair.repeated for pair in self._pairs):

@@ -125,9 +125,10 @@ class Layout(NamedTuple):
         for name in _HIDDEN:
             if names is not None and names.count(name) == 1 and len(names) == len(items):
                 return list(items)[names.index(name)]
+        example = next(iter(tensors)) if isinstance(output, Mapping) or not isinstance(output, tuple | list) else 1
         raise ValueError(
             f"LayerSync: {block} returns {_describe(output)}, several that could be the hidden tokens; say which, as "
-            "in output=1 (diffusers' dual-stream blocks mostly return (text, image), Flux's own (image, text))"
+            f"in output={example!r} (diffusers' dual-stream blocks mostly return (text, image), Flux's (image, text))"
         )
 
     def put(self, output: Any, tensor: Tensor, block: str, module: nn.Module) -> Any:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from .pairs import Block, sorted_blocks
+from .pairs import Block, pair_label, sorted_blocks
 from .schedule import Schedule
 
 
@@ -22,6 +23,10 @@ class AlignmentLoss(nn.Module):
         start_step: where its decay begins.
         stop_step: from this step on the loss is off.
         every: compute the loss in every n-th step only.
+
+    Attributes:
+        cosine: the mean cosine of each pair when the loss was last computed, detached 0-d tensors by `pair_label`; NaN
+            before.
 
     Raises:
         ValueError: a number of weights other than of pairs, an incomplete schedule.
@@ -46,7 +51,7 @@ class AlignmentLoss(nn.Module):
             raise ValueError(f"{type(self).__name__}: {error}") from None
         self.pairs = pairs
         self.set_weights(weights)
-        self.cosine: dict[str, Tensor] = {}
+        self.cosine: dict[str, Tensor] = {pair_label(pair): torch.tensor(math.nan, device="cpu") for pair in pairs}
 
     def set_weights(self, weights: float | Sequence[float]) -> None:
         """Change λ, of all pairs or of each.

@@ -36,8 +36,9 @@ class LayerSyncLoss(AlignmentLoss):
         captures: the same for a model that hands back cosines of pairs, as `sit.SiT` does: pairs, and numbers where a
             pair cannot be fused (a block that is student or teacher twice, a teacher with gradient, an explicit backend
             or eps).
-        cosine: after a forward pass, the mean cosine of each pair as a detached 0-d tensor, keyed "student:teacher".
-            Reading it costs no host synchronisation until its value is asked for.
+        cosine: the mean cosine of each pair when the loss was last computed, keyed "student:teacher": detached 0-d
+            tensors, NaN before. Steps that the schedule skips leave them. Reading one costs no host synchronisation
+            until its value is asked for.
 
     Raises:
         ValueError: no pairs, a student at or behind its teacher (the loss would be constant, or pull the deep block
@@ -102,15 +103,15 @@ class LayerSyncLoss(AlignmentLoss):
             ValueError: a block of a pair was not captured; a step is needed and missing.
         """
         factor = self.factor(step)
-        self.cosine = {}
         if factor == 0:
             return zero_loss(states)
         self.check_captured([b for pair in self.pairs if pair not in states for b in pair if b not in states], states)
-        terms = []
+        terms, cosine = [], {}
         for pair, weight in zip(self.pairs, self.weights, strict=True):
             state = states[pair] if pair in states else tuple(states[block] for block in pair)
-            loss, self.cosine[pair_label(pair)] = self._aligned(state, mask, token_weight, reduction)
+            loss, cosine[pair_label(pair)] = self._aligned(state, mask, token_weight, reduction)
             terms.append((weight * factor) * loss)
+        self.cosine = cosine
         return functools.reduce(torch.add, terms)
 
     def _aligned(

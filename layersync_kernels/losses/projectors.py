@@ -20,14 +20,29 @@ class Mlp(nn.Sequential):
 
     def forward(self, input: Tensor, teacher: Tensor | None = None, **options: Any) -> Tensor:
         """Tokens (..., D) → (..., T); given a teacher (..., T), the loss, with the options of `layersync_loss`."""
-        *body, last = self
-        for layer in body:
-            input = layer(input)
-        if teacher is None:
-            return last(input)
-        if type(last) is not nn.Linear:  # sharded by itself, quantised, with LoRA: its own forward knows how
-            return layersync_loss(last(input), teacher, **options)
-        return projected_alignment_loss(input, last.weight, last.bias, teacher, **options)
+        return super().forward(input) if teacher is None else projected_loss(self, input, teacher, **options)
+
+
+def projected_loss(layers: nn.Sequential, input: Tensor, teacher: Tensor, **options: Any) -> Tensor:
+    """The loss of what layers make of tokens (..., D), against a teacher's (..., T): the last one and it are one op."""
+    *body, last = layers
+    for layer in body:
+        input = layer(input)
+    if type(last) is not nn.Linear:  # sharded by itself, quantised, with LoRA: its own forward knows how
+        return layersync_loss(last(input), teacher, **options)
+    return projected_alignment_loss(input, last.weight, last.bias, teacher, **options)
+
+
+def is_mlp(projector: nn.Module) -> bool:
+    """Whether it is linear layers with SiLU in between and nothing else, as REPA's `model.projectors` are.
+
+    One that is sharded by itself, or has hooks, is not: its layers must not be called past it.
+    """
+    if type(projector) is not nn.Sequential or projector._forward_hooks or projector._forward_pre_hooks:
+        return False
+    return len(projector) % 2 == 1 and all(
+        type(layer) is nn.SiLU if number % 2 else isinstance(layer, nn.Linear) for number, layer in enumerate(projector)
+    )
 
 
 def mlp(*widths: int) -> Mlp:

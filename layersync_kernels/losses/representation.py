@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from ..functional.cosine import layersync_loss, weighted_mean
 from ..functional.spatial_norm import spatial_norm
 from .base import AlignmentLoss, zero_loss
 from .pairs import Block, distinct_pairs, pair_label, sorted_blocks
-from .projectors import Mlp, TokenConv, grid_of, mlp
+from .projectors import Mlp, TokenConv, grid_of, is_mlp, mlp, projected_loss
 
 _METHODS = ("repa", "irepa", "sra")
 
@@ -37,7 +37,8 @@ class RepresentationAlignmentLoss(AlignmentLoss):
         method: "repa": projector Linear-SiLU-Linear-SiLU-Linear, `projector_dim` wide inside. "irepa": 3×3 convolution
             over the grid of tokens, and the teacher normalised over the tokens of a sample. "sra": Linear-SiLU-Linear,
             D + T wide inside.
-        projector: a module (B, N, D) → (B, N, T) instead, or one for each pair; `nn.Identity()` where D = T.
+        projector: a module (B, N, D) → (B, N, T) instead, or one for each pair, as REPA's `model.projectors`;
+            `nn.Identity()` where D = T. The last of linear layers with SiLU in between is fused with the loss.
         projector_dim: inner width of REPA's projector.
         weights: λ, one for all pairs or one each. Published: 0.5 (REPA, SRA with cosine rows, iREPA in pixels), 1.0
             (iREPA in latents), 2.0 falling (SRA with smooth-L1).
@@ -63,8 +64,8 @@ class RepresentationAlignmentLoss(AlignmentLoss):
         layers: the blocks to capture, ascending.
         captures: the same, under the name by which a model is asked for what a loss needs.
         projectors: nn.ModuleList, one for each pair. With "repa" its keys are those of REPA's `model.projectors`.
-        cosine: after a forward pass, the mean cosine of each pair as a detached 0-d tensor, keyed by block, or
-            "block:teacher" where the pair names one.
+        cosine: the mean cosine of each pair when the loss was last computed, keyed by block, or "block:teacher" where
+            the pair names one: detached 0-d tensors, NaN before. Steps that the schedule skips leave them.
 
     Raises:
         ValueError: no blocks, one twice, unknown method or rows, no teacher_size, a number of weights or projectors
@@ -170,19 +171,19 @@ class RepresentationAlignmentLoss(AlignmentLoss):
             TypeError: hidden states or a teacher that are no dense floating tensors.
         """
         factor = self.factor(step)
-        self.cosine = {}
         if factor == 0:
             return zero_loss(states)
         self.check_captured([block for block, _ in self.pairs if block not in states], states)
-        terms = []
+        terms, cosine = [], {}
         for pair, projector, weight, size in zip(
             self.pairs, self.projectors, self.weights, self.teacher_sizes, strict=True
         ):
             name = pair_label(pair)
             hidden = states[pair[0]]
             target = self._target(hidden, self._teacher(teacher, pair[1]).detach(), name, size, mask)
-            loss, self.cosine[name] = self._aligned(projector, hidden, target, name, mask, token_weight)
+            loss, cosine[name] = self._aligned(projector, hidden, target, name, mask, token_weight)
             terms.append((weight * factor) * loss)
+        self.cosine = cosine
         self._checked = self._checked or not torch.compiler.is_compiling()
         return functools.reduce(torch.add, terms)
 
@@ -197,8 +198,11 @@ class RepresentationAlignmentLoss(AlignmentLoss):
     ) -> tuple[Tensor, Tensor]:
         """(loss, mean cosine) of a pair."""
         options: dict[str, Any] = {"mask": mask, "token_weight": token_weight, "eps": self.eps, "backend": self.backend}
-        if self.rows == "cosine" and isinstance(projector, Mlp):
+        if self.rows == "cosine" and isinstance(projector, Mlp):  # called as a module, which DDP and FSDP need
             loss = projector(hidden, target, **options)
+            return loss, -loss.detach()
+        if self.rows == "cosine" and is_mlp(projector):
+            loss = projected_loss(cast(nn.Sequential, projector), hidden, target, **options)
             return loss, -loss.detach()
         projected = projector(hidden)
         if projected.shape != target.shape:

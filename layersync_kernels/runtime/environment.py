@@ -1,4 +1,4 @@
-"""The one table of environment variables. `layersync doctor` prints it, the README and the build read from it."""
+"""The one table of environment variables. `layersync doctor` prints it, docs/backends.md and the build read from it."""
 
 from __future__ import annotations
 

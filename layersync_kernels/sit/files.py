@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:
+    from matplotlib.axis import Axis
     from matplotlib.figure import Figure
 
 TEMPORARY = ".writing-"
@@ -67,6 +68,17 @@ def new_figure(width: float, height: float) -> Figure:
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
     return figure
+
+
+def plain_ticks(axis: Axis) -> None:
+    """Numbers at an axis as people read them, once all is drawn: no powers of ten, and no offset in a corner."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+    low, high = axis.get_view_interval()
+    decades = axis.get_scale() == "log" and high > 10 * low
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5)) if decades else MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.10g}"))
 
 
 def save_figure(figure: Figure, path: Path) -> Path:

@@ -80,7 +80,9 @@ def test_a_provider_that_fails_is_a_row_and_the_others_go_on(make, monkeypatch, 
     assert {row["problem"] for row in failed} == {"CompilationError: no such instruction"}
     assert {row["p50_ms"] for row in failed} == {None}
     assert all(row["p50_ms"] > 0 for row in rows if row["provider"] == "eager")
-    assert capsys.readouterr().out.count("64x32 float32: triton not timed: CompilationError") == 1
+    out = capsys.readouterr().out
+    assert "64x32 float32: triton not timed: CompilationError" in out
+    assert out.count("triton not timed") == 1  # of three modes of two cases
 
 
 def test_an_interrupt_and_an_unknown_provider_end_the_run(monkeypatch):

@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import collections
+import io
 
 import pytest
 import torch
+from rich.console import Console
 
 from layersync_kernels.bench import throughput
 from layersync_kernels.bench.engine import DeviceLost
@@ -35,6 +37,16 @@ def test_throughput_of_every_provider():
     assert provider_config(tiny_config(), "compile").compile == "on"
     with pytest.raises(ValueError, match="no provider"):
         provider_config(tiny_config(), "magic")
+
+
+def test_the_table_fits_into_80_columns():
+    numbers = {"images_per_s": 511.25, "low": 498.75, "high": 520.5, **{f"vs_{name}": 1.034 for name in PROVIDERS}}
+    row = {"op": "trainer", "case": "SiT-XL/2 batch 64", "device": "cuda", "provider": "fused fp32", "problem": None}
+    console = Console(width=80, file=io.StringIO())
+    throughput.print_table([row | numbers], console)
+    text = console.file.getvalue()
+    assert "fused fp32   511.250  498.750  520.500" in text
+    assert "…" not in text
 
 
 def test_configurations_that_differ_in_layersync_share_a_trainer(monkeypatch):

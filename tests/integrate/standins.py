@@ -79,7 +79,8 @@ class ForkedTransport(Transport):
 class ProjectedSiT(SiT):
     def __init__(self, depth):
         super().__init__(depth=depth)
-        self.projectors = nn.ModuleList([nn.Linear(32, 12)])
+        layers = nn.Linear(32, 24), nn.SiLU(), nn.Linear(24, 24), nn.SiLU(), nn.Linear(24, 12)
+        self.projectors = nn.ModuleList([nn.Sequential(*layers)])
 
     def forward(self, x, t, y):
         x = self.x_embedder(x) + self.pos_embed
@@ -87,7 +88,8 @@ class ProjectedSiT(SiT):
         for number, block in enumerate(self.blocks, start=1):
             x = block(x, c)
             if number == 8:
-                projected = [projector(x) for projector in self.projectors]
+                n, t, d = x.shape
+                projected = [projector(x.reshape(-1, d)).reshape(n, t, -1) for projector in self.projectors]
         return self.head(x), projected
 
 

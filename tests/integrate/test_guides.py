@@ -19,11 +19,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import layersync_kernels
+from layersync_kernels import LayerSync
 
 from . import standins, targets
 
 GUIDES = Path(__file__).parents[2] / "docs" / "integrations"
 WITHOUT_CODE_OF_A_TRAINER = {"matrix.md", "pairs.md"}
+OF_THE_LOSS_ALONE = "simpletuner.md"
 
 
 @contextmanager
@@ -88,6 +90,7 @@ def repa(_):
         "optimizer": standins.sgd(model),
         "train_dataloader": [(x, y, [torch.randn(len(x), 16, 12)]) for x, y in standins.images()],
         "zs_tilde": [torch.randn(standins.BATCH, 16, 12)],
+        "h8": torch.randn(standins.BATCH, 16, 32),
         "accelerator": accelerator(),
         "loss_fn": standins.repa_loss,
         "args": SimpleNamespace(proj_coeff=0.5),
@@ -102,7 +105,7 @@ def lightningdit(by_hand):
         "transport": standins.Transport(),
         "accelerator": accelerator(),
         "train_config": {"model": {"use_checkpoint": not by_hand}},
-        "writer": SimpleNamespace(add_scalar=lambda *_: None),
+        "writer": SimpleNamespace(add_scalar=lambda *_: None, add_scalars=lambda *_: None),
     }
 
 
@@ -165,7 +168,7 @@ def diffusers(_):
 
 def check_diffusers(names):
     for name, (target, _, student, teacher) in DIFFUSERS.items():
-        by_hand = ByHand(Guide(diffusers, student, teacher, tokens=TARGETS[target].tokens), 0.2, names[name])
+        by_hand = ByHand(Guide(diffusers, student, teacher, tokens=TARGETS[target].tokens), names[name])
         TARGETS[target].task_loss(names[name], TARGETS[target].batch(0))
         torch.testing.assert_close(names[f"{name}_sync"].loss(), by_hand.loss(), rtol=1e-5, atol=1e-6)
 
@@ -177,6 +180,9 @@ def check_fused(names):
 
 def check_repa(names):
     check_fused(names)
+    assert names["align"].cosine["8"].isfinite()
+    assert names["proj_loss_mean"] == 0
+    assert names["repa"].value != 0
     (z,), (z_tilde,) = names["zs"], names["zs_tilde"]
     by_sample = torch.stack([alignment(own, target) for own, target in zip(z_tilde, z, strict=True)])
     torch.testing.assert_close(names["proj_loss"], by_sample.mean())
@@ -250,8 +256,8 @@ def alignment(student, teacher, mask=None):
 class ByHand:
     """Stands in for LayerSync: what a page should align comes from here, not from the arguments on the page."""
 
-    def __init__(self, guide: Guide, weight: float, model: nn.Module) -> None:
-        self.guide, self.weight, self.outputs = guide, weight, {}
+    def __init__(self, guide: Guide, model: nn.Module) -> None:
+        self.guide, self.weight, self.outputs = guide, guide.weight, {}
         for path, module in model.named_modules():
             for end in (guide.student, guide.teacher):
                 if path.removeprefix("module.") == end:
@@ -315,6 +321,12 @@ def execute(page: str, guide: Guide, make: Callable[..., Any], by_hand: bool) ->
     return run
 
 
+def past_its_stop_step(model, *args, **kwargs):
+    sync = LayerSync(model, *args, **kwargs | {"stop_step": 0})
+    sync.step = 0
+    return sync
+
+
 def distance(one: Run, other: Run, of: str = "") -> float:
     pairs = zip(one.gradients, other.gradients, strict=True)
     parts = [(a[name] - b[name]).square().sum() for a, b in pairs for name in b if name.startswith(of)]
@@ -327,20 +339,33 @@ def test_code_of_a_guide_runs_and_aligns_the_blocks_that_it_names(page):
     for library in guide.libraries:
         pytest.importorskip(library)
     with process_group() if guide.ddp else nullcontext():
-        run = execute(page, guide, layersync_kernels.LayerSync, False)
+        run = execute(page, guide, LayerSync, False)
         guide.check(run.names)
 
-        def by_hand(weight):
-            return execute(page, guide, lambda model, *_, **__: ByHand(guide, weight, model), True)
-
-        hand, off = by_hand(guide.weight), by_hand(0.0)
+        hand = execute(page, guide, lambda model, *_, **__: ByHand(guide, model), True)
+        off = execute(page, guide, past_its_stop_step, False)  # what a page logs is there then too
     assert len(run.gradients) == standins.STEPS
+    assert off.values == [0.0] * standins.STEPS
     assert run.values == pytest.approx(hand.values, rel=max(1e-5, guide.tolerance / 10))
     assert distance(off, hand, f"{guide.student}.") > 0
     assert distance(run, hand) < guide.tolerance * distance(off, hand)
 
 
-@pytest.mark.parametrize("page", PAGES)
+def test_the_code_for_simpletuner_is_its_formula():
+    weight, states = 0.2, [torch.randn(2, 3, 4, 8, requires_grad=True) for _ in range(2)]
+    given = SimpleNamespace(weight=weight, _flatten_tokens=lambda hidden: hidden.flatten(1, -2))
+    names = {"self": given, "student": states[0], "teacher": states[1]}
+    for _, block in code(OF_THE_LOSS_ALONE, "python"):
+        exec(block, names)
+    expected = alignment(*states)
+    torch.testing.assert_close(names["loss"], weight * expected)
+    torch.testing.assert_close(names["similarity_mean"], -expected.detach())
+    own, by_hand = (torch.autograd.grad(loss, states, allow_unused=True) for loss in (names["loss"], weight * expected))
+    torch.testing.assert_close(own[0], by_hand[0])
+    assert own[1] is None  # the teacher
+
+
+@pytest.mark.parametrize("page", [*PAGES, OF_THE_LOSS_ALONE])
 def test_every_line_that_a_diff_adds_is_executed(page):
     executed = {line.split("  # ")[0].strip() for _, block in code(page, "python") for line in block.splitlines()}
     diffs = [line for _, diff in code(page, "diff") for line in diff.splitlines()]
@@ -351,7 +376,7 @@ def test_every_line_that_a_diff_adds_is_executed(page):
 
 def test_every_page_is_run_and_every_link_leads_somewhere():
     pages = {path.name for path in GUIDES.glob("*.md")}
-    assert pages - WITHOUT_CODE_OF_A_TRAINER == set(PAGES)
+    assert pages - WITHOUT_CODE_OF_A_TRAINER == {*PAGES, OF_THE_LOSS_ALONE}
     for page in pages:
         links = re.findall(r"\]\(([^)#:]+)\)", (GUIDES / page).read_text(encoding="utf-8"))
         assert not [link for link in links if not (GUIDES / link).exists()], page

@@ -418,8 +418,15 @@ def test_a_block_that_is_not_the_published_one_is_left(case, caplog):
 
 
 def test_only_unusual_blocks_warn():
-    with pytest.warns(UserWarning, match=r"replaced 0 of 2 blocks .*\n.*blocks\.0, blocks\.1 left: attn\.q_norm"):
+    match = r"replaced 0 of 2 blocks .*\n.*blocks\.0, blocks\.1 left: attn\.q_norm.*AdaLNZeroBlock is the fused block"
+    with pytest.warns(UserWarning, match=match):
         apply_layersync_kernels(Denoiser(*(DiTBlock(qk_norm=True, norm_layer=nn.LayerNorm) for _ in range(2))))
+
+
+def test_a_model_without_blocks_warns_alike():
+    with pytest.warns(UserWarning, match=r"Sequential has no block of a SiT.*AdaLNZeroBlock is the fused block"):
+        replacement = apply_layersync_kernels(nn.Sequential(FinalLayer()))
+    assert (replacement.replaced, replacement.left) == ({}, {})
 
 
 def test_a_second_application_finds_the_blocks_fused(caplog, recwarn):
@@ -445,11 +452,6 @@ def test_a_block_alone_has_no_place_to_be_replaced_in():
 @pytest.mark.parametrize(
     ("call", "error", "message"),
     [
-        (
-            lambda: apply_layersync_kernels(nn.Sequential(FinalLayer())),
-            ValueError,
-            "Sequential has no transformer block",
-        ),
         (lambda: apply_layersync_kernels([DiTBlock()]), TypeError, "must be an nn.Module, got list"),
         (
             lambda: apply_layersync_kernels(Denoiser(DiTBlock(activation=Erf)), recompute="some"),

@@ -234,11 +234,35 @@ def test_two_streams_are_told_apart_by_the_names_in_the_return_statement():
     torch.testing.assert_close(sync.loss(), 0.2 * by_hand(images[1], images[2]))
 
 
+@pytest.mark.parametrize("inside", [None, "embeddings", "text_encoder"])
+def test_a_class_token_is_told_once(inside, recwarn):
+    """timm's stands beside the blocks, that of transformers in `embeddings`; another network's is none of ours."""
+    model = Model()
+    holder = model
+    if inside is not None:
+        holder = nn.Module()
+        model.add_module(inside, holder)
+    holder.cls_token = nn.Parameter(torch.zeros(1, 1, WIDTH))
+    for tokens in (None, slice(None), slice(1, None)):
+        LayerSync(model, 2, 4, tokens=tokens)
+    said = [str(warning.message) for warning in recwarn]
+    assert len(said) == (inside != "text_encoder")
+    assert all("cls_token is aligned too; tokens=slice(1, None)" in text for text in said)
+
+
 def test_two_streams_without_names_are_not_guessed_at(tokens):
     model = Model(wrap=lambda x: (torch.ones(3, 4, WIDTH), x), unwrap=lambda y: y[1])
     sync = LayerSync(model, 2, 4)
     model(tokens)
     with pytest.raises(ValueError, match=r"blocks\.1 returns tuple \(a torch\.float32 tensor \(3, 4, 16\).*output=1"):
+        sync.loss()
+
+
+def test_an_example_is_a_key_of_what_came(tokens):
+    model = Model(wrap=lambda x: {"h": x, "skip": 2 * x}, unwrap=lambda y: y["h"])
+    sync = LayerSync(model, 2, 4)
+    model(tokens)
+    with pytest.raises(ValueError, match="as in output='h'"):
         sync.loss()
 
 
@@ -388,12 +412,13 @@ def test_the_weight_changes_from_step_to_step(tokens):
 def test_skipped_steps_capture_nothing(tokens):
     model = Model()
     sync = LayerSync(model, 2, 4, every=2, stop_step=4)
+    assert sync.cosine["2:4"].isnan()  # as long as nothing has been aligned
     for step, active in enumerate([True, False, True, False, False, False]):
-        sync.step = step
+        sync.step, before = step, sync.cosine["2:4"]
         model(tokens)
         assert (sync._pairs[0].hidden is not None) == active
         assert (sync.loss() != 0) == active
-        assert bool(sync.cosine) == active
+        assert (sync.cosine["2:4"] is before) != active
 
 
 def test_a_schedule_without_a_step_is_an_error(tokens):

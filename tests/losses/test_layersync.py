@@ -77,8 +77,12 @@ def test_schedules(schedule, expected, states):
 def test_every_n_steps(states):
     loss = LayerSyncLoss([(2, 4)], every=3)
     assert [loss.active(step) for step in range(7)] == [True, False, False, True, False, False, True]
+    assert loss.cosine["2:4"].isnan()  # nothing has been computed yet
+    loss(states, step=0)
+    last = loss.cosine["2:4"]
+    assert last == -layersync_loss(states[2], states[4])
     assert loss({}, step=1) == 0
-    assert loss.cosine == {}
+    assert loss.cosine["2:4"] is last
 
 
 def test_a_copy_is_independent(states):

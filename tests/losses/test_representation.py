@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from layersync_kernels import RepresentationAlignmentLoss, layersync_loss
+from layersync_kernels.losses import projectors as projectors_module
 from layersync_kernels.sit.models.sit import SiT
 
 D, T, N = 32, 24, 16
@@ -95,6 +96,29 @@ def test_ten_optimiser_steps_as_published():
         torch.testing.assert_close(ours, published, rtol=1e-3, atol=2e-4)
     for name, ours in model.named_parameters():
         torch.testing.assert_close(ours, twin.get_parameter(name), rtol=1e-3, atol=2e-4)
+
+
+def test_projectors_of_repa_are_fused_with_the_loss(hidden, teacher, monkeypatch):
+    """Linear layers with SiLU in between, whoever made them; others, and those with hooks, are called as they are."""
+    fused = []
+    real = projectors_module.projected_alignment_loss
+    monkeypatch.setattr(
+        projectors_module,
+        "projected_alignment_loss",
+        lambda *args, **options: fused.append(1) or real(*args, **options),
+    )
+    mlp, hooked, gelu = published_mlp(), published_mlp(), published_mlp()
+    hooked.register_forward_hook(lambda module, args, output: 2 * output)
+    gelu[1] = nn.GELU()
+    for projector, taken in ((mlp, True), (hooked, False), (gelu, False), (nn.Linear(D, T), False)):
+        align = RepresentationAlignmentLoss(D, T, projector=nn.ModuleList([projector]), weights=1.0)
+        assert align.projectors[0] is projector
+        loss, expected = align({8: hidden}, teacher), published_loss([teacher], [projector(hidden)])
+        assert bool(fused) == taken
+        fused.clear()
+        torch.testing.assert_close(loss, expected)
+        parameters = [hidden, *projector.parameters()]
+        torch.testing.assert_close(gradients(loss, *parameters), gradients(expected, *parameters))
 
 
 def published_irepa(conv, hidden, teacher, alpha, grid):
@@ -191,11 +215,14 @@ def test_a_last_layer_with_a_forward_of_its_own_is_called(hidden, teacher):
 
 def test_schedule_as_of_layersync(hidden, teacher):
     align = RepresentationAlignmentLoss(D, T, projector_dim=40, schedule="linear", start_step=10, stop_step=20, every=5)
+    assert align.cosine["8"].isnan()
     full = align({8: hidden}, teacher, step=0)
     torch.testing.assert_close(align({8: hidden}, teacher, step=15), 0.5 * full)
+    last = align.cosine["8"]
     assert [align.active(step) for step in (0, 3, 15, 20)] == [True, False, True, False]
     assert align({}, None, step=20) == 0
-    assert align.cosine == {}
+    assert align.cosine["8"] is last
+    assert 0.5 * last == full.neg()
     with pytest.raises(ValueError, match="RepresentationAlignmentLoss: this schedule needs to know the step"):
         align({8: hidden}, teacher)
 

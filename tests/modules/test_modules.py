@@ -3,6 +3,8 @@
 import collections
 import functools
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -346,3 +348,16 @@ def test_modulated_norm(norm):
 def test_bad_arguments_are_explained(make, match):
     with pytest.raises(ValueError, match=match):
         make()
+
+
+def test_the_stream_of_the_docs_ends_in_the_tokens_of_the_last_block():
+    """docs/blocks.md as it stands."""
+    page = (Path(__file__).parents[2] / "docs" / "blocks.md").read_text(encoding="utf-8")
+    (code,) = (block for block in re.findall(r"^```python\n(.*?)^```$", page, re.M | re.S) if "Stream(" in block)
+    torch.manual_seed(0)
+    tokens, condition = torch.randn(2, 9, 384), torch.randn(2, 384)
+    names = {"tokens": tokens, "condition": condition}
+    exec(code, names)
+    for block in names["blocks"]:
+        tokens = block(tokens, condition)
+    torch.testing.assert_close(names["tokens"], tokens)

@@ -16,9 +16,11 @@ from layersync_kernels.errors import ConfigError, DataError
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.data import latents_folder
 from layersync_kernels.sit.data.registry import load_data
+from layersync_kernels.sit.modality import latents
 from layersync_kernels.sit.modality.autoencoder import Autoencoder
 from layersync_kernels.sit.modality.images import unit_to_pixels
 from layersync_kernels.sit.modality.latents import Latents
+from layersync_kernels.sit.models.sit import SiT
 
 diffusers = pytest.importorskip("diffusers")
 soundfile = pytest.importorskip("soundfile")
@@ -219,6 +221,43 @@ def test_latents_without_their_autoencoder_are_drawn_as_they_are(tmp_path):
         (path,) = modality.overview(torch.randn(shape), tmp_path / "x", columns=2)
         assert path.is_file()
     assert modality.save(torch.randn(4, 8, 8), tmp_path / "one").suffix == ".npy"
+
+
+@pytest.mark.parametrize(
+    ("name", "installed", "why"), [("", True, "not known"), ("no/thing", True, "no folder"), ("", False, "not known")]
+)
+def test_what_is_drawn_of_latents_is_told_once(name, installed, why, tmp_path, monkeypatch, caplog):
+    latents._say_what_is_drawn.cache_clear()
+    monkeypatch.setattr(latents, "can_decode", lambda: installed)
+    for _ in range(2):
+        Latents(autoencoder=name).overview(torch.randn(2, 4, 8, 8), tmp_path / "x", columns=2)
+    (message,) = caplog.messages
+    assert why in message
+    assert "--vae" in message
+
+
+def test_latents_are_told_where_diffusers_is_missing(kl, tmp_path, monkeypatch, caplog):
+    latents._say_what_is_drawn.cache_clear()
+    monkeypatch.setattr(latents, "can_decode", lambda: False)
+    Latents(autoencoder=str(kl)).overview(torch.randn(1, 4, 8, 8), tmp_path / "x", columns=1)
+    assert "diffusers is not installed" in caplog.text
+
+
+def test_latents_of_a_lone_file_are_decoded_by_the_vae_that_is_named(tmp_path, kl, caplog):
+    """Its normalisation is taken to be that of the autoencoder."""
+    raw = torch.randn(2, 4, 8, 8)
+    modality, decoded = Latents().decoded_by(str(kl)).decoded((raw - 0.25) * 0.5)
+    assert modality.kind == "images"
+    torch.testing.assert_close(decoded, Autoencoder(str(kl), CPU).decode(raw))
+    model = SiT(8, 2, 4, hidden_size=16, depth=2, num_heads=2, num_classes=3)
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    argv = ["sample", str(tmp_path / "model.safetensors"), "--num-heads=2", "--solver=euler", "--sampling-steps=2"]
+    assert cli.main([*argv, "--per-class=2", "--device=cpu", f"--vae={kl}"]) == 0
+    with Image.open(tmp_path / "model.safetensors.png") as picture:
+        assert (picture.mode, picture.size[1] > picture.size[0]) == ("RGB", True)
+    assert not caplog.messages
+    with pytest.raises(ConfigError, match="cannot load the autoencoder"):
+        Latents().decoded_by(str(tmp_path))
 
 
 def test_sounds_become_latents_and_sounds_again(tmp_path, oobleck, capsys):

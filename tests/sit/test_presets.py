@@ -1,6 +1,8 @@
 """Presets, files of settings, and what stands below what."""
 
+import dataclasses
 import json
+import os
 
 import pytest
 import yaml
@@ -13,6 +15,7 @@ from layersync_kernels.sit.commands.train import TrainCommand
 from layersync_kernels.sit.config.io import load_config, read_overlay, save_config
 from layersync_kernels.sit.config.run import TrainConfig
 from layersync_kernels.sit.presets.registry import PRESETS
+from layersync_kernels.sit.studies.compare.config import CompareConfig
 
 from .tiny import tiny_config
 
@@ -39,12 +42,26 @@ def test_flags_win_over_the_file_the_file_over_the_preset(tmp_path):
     assert (config.optim.lr, config.optim.batch_size, config.log.log_every) == (0.5, 8, 3)
     assert config.data == PRESETS["images"].data
     assert settings("--config", path).data == TrainConfig().data
-    assert settings() == TrainConfig()
+    assert settings("--preset", "paper") == TrainConfig()
+
+
+def test_what_nobody_asked_to_be_long_takes_minutes():
+    """Two cores, then something to look at; with the data that are there, as they are."""
+    assert settings() == settings("--data", "mnist") == PRESETS["images"]
+    config = settings("--data", "images.npz")
+    assert config.data == dataclasses.replace(TrainConfig().data, data="images.npz")
+    for optim in (config.optim, settings().optim, settings("--config", os.devnull).optim):
+        assert optim.max_seconds <= 600
+        assert optim.ema_warmup
+    assert settings("--data", "images.npz", "--steps", "7").optim.steps == 7
+    compared = CompareConfig(train=starting_point(["--data", "images.npz"], steps=2000, max_seconds=60.0))
+    assert compared.train.optim.max_seconds * len(compared.methods) * compared.seeds <= 12 * 60
+    assert starting_point(["--preset", "paper"], steps=2000).optim.steps == 400_000
 
 
 def test_unknown_preset_lists_those_known(capsys):
     assert cli.main(["train", "--preset", "smells"]) == 1
-    assert "--preset smells: no such preset; known: images, " in capsys.readouterr().err
+    assert "--preset smells: no such preset; known: small, " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["json", "yaml"])
@@ -62,7 +79,7 @@ def test_the_config_of_a_run_is_a_file_of_settings(tmp_path, kind):
         ("lr: 1e-4", 1e-4),  # a string to YAML 1.1
         ("lr: 1", 1.0),
         ("optim: {lr: 2.5e-3}", 2.5e-3),
-        ("", 1e-4),
+        ("", 3e-3),  # of the preset "small"
     ],
 )
 def test_numbers_as_people_write_them(tmp_path, text, expected):

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import logging
 import shutil
 
 import numpy as np
@@ -11,20 +13,24 @@ from PIL import Image
 from layersync_kernels.errors import CheckpointError, ConfigError, UserError
 from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.checkpoints.local import save_checkpoint
+from layersync_kernels.sit.checkpoints.weights import warn_of_first_weights
 from layersync_kernels.sit.commands.sample import SampleCommand, sample
-from layersync_kernels.sit.config.io import save_config
+from layersync_kernels.sit.config.io import load_config, save_config
 from layersync_kernels.sit.config.model import ModelConfig
+from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import CONFIG, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.diffusion.transport import create_transport
-from layersync_kernels.sit.modality.images import save_grid
+from layersync_kernels.sit.files import new_figure, plain_ticks
+from layersync_kernels.sit.modality.images import save_grid, unit_to_pixels
 from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.sampling.draw import draw
 from layersync_kernels.sit.sampling.load import load_trained
 from layersync_kernels.sit.training.curves import save_curves
+from layersync_kernels.sit.training.loop import Trainer
 
-from .tiny import run_state
+from .tiny import run_state, tiny_config, tiny_data
 
 FAST = SamplingConfig(solver="euler", sampling_steps=3)
 
@@ -132,7 +138,7 @@ def test_guidance_without_null_label_is_an_error():
 
 def test_run_draws_with_averaged_weights_one_row_per_class(run, model):
     command = SampleCommand(run, sampling=FAST, precision="fp32", classes=(2, 0), per_class=3, array=run / "s.npz")
-    path = sample(command)
+    path = sample(dataclasses.replace(command, floats=True))
     assert path == run / "samples" / "grid.png"
     width, height = Image.open(path).size
     assert width > height  # three columns, two rows
@@ -140,12 +146,45 @@ def test_run_draws_with_averaged_weights_one_row_per_class(run, model):
     assert stored["labels"].tolist() == [2, 2, 2, 0, 0, 0]
     expected = draw(model, transport(), FAST, Condition(torch.tensor([2, 2, 2, 0, 0, 0])), seed=0)
     np.testing.assert_allclose(stored["samples"], expected.numpy(), rtol=1e-5, atol=1e-5)
+    sample(command)
+    for_evaluation = np.load(run / "s.npz")  # what the evaluator of guided-diffusion reads
+    assert for_evaluation["arr_0"].dtype == np.uint8
+    np.testing.assert_array_equal(for_evaluation["arr_0"], unit_to_pixels(expected).permute(0, 2, 3, 1).numpy())
+    assert for_evaluation["arr_1"].tolist() == [2, 2, 2, 0, 0, 0]
 
 
 def test_last_weights_can_be_asked_for(run):
     sample(SampleCommand(run, sampling=FAST, weights="model", array=run / "last.npz"))
     sample(SampleCommand(run, sampling=FAST, array=run / "ema.npz"))
-    assert not np.allclose(np.load(run / "last.npz")["samples"], np.load(run / "ema.npz")["samples"])
+    assert not np.array_equal(np.load(run / "last.npz")["arr_0"], np.load(run / "ema.npz")["arr_0"])
+
+
+@pytest.mark.parametrize(
+    ("optim", "which", "said"),
+    [
+        (OptimConfig(ema_decay=0.9999), "ema", "after 5 steps 100 % of the averaged weights"),
+        (OptimConfig(ema_decay=(0.5, 0.9)), "ema-0.9", "59 % of the averaged weights"),
+        (OptimConfig(ema_decay=0.9999), "model", None),
+        (OptimConfig(ema_decay=0.6), "ema", None),  # 8 %
+        (OptimConfig(ema_decay=0.9999, ema_warmup=True), "ema", None),
+    ],
+)
+def test_an_average_that_is_still_its_start_is_told(run, caplog, optim, which, said):
+    config = load_config(run / CONFIG)
+    save_config(dataclasses.replace(config, optim=optim), run / CONFIG)
+    with caplog.at_level(logging.WARNING):
+        warn_of_first_weights(optim, 5, which)
+    assert (said in caplog.text) if said else not caplog.records
+    caplog.clear()
+    if which != "ema-0.9":  # of which this run has no file
+        load_trained(run, which=which)
+        assert bool(caplog.records) == bool(said)
+
+
+@pytest.mark.parametrize(("change", "said"), [({"vae": "nobody/nothing"}, "--vae"), ({"floats": True}, "--array")])
+def test_flags_that_say_nothing_here_are_refused(run, change, said):
+    with pytest.raises(ConfigError, match=said):
+        sample(SampleCommand(run, sampling=FAST, **change))
 
 
 def test_checkpoint_folder_inside_its_run_and_copied_out_of_it(run, tmp_path):
@@ -252,3 +291,34 @@ def test_curves_without_cosine_and_with_gaps(tmp_path):
     records = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0, "cosine": {"1:2": 0.5}}, {"step": 3, "loss": 0.5}]
     assert save_curves(records, tmp_path / "c.png").stat().st_size > 1000
     assert save_curves(records[:1], tmp_path / "one.png").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("values", "scale", "expected"),
+    [
+        ([2.35, 2.1], "log", ["2.1", "2.2", "2.3"]),
+        ([0.05, 2.0], "log", ["0.05", "0.1", "0.2", "0.5", "1", "2"]),
+        ([311_000, 311_049], "linear", ["311,000", "311,020", "311,040"]),
+        ([0.99990, 0.9999005], "linear", ["0.9999", "0.9999002", "0.9999004"]),
+    ],
+)
+def test_ticks_are_numbers_as_people_read_them(values, scale, expected):
+    figure = new_figure(4, 3)
+    axes = figure.subplots()
+    axes.plot(range(2), values)
+    axes.set_yscale(scale)
+    plain_ticks(axes.yaxis)
+    figure.canvas.draw()
+    low, high = sorted(axes.get_ylim())
+    shown = [t.get_text() for t in axes.get_yticklabels() if low <= t.get_position()[1] <= high]
+    assert shown == expected
+    assert not axes.yaxis.get_offset_text().get_text()
+
+
+@pytest.mark.parametrize(("every", "lines"), [(1, 4), (2, 1)])
+def test_every_row_is_shown_where_each_step_is_recorded(every, lines, caplog):
+    """Else one in ten seconds, and the last."""
+    config = tiny_config(optim={"steps": 4}, log={"log_every": every})
+    with caplog.at_level(logging.INFO, logger="layersync_kernels"):
+        Trainer(config, tiny_data()).fit()
+    assert sum("samples/s" in message for message in caplog.messages) == lines

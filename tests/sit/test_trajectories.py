@@ -102,7 +102,8 @@ def compute():
 def train(root, name, flags):
     flags = flags.replace("FEATURES", str(root / "features.safetensors")).replace("TEACHER", str(root))
     run = root / name
-    assert cli.main(["train", f"--data={root / 'data.npz'}", f"--out={run}", *f"{SIZE} {LOGS} {flags}".split()]) == 0
+    flags = f"--preset paper {SIZE} {LOGS} {flags}"
+    assert cli.main(["train", f"--data={root / 'data.npz'}", f"--out={run}", *flags.split()]) == 0
     last = list_checkpoints(run)[-1]
     return {
         "losses": [untimed(record) for record in read_records(run)],

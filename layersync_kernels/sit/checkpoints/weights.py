@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import CheckpointError
+from ..config.optim import OptimConfig
 from ..distributed.shards import load_whole, own_part
 from .diffusers_keys import find_diffusers, is_diffusers, read_diffusers
 from .local import list_checkpoints, read_tensors, stems, tensors_path
 from .published import read_published
+
+logger = logging.getLogger(__name__)
 
 FLOATS = {torch.float16, torch.bfloat16, torch.float32, torch.float64}
 """What weights may come in."""
@@ -77,6 +81,18 @@ def load_weights(path: Path, *, which: str = "ema") -> Weights:
         return Weights(read_tensors(found), found)
     tensors, args = read_published(found, ema=which != "model")
     return Weights(tensors, found, args)
+
+
+def warn_of_first_weights(config: OptimConfig, steps: int, which: str = "ema") -> None:
+    """Says how much of an average is still the weights that training began with, where that is more than a tenth."""
+    if which in config.averages and (share := config.start_in_average(steps, which)) > 0.1:
+        logger.warning(
+            "after %d steps %.0f %% of the averaged weights are still those that training began with (--ema-decay %g): "
+            "draw with --weights model, or train longer, with --ema-warmup or a lower --ema-decay",
+            steps,
+            100 * share,
+            config.averages[which],
+        )
 
 
 def fill_model(model: nn.Module, weights: Weights, *, exact: bool = False) -> None:

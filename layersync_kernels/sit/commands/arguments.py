@@ -15,6 +15,7 @@ from ...errors import ConfigError
 from ..checkpoints.export import record_of
 from ..checkpoints.local import run_of
 from ..config import flag
+from ..config.data import DataConfig
 from ..config.io import load_settings, read_overlay
 from ..config.loss import AlignConfig
 from ..config.run import CONFIG, OfRun, TrainConfig
@@ -104,28 +105,36 @@ def command_line(command: str, argv: Sequence[str], flags: Mapping[str, str]) ->
     return shlex.join(["layersync", command, *argv, *(part for name, value in flags.items() for part in (name, value))])
 
 
-def starting_point(argv: Sequence[str], *, preset: str | None = None, taken: Path | None = None) -> TrainConfig:
+def starting_point(argv: Sequence[str], *, taken: Path | None = None, **brief: Any) -> TrainConfig:
     """The settings below the flags: of --preset, with those of --config over them.
+
+    Without --preset those of "small"; of "images", which are its data too, where nothing says what to train on.
 
     Args:
         argv: of the command.
-        preset: where --preset is not given; None: the defaults.
         taken: file of the settings that are taken instead, of a run that goes on.
+        brief: settings of the optimiser that take the place of those where --preset is not given.
 
     Raises:
         ConfigError: an unknown preset; a file that cannot be used; both beside settings that are taken.
     """
     peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset", default=preset)
+    peek.add_argument("--preset")
     peek.add_argument("--config", type=Path)
+    peek.add_argument("--data", default=DataConfig.data)
     known, _ = peek.parse_known_args(list(argv))
     if taken is not None:
-        if known.preset != preset or known.config is not None:
+        if known.preset is not None or known.config is not None:
             raise ConfigError(f"--resume takes the settings of {taken}: leave --preset and --config out")
         return read_settings(taken, TrainConfig)
     if known.preset is not None and known.preset not in PRESETS:
         raise ConfigError(f"--preset {known.preset}: no such preset; known: {', '.join(PRESETS)}")
-    config = TrainConfig() if known.preset is None else PRESETS[known.preset]
+    if known.preset is not None:
+        config = PRESETS[known.preset]
+    else:
+        images = known.config is None and known.data == DataConfig.data
+        config = PRESETS["images" if images else "small"]
+        config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **brief))
     return config if known.config is None else _marked(read_overlay(known.config, config))
 
 

@@ -17,7 +17,9 @@ def compare_main(argv: Sequence[str]) -> int:
     if resume and (out / SETTINGS).is_file():
         default = CompareCommand(comparison=read_settings(out / SETTINGS, CompareConfig))
     else:
-        default = CompareCommand(comparison=CompareConfig(train=starting_point(argv)))
+        # A dozen runs of a minute of two cores each.
+        brief = starting_point(argv, steps=2000, max_seconds=60.0)
+        default = CompareCommand(comparison=CompareConfig(train=brief))
     command = parse(CompareCommand, argv, default=default, command="compare")
     report = compare(command)
     if report is None:

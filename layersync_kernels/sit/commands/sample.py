@@ -23,6 +23,7 @@ from ..diffusion.transport import build_transport
 from ..distributed.processes import ALONE, Processes, joined
 from ..files import save_arrays
 from ..modality.base import cut
+from ..modality.latents import Latents
 from ..sampling.draw import conditions
 from ..sampling.load import Trained, load_trained
 from ..sampling.many import Drawing, draw_many, writing_samples
@@ -54,7 +55,12 @@ class SampleCommand(OfRun):
     files: bool = False
     """Also write each sample into a file of its own: PNG, wav, GIF, npz."""
     array: Path | None = None
-    """Also write the samples as the model gives them as .npz: "samples" float32 (N, C, ...), "labels" int64 (N,)."""
+    """Also write the samples into this .npz: images as ADM's evaluation suite reads them, uint8 (N, H, W, C) under
+    "arr_0" and labels under "arr_1"; all else restored, under "samples" and "labels"."""
+    floats: bool = False
+    """In --array: the samples as the model gives them, "samples" float32 (N, C, ...), and "labels" int64 (N,)."""
+    vae: str | None = None
+    """Of a model of latents: decode what is drawn by this autoencoder of diffusers, a folder or a name of the hub."""
     seed: int = 0
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     transport: TransportConfig = field(default_factory=TransportConfig)
@@ -84,8 +90,13 @@ def sample(command: SampleCommand, *, processes: Processes = ALONE, device: torc
     command.sampling.validate()
     at_least(1, per_class=command.per_class, batch_size=command.batch_size, number=command.number, shard=command.shard)
     at_least(0, seed=command.seed)
+    require(command.array is not None or not command.floats, "--floats says what --array holds: give that too")
     device = resolve_device(command.device) if device is None else device
     trained = load_trained(command.source, which=command.weights, num_heads=command.num_heads)
+    if command.vae is not None:
+        if not isinstance(trained.modality, Latents):
+            raise ConfigError(f"--vae {command.vae}: the model draws {trained.modality.kind}, which need no decoding")
+        trained.modality = trained.modality.decoded_by(command.vae)
     classes = _classes(command, trained)
     text, text_lengths = _words(command, trained)
     rows = len(classes) if text is None else len(text)
@@ -126,7 +137,8 @@ def sample(command: SampleCommand, *, processes: Processes = ALONE, device: torc
         stem = (command.out or default / ("grid" if run else command.source.name)).with_suffix("")
         with writing_samples():
             if command.array is not None:
-                save_arrays(command.array, {"samples": samples.cpu().numpy(), "labels": labels.numpy()})
+                given = {"samples": samples.cpu().numpy(), "labels": labels.numpy()}
+                save_arrays(command.array, given if command.floats else trained.arrays(samples, condition))
             drawn = trained.modality.overview(samples, stem, columns=command.per_class, lengths=condition.lengths)
             if command.files:
                 for i, own in enumerate(cut(samples, condition.lengths)):

@@ -13,6 +13,7 @@ import torch
 
 from ...errors import ConfigError
 from ..checkpoints.local import newest_checkpoint
+from ..checkpoints.weights import warn_of_first_weights
 from ..config.paths import with_absolute_paths
 from ..config.run import CONFIG, StartingPoint, TrainConfig
 from ..console import console, start_logging
@@ -29,7 +30,11 @@ from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, s
 
 @dataclass(frozen=True)
 class TrainCommand(StartingPoint):
-    """Train a SiT. Everything goes to the folder --out: config, log, checkpoints, sample grids, loss curves."""
+    """Train a SiT. Everything goes to the folder --out: config, log, checkpoints, sample grids, loss curves.
+
+    Most used: --preset, --data, --image-size, --model, --layersync, --weight, --steps, --max-seconds, --batch-size,
+    --lr, --cfg-scale, --out, --resume.
+    """
 
     config: TrainConfig = field(default_factory=TrainConfig)
     out: Path = Path("runs/sit")
@@ -110,6 +115,8 @@ def _train(
         f"{trainer.device}{shared}, {trainer.autocast_dtype or 'fp32'}; {'; '.join(filter(None, terms))}"
     )
     outcome = trainer.fit()
+    if processes.first:
+        warn_of_first_weights(config.optim, outcome.step)
     if taught is not None and (share := outcome.metrics.get("teacher_share")) is not None:
         what = "its precomputed features" if config.align.features else "running it"
         console.print(f"the teacher {taught.teacher_name} took {share:.1%} of a step ({what})")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -10,7 +11,7 @@ from . import at_least, fraction, positive, require
 
 @dataclass(frozen=True)
 class OptimConfig:
-    """AdamW, its schedule and the average of the weights. The defaults are those of the paper."""
+    """AdamW, its schedule and the average of the weights. These defaults are the paper's: the preset of that name."""
 
     steps: int = 400_000
     """Optimiser steps."""
@@ -38,6 +39,19 @@ class OptimConfig:
     def ema_decays(self) -> tuple[float, ...]:
         """All of them."""
         return self.ema_decay if isinstance(self.ema_decay, tuple) else (self.ema_decay,)
+
+    @property
+    def averages(self) -> dict[str, float]:
+        """Their decays by the names of the averages: "ema", and "ema-DECAY" of further ones."""
+        first, *others = self.ema_decays
+        return {"ema": first, **{f"ema-{decay:g}": decay for decay in others}}
+
+    def start_in_average(self, steps: int, which: str = "ema") -> float:
+        """The share of the first weights in the average of that name after so many steps, in [0, 1]."""
+        decay = self.averages[which]
+        if self.ema_warmup:  # as good as nothing after a few
+            return math.prod(min(decay, (1 + step) / (10 + step)) for step in range(min(steps, 100)))
+        return decay**steps
 
     def validate(self) -> None:
         """Checks ranges.

@@ -28,7 +28,7 @@ class LogConfig:
     """What a run reports and keeps."""
 
     log_every: int = 100
-    """Steps between records; the device is only read then."""
+    """Steps between records; the device is only read then. 1 also shows each of them as a line."""
     sample_every: int = 10_000
     """Steps between sample grids; 0: none at all."""
     grid_classes: int = 10
@@ -63,15 +63,15 @@ class LogConfig:
 class TrainConfig:
     """A whole run."""
 
-    data: DataConfig = field(default_factory=DataConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
-    transport: TransportConfig = field(default_factory=TransportConfig)
     layersync: LayerSyncConfig = field(default_factory=LayerSyncConfig)
-    align: AlignConfig = field(default_factory=AlignConfig)
-    dispersive: DispersiveConfig = field(default_factory=DispersiveConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    align: AlignConfig = field(default_factory=AlignConfig)
+    dispersive: DispersiveConfig = field(default_factory=DispersiveConfig)
+    transport: TransportConfig = field(default_factory=TransportConfig)
     parallel: ParallelConfig = field(default_factory=ParallelConfig)
     seed: int = 0
     """Fixes initialisation, data order and noise."""
@@ -120,6 +120,8 @@ class StartingPoint:
     """Where the settings below the flags come from."""
 
     preset: str | None = None
-    """Settings of that name: images | audio | motion | video, minutes of two cores, and others for cards."""
+    """Settings of that name. None: small, or images where there is no --data: minutes of two cores, as audio, motion
+    and video. paper: 400,000 steps of the paper's optimiser; images-imagenet-256 and more, which docs/data.md lists:
+    for cards."""
     config_file: Annotated[Path | None, tyro.conf.arg(name="config")] = None
     """A YAML or JSON file of settings: those that differ, in their groups or by the names of flags. Flags win."""

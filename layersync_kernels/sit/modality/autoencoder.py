@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import functools
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -97,16 +97,23 @@ class Autoencoder:
         return decoded.float().cpu()
 
 
-def is_local(name: str) -> bool:
-    """Whether an autoencoder of that name is a folder here."""
-    return any((Path(name) / part).is_file() for part in ("config.json", "vae/config.json"))
+def is_at_hand(name: str) -> bool:
+    """Whether an autoencoder of that name is a folder here, or was loaded already."""
+    return name in _kept or any((Path(name) / part).is_file() for part in ("config.json", "vae/config.json"))
 
 
-def local_autoencoder(folder: str) -> Autoencoder:
-    """That in a folder, on the CPU; kept until another one is asked for. Raises as `Autoencoder`."""
-    return _kept(str(Path(folder).resolve()))
+def can_decode() -> bool:
+    """Whether the package is there that runs autoencoders."""
+    return importlib.util.find_spec("diffusers") is not None
 
 
-@functools.lru_cache(maxsize=1)
-def _kept(folder: str) -> Autoencoder:
-    return Autoencoder(folder, torch.device("cpu"))
+def load_autoencoder(name: str) -> Autoencoder:
+    """That in a folder, or of the hub, on the CPU; kept until another one is asked for. Raises as `Autoencoder`."""
+    if name not in _kept:
+        network = Autoencoder(name, torch.device("cpu"))
+        _kept.clear()
+        _kept[name] = network
+    return _kept[name]
+
+
+_kept: dict[str, Autoencoder] = {}

@@ -7,13 +7,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from ...errors import CheckpointError, ConfigError
+from ..batch import Condition
 from ..checkpoints.export import read_record
 from ..checkpoints.local import run_of
 from ..checkpoints.state import DataFacts, read_run_state
-from ..checkpoints.weights import Weights, check_fit, fill_model, find_weights, load_weights
+from ..checkpoints.weights import Weights, check_fit, fill_model, find_weights, load_weights, warn_of_first_weights
 from ..config.io import load_config
 from ..config.model import ModelConfig
 from ..config.run import CONFIG
@@ -47,6 +50,14 @@ class Trained:
     captions: tuple[str, ...] = ()
     text_encoder: str | None = None
 
+    def arrays(self, samples: Tensor, condition: Condition) -> dict[str, np.ndarray]:
+        """What an .npz file of samples (N, C, ...) holds: that of `Modality.arrays`, and int64 labels (N,).
+
+        Labels are under "arr_1" beside images under "arr_0", as the evaluation suite of ADM reads them, else "labels".
+        """
+        arrays = self.modality.arrays(samples, condition.lengths)
+        return arrays | {"arr_1" if "arr_0" in arrays else "labels": condition.labels.cpu().numpy()}
+
 
 def load_trained(path: Path, *, which: str = "ema", num_heads: int | None = None) -> Trained:
     """The model of a run or checkpoint, on the CPU in evaluation mode.
@@ -66,9 +77,9 @@ def load_trained(path: Path, *, which: str = "ema", num_heads: int | None = None
     weights = load_weights(found, which=which)
     run = run_of(found) if found.is_dir() else None
     if run is not None:
-        known = _from_facts(
-            weights, load_config(run / CONFIG).model, read_run_state(found).data, "config.json and state.json say"
-        )
+        config, state = load_config(run / CONFIG), read_run_state(found)
+        known = _from_facts(weights, config.model, state.data, "config.json and state.json say")
+        warn_of_first_weights(config.optim, state.step, which)
     elif (record := read_record(found)) is not None:
         known = _from_facts(weights, record.model, record.data, "its metadata say")
     else:

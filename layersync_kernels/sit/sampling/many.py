@@ -125,9 +125,7 @@ def draw_many(
             if files:
                 for i, sample in enumerate(cut(samples, own.lengths), start=number * shard):
                     trained.modality.save(sample, folder / "files" / f"{i:06d}")
-            arrays = trained.modality.arrays(samples, own.lengths)
-            arrays["arr_1" if "arr_0" in arrays else "labels"] = own.labels.numpy()
-            save_arrays(path_of(number), arrays)
+            save_arrays(path_of(number), trained.arrays(samples, own))
 
 
 @contextlib.contextmanager

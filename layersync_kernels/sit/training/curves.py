@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..files import new_figure, save_figure
+from ..files import new_figure, plain_ticks, save_figure
 
 
 def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
@@ -17,6 +17,8 @@ def save_curves(records: Sequence[Mapping[str, Any]], path: Path) -> Path:
     loss_axes.set(xlabel="step", ylabel="velocity loss", title="Loss")
     if any(r["loss"] > 0 for r in records):
         loss_axes.set_yscale("log")
+    for axis in (loss_axes.xaxis, loss_axes.yaxis, cosine_axes.xaxis, cosine_axes.yaxis):
+        plain_ticks(axis)
     pairs = sorted({pair for r in records for pair in r.get("cosine", {})})
     for pair in pairs:
         with_pair = [r for r in records if pair in r.get("cosine", {})]

@@ -123,6 +123,11 @@ class Trainer:
         model = parallel.build(make)
         if config.model.init is not None:
             fill_model(model, load_weights(config.model.init))
+        if config.sampling.cfg_scale != 1.0 and config.log.sample_every and not model.guidable:
+            raise ConfigError(
+                f"--cfg-scale {config.sampling.cfg_scale:g} needs a null label, which --class-dropout above 0 trains; "
+                "draw with --cfg-scale 1, or not at all with --sample-every 0"
+            )
         share_draws(model.train(), self.share.of_a_pass)
         self.state = self.state_type(
             model,
@@ -313,7 +318,8 @@ class Trainer:
         batches = DataClock(self.batches())
         written = self.run_dir if self.processes.first else None
         trackers = open_trackers(config, written, step=self.steps_done, run_id=self.state.run)
-        log = RunLog(written, step=self.steps_done, steps=optim.steps, trackers=trackers)
+        rows = config.log.log_every == 1
+        log = RunLog(written, step=self.steps_done, steps=optim.steps, trackers=trackers, rows=rows)
         with stop_signals() as stop_asked, save_signal() as save_asked, log, self.state.saver:
             stop, save = self._agree(stop_asked(), save_asked())
             done = self.fraction >= 1

@@ -144,13 +144,22 @@ class RunLog:
         step: where the run goes on; records beyond it (of an attempt that came further than its last checkpoint) go.
         steps: where it ends.
         trackers: that take the records too; they are closed with this.
+        rows: show each record as a line; else one in ten seconds, or the bar of a terminal alone.
 
     Raises:
         CheckpointError: the records cannot be read or written; they are as they were.
     """
 
-    def __init__(self, run_dir: Path | None, *, step: int, steps: int, trackers: Sequence[Tracker] = ()) -> None:
-        self.run_dir = run_dir
+    def __init__(
+        self,
+        run_dir: Path | None,
+        *,
+        step: int,
+        steps: int,
+        trackers: Sequence[Tracker] = (),
+        rows: bool = False,
+    ) -> None:
+        self.run_dir, self._rows = run_dir, rows
         self._steps = steps
         self._trackers = trackers
         self._last_line = time.monotonic()
@@ -186,7 +195,8 @@ class RunLog:
         facts += [f"cos {pair} {value:.3f}" for pair, value in record.get("cosine", {}).items()]
         facts.append(f"{_clock(seconds_left)} left")
         self._progress.update(self._task, facts="  ".join(facts))
-        if not console.is_terminal and (time.monotonic() - self._last_line > 10 or record["step"] >= self._steps):
+        due = time.monotonic() - self._last_line > 10 or record["step"] >= self._steps
+        if self._rows or (due and not console.is_terminal):
             self._last_line = time.monotonic()
             logger.info("step %d/%d  %s", record["step"], self._steps, "  ".join(facts))
         if self.run_dir is None:

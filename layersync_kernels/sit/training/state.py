@@ -72,8 +72,7 @@ class TrainState:
         self.terms = list(terms)
         modules = [term.module for term in self.terms if term.module is not None]
         self.divided = [self.model, *map(parallel.divide, modules)]
-        stems = ["ema", *(f"ema-{decay:g}" for decay in config.ema_decays[1:])]
-        self.emas = {stem: parallel.copy(self.model) for stem in stems}
+        self.emas = {stem: parallel.copy(self.model) for stem in config.averages}
         self.ema = self.emas["ema"]
         for term in self.terms:
             term.ema = self.ema

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import new_figure, save_figure
+from ...files import new_figure, plain_ticks, save_figure
 from .report import QUALITIES, curve
 
 
@@ -35,6 +35,11 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
     spread = [[means[n] - min(v) for n, v in rates.items()], [max(v) - means[n] for n, v in rates.items()]]
     rate_axes.bar(list(means), list(means.values()), yerr=spread, capsize=4, color=list(colors.values()))
     rate_axes.set(ylabel="images/s", title="Throughput")
+    for axes in figure.axes:
+        plain_ticks(axes.yaxis)
+    for row in quality_rows:
+        for axes in row:
+            plain_ticks(axes.xaxis)
     return save_figure(figure, path)
 
 

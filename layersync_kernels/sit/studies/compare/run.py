@@ -14,6 +14,7 @@ import torch
 
 from ....errors import ConfigError, TrainingDiverged
 from ...checkpoints.local import list_checkpoints
+from ...checkpoints.weights import warn_of_first_weights
 from ...config.paths import with_absolute_paths
 from ...console import console
 from ...device import resolve_device, resolve_precision
@@ -77,6 +78,7 @@ class Comparison:
             UserError: a model, teacher or network that is unknown, missing or does not fit.
         """
         _ = self._network
+        warn_of_first_weights(self.config.train.optim, self.steps[-1])
         for run in reversed(self.runs[: len(self.config.methods)]):  # those with a teacher first
             Trainer(run.config, self.train_set)
         if self.device.type == "cuda":
