@@ -33,6 +33,10 @@ COMMANDS = {
     "sample": Command(
         "layersync_kernels.sit.commands.sample:sample_main", "draw a grid of samples from a run or checkpoint"
     ),
+    "evaluate": Command(
+        "layersync_kernels.sit.commands.evaluate:evaluate_main",
+        "measure how far samples of a run are from real ones, beside controls",
+    ),
     "export": Command(
         "layersync_kernels.sit.commands.export:export_main", "write the weights of a run for others, with a model card"
     ),

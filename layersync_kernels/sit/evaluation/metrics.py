@@ -38,8 +38,10 @@ def around(value: float, resampled: Tensor) -> Estimate:
     """An estimate by the values (B,) of B resamples.
 
     A resample has fewer different samples, which biases distances upwards. So the spread of the values is taken about
-    their own mean, and moved to the value of all samples.
+    their own mean, and moved to the value of all samples. Without resamples the interval is NaN.
     """
+    if not len(resampled):
+        return Estimate(value, math.nan, math.nan)
     tail = (1 - LEVEL) / 2
     low, high = (resampled - resampled.mean()).quantile(torch.tensor([tail, 1 - tail], dtype=resampled.dtype)).tolist()
     return Estimate(value, value + low, value + high)
@@ -106,12 +108,15 @@ def _within(features: Tensor, weights: Tensor) -> Tensor:
 
 def kernel_estimate(first: Tensor, second: Tensor, times: int) -> Estimate:
     """`kernel_distance`, with the interval of resamples of both sets."""
+    value = float(kernel_distance(first, second))
+    if not times:
+        return around(value, torch.empty(0))
     generator = torch.Generator().manual_seed(0)
     weights = [
         torch.stack([torch.bincount(draw, minlength=len(own)) for draw in resamples(len(own), times, generator)])
         for own in (first, second)
     ]
-    return around(float(kernel_distance(first, second)), kernel_distance(first, second, (weights[0], weights[1])))
+    return around(value, kernel_distance(first, second, (weights[0], weights[1])))
 
 
 def precision_recall(real: Tensor, generated: Tensor, neighbours: int = NEIGHBOURS) -> tuple[Tensor, Tensor]:
@@ -168,7 +173,7 @@ def posterior_divergence(real: Tensor, real_labels: Tensor, generated: Tensor, l
         if (labels == label).any():
             p, q = real[real_labels == label].double().mean(0), generated[labels == label].double().mean(0)
             found.append((p * (p.log() - q.log())).sum())
-    return float(torch.stack(found).mean()) if found else float("nan")
+    return float(torch.stack(found).mean()) if found else math.nan
 
 
 def diversity(features: Tensor, pairs: int = 200) -> float:
@@ -182,7 +187,7 @@ def multimodality(features: Tensor, labels: Tensor, pairs: int = 20) -> float:
     """`diversity` within each class, averaged over the classes of `labels` (N,) that have two samples or more."""
     counts = torch.bincount(labels)
     own = [diversity(features[labels == label], pairs) for label in (counts > 1).nonzero().flatten().tolist()]
-    return sum(own) / len(own) if own else float("nan")
+    return sum(own) / len(own) if own else math.nan
 
 
 def retrieved(logits: Tensor, labels: Tensor, top: int) -> Tensor:
