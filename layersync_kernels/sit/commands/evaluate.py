@@ -138,7 +138,7 @@ def evaluate(command: EvaluateCommand) -> Evaluation:
     config, split = _real_config(command)
     real_set, represented = _real_set(config, trained)
     kind = kind_of(real_set.modality)
-    network = _network(command, kind, config, folder, device)
+    network = _network(command, kind, config, real_set, folder, device)
     source = f"--data {config.data}"
     real = see_real(network, real_set, command.reference, folder, source=source, represented=represented)
     if command.real_to is not None:
@@ -202,7 +202,9 @@ def _real_set(config: DataConfig, trained: Trained) -> tuple[SampleSet, SampleSe
     return load_data(plain), data
 
 
-def _network(command: EvaluateCommand, kind: str, config: DataConfig, folder: Path, device: torch.device) -> Network:
+def _network(
+    command: EvaluateCommand, kind: str, config: DataConfig, real: SampleSet, folder: Path, device: torch.device
+) -> Network:
     name, weights, size = command.features or _DEFAULTS[kind], command.features_weights, command.features_size
     if kind == "images":
         if name == INCEPTION:
@@ -217,8 +219,18 @@ def _network(command: EvaluateCommand, kind: str, config: DataConfig, folder: Pa
         raise ConfigError(f"--features {name}: no such network of {kind}; expected {_DEFAULTS[kind]}")
     if kind == "audio":
         return SpeechFeatures(device)
-    train, test = (load_data(dataclasses.replace(config, split=split)) for split in ("train", "test"))
+    train, test = (
+        real if split == config.split else load_data(dataclasses.replace(config, split=split))
+        for split in ("train", "test")
+    )
     return MotionNetwork(train, test, folder)
+
+
+def in_proportion(labels: Tensor, count: int) -> tuple[int, ...]:
+    """So many classes, in the proportions of labels (N,) and in random order."""
+    places = (torch.arange(count, dtype=torch.float64) + 0.5) * len(labels) / count
+    chosen = labels.sort().values[places.long()]
+    return tuple(chosen[torch.randperm(count, generator=torch.Generator().manual_seed(0))].tolist())
 
 
 def _samples(
@@ -228,10 +240,8 @@ def _samples(
     if command.samples_from is not None:
         arrays, labels = read_samples(command.samples_from, kind, trained.modality, config)
         return arrays, labels, {"file": str(command.samples_from)}
-    classes: tuple[int, ...] = ()
-    if trained.num_classes > 1 and trained.text_encoder is None:
-        order = torch.randperm(len(real.labels), generator=torch.Generator().manual_seed(0))
-        classes = tuple(real.labels[order[torch.arange(command.samples) % len(order)]].tolist())
+    told = trained.num_classes > 1 and trained.text_encoder is None
+    classes = in_proportion(real.labels, command.samples) if told else ()
     own = command.sampling
     about: dict[str, Any] = {
         "checkpoint": str(find_weights(command.source)),

@@ -73,7 +73,12 @@ def _ridge(features: Tensor, targets: Tensor, penalties: Sequence[float]) -> lis
     mean, std = features[:count].mean(0), features[:count].std(0)
     x = (features - mean) / std.clamp_min(1e-12)
     seen, unseen, offset = x[:count], x[count:], targets.mean(0)
-    eigenvalues, basis = torch.linalg.eigh(seen.T @ seen / count)  # one factorisation serves every penalty
+    # One factorisation serves every penalty; of fewer samples than features, the directions that these span suffice.
+    if count < seen.shape[1]:
+        _, singular, rows = torch.linalg.svd(seen, full_matrices=False)
+        eigenvalues, basis = singular.square() / count, rows.T
+    else:
+        eigenvalues, basis = torch.linalg.eigh(seen.T @ seen / count)
     moments = basis.T @ (seen.T @ (targets - offset)) / count
     rotated = unseen @ basis
     return [rotated @ (moments / (eigenvalues + penalty)[:, None]) + offset for penalty in penalties]
