@@ -2,9 +2,8 @@
 
 python benchmarks/action_probe.py RUN --data-root DIR [--samples 20] [--walks 50] [--out FOLDER]
 
-Nobody publishes a feature network for these motions. As papers on action-to-motion do, a small classifier is trained on
-real windows of the training split; its accuracy on real windows of the test split stands beside that on samples. Walks
-are judged by steps a second, by speed, and by how fast the slower foot slides, each against real walks.
+The classifier is that of `layersync evaluate`, on windows that lie closer; here its accuracy is that of each action.
+Walks are judged by steps a second, by speed, and by how fast the slower foot slides, each against real walks.
 """
 
 import argparse
@@ -15,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from layersync_kernels.ops.attention import length_mask
+from layersync_kernels.runtime.cache import cache_folder
 from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.run import CONFIG
@@ -25,55 +24,21 @@ from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.data.motion_cmu import ACTIONS
 from layersync_kernels.sit.data.registry import load_data
 from layersync_kernels.sit.diffusion.transport import build_transport
+from layersync_kernels.sit.evaluation.motion_classifier import MotionNetwork
+from layersync_kernels.sit.modality.base import Modality
 from layersync_kernels.sit.modality.motion import Motion
 from layersync_kernels.sit.sampling.draw import conditions, draw
 from layersync_kernels.sit.sampling.load import load_trained
 
 FEET = (4, 10)
 """The ankles of CMU's skeleton."""
-STEPS = 600
 
 
-class Probe(nn.Module):
-    """Convolutions over time on samples, averaged over the frames that are there."""
-
-    def __init__(self, channels: int, classes: int, width: int = 64) -> None:
-        super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv1d(a, width, 5, padding=2) for a in (channels, width, width))
-        self.drop = nn.Dropout(0.3)
-        self.head = nn.Linear(width, classes)
-
-    def forward(self, samples: Tensor, lengths: Tensor) -> Tensor:
-        """(B, C, T) and (B,) to logits (B, classes)."""
-        there = length_mask(lengths, samples.shape[2])[:, None].float()
-        x = samples.clamp(-5, 5) * there
-        for convolution in self.convolutions:
-            x = convolution(self.drop(x)).relu() * there
-        return self.head(x.sum(2) / there.sum(2))
-
-
-def train_probe(data: MemorySet) -> Probe:
-    """On all windows, classes in equal parts, lengths cut at random."""
-    torch.manual_seed(0)
-    probe = Probe(data.spec.channels, data.num_classes)
-    optimizer = torch.optim.AdamW(probe.parameters(), 1e-3, weight_decay=0.05)
-    weights = 1 / torch.bincount(data.labels, minlength=data.num_classes).clamp_min(1)[data.labels].double()
-    assert data.lengths is not None
-    for _ in range(STEPS):
-        index = torch.multinomial(weights, 64, replacement=True)
-        lengths = (data.lengths[index] * torch.empty(64).uniform_(0.6, 1)).long().clamp_min(1)
-        loss = nn.functional.cross_entropy(probe(data.samples[index], lengths), data.labels[index])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-    return probe.eval()
-
-
-def accuracy(probe: Probe, samples: Tensor, condition: Condition) -> dict[str, Any]:
+def accuracy(network: MotionNetwork, modality: Modality, samples: Tensor, condition: Condition) -> dict[str, Any]:
     """Of all, the mean over classes, and that of each class."""
-    assert condition.lengths is not None
-    with torch.no_grad():
-        right = probe(samples, condition.lengths).argmax(1) == condition.labels
+    logits = network(modality.arrays(samples, condition.lengths), "motion").logits
+    assert logits is not None
+    right = logits.argmax(1) == condition.labels
     of_class = {
         name: round(right[condition.labels == label].float().mean().item(), 3)
         for label, name in enumerate(ACTIONS)
@@ -127,12 +92,9 @@ def main() -> None:
     trained = load_trained(arguments.run)
     modality = trained.modality
     assert isinstance(modality, Motion)
-    # The same channels as the run's: the windows lie closer than in training, which moves the statistics a little.
-    assert data.lengths is not None
-    there = length_mask(data.lengths, data.spec.extent[0])[:, None]
-    data.samples = modality.normalise(data.modality.restore(data.samples)) * there
+    assert isinstance(data.modality, Motion)
     train, test = data.subset((~data.test).nonzero().flatten()), data.subset(data.test.nonzero().flatten())
-    probe = train_probe(train)
+    network = MotionNetwork(train, test, cache_folder() / "evaluate")
     labels = torch.arange(len(ACTIONS)).repeat_interleave(arguments.samples)
     labels = torch.cat([labels, torch.zeros(max(0, arguments.walks - arguments.samples), dtype=torch.long)])
     condition = conditions(labels, trained.lengths)
@@ -141,14 +103,14 @@ def main() -> None:
     assert condition.lengths is not None
     drawn = modality.skeletons(samples[walks], condition.lengths[walks])
     full = (train.labels == 0) & (train.lengths == data.spec.extent[0])
-    real = gait(modality.skeletons(train.samples[full]), modality.fps)
+    real = gait(data.modality.skeletons(train.samples[full]), modality.fps)
     figures = gait(drawn, modality.fps)
     low, high = np.percentile(real, [1, 99], axis=0)
     inside = (figures >= low * 0.9) & (figures <= high * 1.1)
     report = {
-        "real_train": accuracy(probe, train.samples, train.take(torch.arange(len(train))).condition),
-        "real_test": accuracy(probe, test.samples, test.take(torch.arange(len(test))).condition),
-        "samples": accuracy(probe, samples, condition),
+        "real_train": accuracy(network, data.modality, train.samples, train.take(torch.arange(len(train))).condition),
+        "real_test": accuracy(network, data.modality, test.samples, test.take(torch.arange(len(test))).condition),
+        "samples": accuracy(network, modality, samples, condition),
         "real_walks": summary(real),
         "drawn_walks": summary(figures),
         "walks_within_the_real_range": {

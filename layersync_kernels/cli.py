@@ -37,6 +37,10 @@ COMMANDS = {
         "draw a grid of samples from a run or checkpoint",
         frozenset(),
     ),
+    "evaluate": Command(
+        "layersync_kernels.sit.commands.evaluate:evaluate_main",
+        "measure how far samples of a run are from real ones, beside controls",
+    ),
     "export": Command(
         "layersync_kernels.sit.commands.export:export_main", "write the weights of a run for others, with a model card"
     ),

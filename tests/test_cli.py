@@ -19,7 +19,7 @@ TINY = [
 def test_help_lists_every_command(capsys):
     assert cli.main(["--help"]) == 0
     out = capsys.readouterr().out
-    assert all(name in out for name in ("train", "sample", "probe", "demo", "bench", "tune", "doctor"))
+    assert all(name in out for name in ("train", "sample", "evaluate", "probe", "demo", "bench", "tune", "doctor"))
     assert cli.main([]) == 2
 
 
@@ -91,6 +91,7 @@ def test_off_is_one_flag(tmp_path):
         (["train", "--image-size", "13"], "not a multiple of patch_size"),
         (["sample", "nowhere"], "nowhere does not exist"),
         (["probe", "nowhere"], "nowhere does not exist"),
+        (["evaluate", "nowhere"], "nowhere does not exist"),
     ],
 )
 def test_errors_are_one_line_without_traceback(tmp_path, capsys, arguments, message):

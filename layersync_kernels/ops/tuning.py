@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..runtime import environment, machine
+from ..runtime.cache import cache_folder
 from . import native, registry
 
 FORMAT = 1
@@ -95,16 +96,7 @@ def width_of(name: str) -> int:
 
 def default_path(device: str) -> Path:
     """Where `layersync tune` leaves the table of a type of device, and where "auto" looks for it."""
-    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
-    if named.is_absolute():  # the specification has others ignored
-        cache = named
-    elif sys.platform == "darwin":
-        cache = Path("~/Library/Caches").expanduser()
-    elif sys.platform == "win32":
-        cache = Path(os.environ.get("LOCALAPPDATA", "~/AppData/Local")).expanduser()
-    else:
-        cache = Path("~/.cache").expanduser()
-    return cache / "layersync_kernels" / f"tuning-{device}.json"
+    return cache_folder() / f"tuning-{device}.json"
 
 
 def identity(device: str) -> dict[str, str]:

@@ -1,7 +1,6 @@
 """Teachers of films, sounds and anything: tokens on the model's grid, and the loss that learns from them."""
 
 import dataclasses
-import importlib
 import sys
 
 import pytest
@@ -42,20 +41,6 @@ def image_teacher(name="tiny", **_):
 @pytest.fixture(autouse=True)
 def _images(monkeypatch):
     monkeypatch.setattr(grids, "load_teacher", image_teacher)
-
-
-@pytest.fixture
-def speech(tmp_path, monkeypatch):
-    """A package of that name with random weights, in the layout of the real one."""
-    package = tmp_path / "packages" / "resemblyzer"
-    package.mkdir(parents=True)
-    (package / "__init__.py").write_text("raise ImportError('is found, and need not be imported')")
-    lstm = nn.LSTM(40, 256, 3, batch_first=True)
-    state = {f"lstm.{name}": value for name, value in lstm.state_dict().items()} | {"linear.bias": torch.zeros(256)}
-    torch.save({"model_state": state}, package / "pretrained.pt")
-    monkeypatch.syspath_prepend(str(package.parent))
-    importlib.invalidate_caches()
-    pytest.importorskip("librosa")
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..teachers.networks import load_teacher
+from .metrics import Estimate, bootstrap
 from .validation import CHUNK
 
 DIRECTIONS = 256
@@ -56,6 +57,55 @@ def frechet_distance(first: Gaussian, second: Gaussian) -> float:
     return float((first.mean - second.mean).square().sum() + traces)
 
 
+class RealFeatures:
+    """Features of real samples, to which a Fréchet distance is taken.
+
+    Args:
+        features: (N, F), N at least 2.
+        directions: principal directions of these features in which the distance is taken; None: all F dimensions.
+    """
+
+    def __init__(self, features: Tensor, directions: int | None = DIRECTIONS) -> None:
+        self._basis: Tensor | None = None
+        if directions is not None and directions < features.shape[1]:
+            _, vectors = torch.linalg.eigh(torch.cov(features.double().T))
+            self._basis = vectors[:, -directions:]
+        self.seen = self.project(features)
+        self._gaussian = Gaussian.of(self.seen)
+
+    @property
+    def dimensions(self) -> int:
+        """In which the distance is taken."""
+        return self.seen.shape[1]
+
+    def project(self, features: Tensor) -> Tensor:
+        """Features (M, F) in these dimensions: fp64 (M, D)."""
+        return features.double() if self._basis is None else features.double() @ self._basis
+
+    def distance(self, features: Tensor) -> float:
+        """The Fréchet distance of other features (M, F), M at least 2."""
+        return frechet_distance(Gaussian.of(self.project(features)), self._gaussian)
+
+    def estimate(self, features: Tensor, times: int) -> Estimate:
+        """`distance`, with the interval of resamples of both sets."""
+        return bootstrap(
+            lambda other, own: frechet_distance(Gaussian.of(other), Gaussian.of(own)),
+            (self.project(features), self.seen),
+            times,
+        )
+
+    def refusal(self, count: int) -> str | None:
+        """Why the distance of so many samples would say nothing; None where it does.
+
+        The covariance of N samples has at most rank N - 1: below the number of dimensions, the distance measures how
+        few there are.
+        """
+        least = min(count, len(self.seen))
+        if least > self.dimensions:
+            return None
+        return f"{count} samples and {len(self.seen)} real ones for {self.dimensions} dimensions: more are needed"
+
+
 class RealSamples:
     """Real samples as a network sees them.
 
@@ -67,18 +117,12 @@ class RealSamples:
 
     def __init__(self, images: Tensor, network: FeatureNetwork, device: torch.device) -> None:
         self._network, self._device = network, device
-        features = self._features(images)
-        _, directions = torch.linalg.eigh(torch.cov(features.double().T))
-        self._directions = directions[:, -DIRECTIONS:]
-        self._gaussian = self._in_directions(features)
+        self._real = RealFeatures(self._features(images))
 
     def distance(self, images: Tensor) -> float:
         """The Fréchet distance of other samples (M, C, H, W), M at least 2, in the principal directions of the real."""
-        return frechet_distance(self._in_directions(self._features(images)), self._gaussian)
+        return self._real.distance(self._features(images))
 
     @torch.no_grad()
     def _features(self, images: Tensor) -> Tensor:
         return torch.cat([self._network(chunk.to(self._device)) for chunk in images.split(CHUNK)])
-
-    def _in_directions(self, features: Tensor) -> Gaussian:
-        return Gaussian.of(features.double() @ self._directions)

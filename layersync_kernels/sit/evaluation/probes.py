@@ -35,28 +35,36 @@ def linear_cka(features: Tensor) -> Tensor:
 
 
 def linear_probe(features: Tensor, labels: Tensor, train: int) -> Tensor:
-    """Whether a linear classifier, fitted to the first `train` samples, finds the labels of the others.
+    """Whether `linear_scores`, fitted to the first `train` samples, are highest for the labels of the others: bool
+    (N - train,).
+    """
+    return linear_scores(features, labels[:train], int(labels.max()) + 1).argmax(1) == labels[train:]
+
+
+def linear_scores(features: Tensor, labels: Tensor, classes: int) -> Tensor:
+    """What a linear classifier, fitted to the first M samples, says of the others.
 
     Ridge regression of the centred one-hot labels on standardised features, in closed form and fp64. Its penalty is the
     one with the least square error on the last quarter of the training samples, when fitted to the rest of them.
 
     Args:
         features: (N, D).
-        labels: int64 (N,).
-        train: how many samples to fit.
+        labels: int64 (M,), of the samples to fit.
+        classes: K.
 
     Returns:
-        bool (N - train,).
+        fp64 (N - M, K); a row sums to 1, as posteriors do, yet may leave [0, 1].
     """
-    features, targets = features.double(), F.one_hot(labels).double()
+    features, targets = features.double(), F.one_hot(labels, classes).double()
+    train = len(labels)
     fitted = train * 3 // 4
     errors = [
-        (prediction - targets[fitted:train]).square().sum()
+        (prediction - targets[fitted:]).square().sum()
         for prediction in _ridge(features[:train], targets[:fitted], _PENALTIES)
     ]
     penalty = _PENALTIES[int(torch.stack(errors).argmin())]
-    (prediction,) = _ridge(features, targets[:train], (penalty,))
-    return prediction.argmax(1) == labels[train:]
+    (prediction,) = _ridge(features, targets, (penalty,))
+    return prediction
 
 
 def _ridge(features: Tensor, targets: Tensor, penalties: Sequence[float]) -> list[Tensor]:
@@ -65,7 +73,12 @@ def _ridge(features: Tensor, targets: Tensor, penalties: Sequence[float]) -> lis
     mean, std = features[:count].mean(0), features[:count].std(0)
     x = (features - mean) / std.clamp_min(1e-12)
     seen, unseen, offset = x[:count], x[count:], targets.mean(0)
-    eigenvalues, basis = torch.linalg.eigh(seen.T @ seen / count)  # one factorisation serves every penalty
+    # One factorisation serves every penalty; of fewer samples than features, the directions that these span suffice.
+    if count < seen.shape[1]:
+        _, singular, rows = torch.linalg.svd(seen, full_matrices=False)
+        eigenvalues, basis = singular.square() / count, rows.T
+    else:
+        eigenvalues, basis = torch.linalg.eigh(seen.T @ seen / count)
     moments = basis.T @ (seen.T @ (targets - offset)) / count
     rotated = unseen @ basis
     return [rotated @ (moments / (eigenvalues + penalty)[:, None]) + offset for penalty in penalties]
