@@ -11,7 +11,7 @@
                                                          "digest": SHA-256 of all else in this file
 
 Where processes hold parts of the weights, a folder ``model`` is in the place of ``model.safetensors`` (and so on), with
-a file for each process, see `parts`.
+a file for each process, see `distributed.parts`.
 
 Nothing here is pickled, and nothing is read unchecked: a bit that flipped on the disk is an error that names the file.
 Each STEM.safetensors says in its metadata which file of which step of which run it is, and belongs nowhere else.
@@ -42,9 +42,9 @@ from torch import Tensor
 from ...errors import CheckpointError
 from ..config.io import parse_json
 from ..config.run import CONFIG
+from ..distributed.parts import is_divided, own_files, read_parts, write_parts
 from ..distributed.processes import ALONE, Processes
 from ..files import TEMPORARY, flush
-from .parts import is_divided, own_files, read_parts, write_parts
 
 logger = logging.getLogger(__name__)
 

@@ -53,6 +53,15 @@ class OptimConfig:
             return math.prod(min(decay, (1 + step) / (10 + step)) for step in range(min(steps, 100)))
         return decay**steps
 
+    def rate(self, step: int, fraction: float) -> float:
+        """The learning rate of the step behind `step` ones, when that fraction of the run is done."""
+        rate = self.lr * min(1.0, (step + 1) / max(self.warmup_steps, 1))
+        if self.lr_schedule == "linear":
+            rate *= 1 - fraction
+        elif self.lr_schedule == "cosine":
+            rate *= 0.5 * (1 + math.cos(math.pi * fraction))
+        return rate
+
     def validate(self) -> None:
         """Checks ranges.
 

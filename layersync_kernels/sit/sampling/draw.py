@@ -10,6 +10,7 @@ from torch import Tensor
 from ...errors import ConfigError
 from ..batch import Condition, within_lengths
 from ..config.sampling import SamplingConfig
+from ..data.base import SampleSet
 from ..diffusion.checks import SampleFn
 from ..diffusion.sampler import Sampler
 from ..diffusion.sde import normal_like
@@ -46,6 +47,15 @@ def conditions(
         chosen.append(own[number % len(own)])
     own_lengths = torch.tensor(chosen, device=labels.device)
     return Condition(labels, own_lengths, text, text_lengths)
+
+
+def overview_of(data: SampleSet, num_classes: int, *, rows: int, columns: int) -> Condition:
+    """Conditions of an overview, (rows · columns): the first classes, or those of the first texts of a data set."""
+    which = torch.arange(rows if data.text_width is not None else min(rows, num_classes)).repeat_interleave(columns)
+    if data.text_width is None:
+        return conditions(which, data.typical_lengths())
+    given = data.take(torch.arange(min(rows, len(data)))).condition
+    return given[which % len(given)]
 
 
 class _Part:

@@ -34,7 +34,7 @@ from ..modality.images import Images
 from ..modality.latents import Latents
 from ..models.embedders import share_draws
 from ..models.registry import build_model
-from ..sampling.draw import conditions, draw
+from ..sampling.draw import draw, overview_of
 from .pace import Pace
 from .phases import phase
 from .runlog import Meter, RunLog
@@ -186,13 +186,7 @@ class Trainer:
 
     def learning_rate(self) -> float:
         """The rate of the next step."""
-        optim = self.config.optim
-        rate = optim.lr * min(1.0, (self.steps_done + 1) / max(optim.warmup_steps, 1))
-        if optim.lr_schedule == "linear":
-            rate *= 1 - self.fraction
-        elif optim.lr_schedule == "cosine":
-            rate *= 0.5 * (1 + math.cos(math.pi * self.fraction))
-        return rate
+        return self.config.optim.rate(self.steps_done, self.fraction)
 
     def step(self, batch: Batch) -> None:
         """One optimiser step; nothing is read from the device, except where precomputed features of flipped samples
@@ -261,18 +255,7 @@ class Trainer:
             self._stop_clock()
             self._started = time.monotonic()  # training goes on
         facts = {"meter": self.meter.state_dict(self.processes), "data": facts_of(self.data, self.num_classes)}
-        log = self.config.log
-        keep = {"keep": log.keep, "keep_every": log.keep_every}
-        return self.state.save(self.run_dir, facts, **keep, background=background)
-
-    @contextlib.contextmanager
-    def _surviving_failed_save(self) -> Iterator[None]:
-        """Logs an error instead of raising it; all processes have the same, and one of them says so."""
-        try:
-            yield
-        except CheckpointError as error:
-            if self.processes.first:
-                logger.error("%s; training goes on, and tries again at the next checkpoint", error)
+        return self.state.save(self.run_dir, facts, self.config.log, background=background)
 
     def load(self, checkpoint: Path) -> None:
         """Goes on from a checkpoint folder: the same weights, average, optimiser, random numbers, data order and means.
@@ -342,10 +325,10 @@ class Trainer:
                 if self.run_dir is None or done:
                     continue
                 paused = time.monotonic()
-                with self._surviving_failed_save():
+                with self.state.saver.surviving():
                     self.state.saver.check()
                 if save or self.steps_done % config.log.checkpoint_every == 0:
-                    with self._surviving_failed_save():
+                    with self.state.saver.surviving():
                         self.save(background=config.log.save_in_background)
                 if config.log.sample_every and self.steps_done % config.log.sample_every == 0:
                     self.draw_samples()
@@ -397,13 +380,7 @@ class Trainer:
     def draw_samples(self) -> Path | None:
         """Draws an overview with the averaged weights, a row for each class or text, always from the same noise."""
         log = self.config.log
-        rows = log.grid_classes if self.data.text_width is not None else min(log.grid_classes, self.num_classes)
-        which = torch.arange(rows).repeat_interleave(log.grid_columns)
-        if self.data.text_width is None:
-            condition = conditions(which, self.data.typical_lengths())
-        else:
-            given = self.data.take(torch.arange(min(rows, len(self.data)))).condition
-            condition = given[which % len(given)]
+        condition = overview_of(self.data, self.num_classes, rows=log.grid_classes, columns=log.grid_columns)
         samples = draw(
             self.ema,
             self.transport,
@@ -416,7 +393,7 @@ class Trainer:
         if self.run_dir is None or not self.processes.first:
             return None
         stem = self.run_dir / SAMPLES / f"step_{self.steps_done:08d}"
-        lengths = condition.lengths
         with surviving_full_disk(str(stem)):
-            return self.data.modality.overview(samples, stem, columns=log.grid_columns, lengths=lengths)[0]
+            drawn = self.data.modality.overview(samples, stem, columns=log.grid_columns, lengths=condition.lengths)
+            return drawn[0]
         return None

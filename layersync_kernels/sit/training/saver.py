@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from ...errors import CheckpointError, ProcessLost, UserError
 from ..checkpoints.local import save_checkpoint
-from ..checkpoints.parts import is_divided
+from ..distributed.copies import Copies, Named
+from ..distributed.parts import is_divided
 from ..distributed.processes import Processes
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ class Snapshot(NamedTuple):
 
     run_dir: Path
     step: int
-    tensors: Mapping[str, Mapping[str, Tensor]]
+    tensors: Named
     state: Mapping[str, Any]
     keep: int
     keep_every: int
@@ -55,11 +55,8 @@ class Saver:
 
     def __init__(self, processes: Processes, device: torch.device) -> None:
         self._processes, self._apart = processes, processes.apart()
-        on_gpu = device.type == "cuda"
-        self._options = StagingOptions(
-            use_pinned_memory=on_gpu, use_shared_memory=False, use_async_staging=on_gpu, use_non_blocking_copy=on_gpu
-        )
-        self._stager: DefaultStager | None = None
+        self._device = device
+        self._copies: Copies | None = None
         self._thread: threading.Thread | None = None
         self._copied, self._ended = Future[None](), Future[None]()
         self._waited = self._seconds = 0.0
@@ -72,9 +69,9 @@ class Saver:
         """Waits for the last checkpoint, unless the processes cannot talk to each other any more."""
         if kind is None or (issubclass(kind, UserError) and not issubclass(kind, ProcessLost)):
             self._end_last()
-        if self._stager is not None and self._thread is None:
-            self._stager.close()
-            self._stager = None
+        if self._copies is not None and self._thread is None:
+            self._copies.close()
+            self._copies = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Writes a checkpoint, and waits until it is there.
@@ -88,15 +85,15 @@ class Saver:
     def begin(self, snapshot: Snapshot) -> None:
         """Begins to write a checkpoint; the device has done what was asked of it."""
         self._end_last()
-        if self._stager is None:
-            self._stager = DefaultStager(self._options)
+        if self._copies is None:
+            self._copies = Copies(self._device)
         self._waited = self._seconds = 0.0
         self._copied, self._ended = Future(), Future()
         # Not an executor's, which Python waits for when it ends: after an error, that may be for ever.
-        self._thread = threading.Thread(target=self._run, args=(snapshot, self._stager), name="saver", daemon=True)
+        self._thread = threading.Thread(target=self._run, args=(snapshot, self._copies), name="saver", daemon=True)
         self._thread.start()
 
-    def _run(self, snapshot: Snapshot, stager: DefaultStager) -> None:
+    def _run(self, snapshot: Snapshot, copies: Copies) -> None:
         began, failed = time.monotonic(), None
         try:
             tensors = {
@@ -104,10 +101,9 @@ class Saver:
                 for stem, named in snapshot.tensors.items()
                 if self._processes.first or is_divided(named)  # no other process writes what all have
             }
-            staged = stager.stage(tensors)
-            copies = staged.result() if isinstance(staged, Future) else staged
+            snapshot = snapshot._replace(tensors=copies.make(tensors))
             self._copied.set_result(None)
-            snapshot._replace(tensors=copies).write(self._apart)
+            snapshot.write(self._apart)
         except BaseException as error:  # a thread has nobody to tell
             failed = error
         self._seconds = time.monotonic() - began
@@ -151,11 +147,17 @@ class Saver:
             what.exception()
             self._waited += time.monotonic() - began
 
+    @contextlib.contextmanager
+    def surviving(self) -> Iterator[None]:
+        """Logs a CheckpointError instead of raising it; all processes have the same, and one of them says so."""
+        try:
+            yield
+        except CheckpointError as error:
+            if self._processes.first:
+                logger.error("%s; training goes on, and tries again at the next checkpoint", error)
+
     def _end_last(self) -> None:
         """Waits for the last checkpoint in the background."""
         self._wait(self._ended)
-        try:
+        with self.surviving():
             self.check()
-        except CheckpointError as error:
-            if self._processes.first:
-                logger.error("%s", error)

@@ -18,6 +18,7 @@ from ..checkpoints.optimizer import load_optimizer, moments_like, optimizer_tens
 from ..checkpoints.state import RunState, read_run_state
 from ..checkpoints.weights import Weights, fill_model
 from ..config.optim import OptimConfig
+from ..config.run import LogConfig
 from ..distributed.parallel import Parallel
 from ..distributed.shards import own_part
 from ..models.sit import SiT
@@ -125,16 +126,13 @@ class TrainState:
         tensors = map(own_part, [*self.trained, *itertools.chain(*self.averages)])
         return bool(torch.stack(torch._foreach_norm([*tensors])).isfinite().all())
 
-    def save(
-        self, run_dir: Path, facts: dict[str, Any], *, keep: int, keep_every: int, background: bool = False
-    ) -> Path:
+    def save(self, run_dir: Path, facts: dict[str, Any], log: LogConfig, *, background: bool = False) -> Path:
         """Writes a checkpoint; all processes call it.
 
         Args:
             run_dir: folder of the run.
             facts: what else the file of counters holds, as JSON.
-            keep: how many checkpoints stay.
-            keep_every: those of a multiple of so many steps stay too; 0: none does.
+            log: says which checkpoints stay.
             background: only begins to; see `saver`.
 
         Returns:
@@ -159,7 +157,7 @@ class TrainState:
             "scaler": self.scaler.state_dict(),
             **facts,
         }
-        snapshot = Snapshot(run_dir, self.steps_done, tensors, state, keep, keep_every)
+        snapshot = Snapshot(run_dir, self.steps_done, tensors, state, log.keep, log.keep_every)
         if background:
             self.saver.begin(snapshot)
         else:

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.tensor import DTensor
 
-from ..distributed.processes import Processes
+from .processes import Processes
 
 
 def is_divided(tensors: Mapping[str, Tensor]) -> bool:
