@@ -189,18 +189,26 @@ def test_teacher_that_fails_or_returns_nan_is_named_before_training(monkeypatch)
 # Training
 
 
-@pytest.mark.parametrize("precomputed", [False, True])
-def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, precomputed):
-    align = {}
+@pytest.mark.parametrize(("precomputed", "method"), [(False, "repa"), (True, "repa"), (False, "irepa")])
+def test_resumed_run_is_bit_equal_to_an_uninterrupted_one(tmp_path, precomputed, method):
+    align = {"align": method}
     if precomputed:
         write_features(tmp_path / "f.safetensors")
-        align = {"features": tmp_path / "f.safetensors"}
+        align |= {"features": tmp_path / "f.safetensors"}
     run_training(tiny_config(align=align), tmp_path / "whole")
     run_training(tiny_config(align=align, optim={"steps": 3}), tmp_path / "parts")
     torch.manual_seed(12345)
     run_training(tiny_config(align=align), tmp_path / "parts", resume=True)
     for stem in ("model", "ema", "optimizer", "rng", "projector"):
         assert_equal_files(saved(tmp_path / "whole", 6, stem), saved(tmp_path / "parts", 6, stem))
+
+
+@pytest.mark.parametrize("method", ["repa", "irepa"])
+def test_a_block_learns_from_the_teacher(tmp_path, method):
+    align = {"align": method, "align_weight": 5.0}
+    run_training(tiny_config(align=align, optim={"steps": 30}, log={"log_every": 10}), tmp_path / "run")
+    losses = [record["repa_loss"] for record in read_records(tmp_path / "run")]
+    assert losses[2] < losses[1] < losses[0]
 
 
 def test_features_train_as_the_teacher_does_mirrored_samples_included(tmp_path):
