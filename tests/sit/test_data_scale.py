@@ -594,6 +594,12 @@ def test_tars_behind_urls_are_fetched_by_the_cache_and_held_within_the_limit(fla
     assert_equal(streamed.take(index), expected)
     held = images(name, cache=tmp_path / "cache")
     assert len(Flaky.opened) == 8  # each file once, for there is room
+    for path in (tmp_path / "cache").glob("[0-9a-f]*-*.tar"):
+        path.unlink()
+    again = images(name, cache=tmp_path / "cache", memory_limit_gb=0)
+    assert (len(again), again.class_names, len(Flaky.opened)) == (COUNT, list("01234"), 8)  # what is in them is noted
+    assert_equal(again.take(index), expected)
+    assert len(Flaky.opened) == 16
     Flaky.failures = 9
     assert_equal(held.take(index), expected)
     Flaky.failures = 0

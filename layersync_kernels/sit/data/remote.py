@@ -100,8 +100,7 @@ class ShardCache:
         size = _twice(url, lambda: files.info(path))["size"]
         if not isinstance(size, int):
             raise DataError(f"cannot fetch {url}: the server does not say how large it is")
-        version = f"{url} {_twice(url, lambda: files.ukey(path))}"
-        local = self.folder / f"{hashlib.sha256(version.encode()).hexdigest()[:16]}-{path.split('/')[-1]}"
+        local = self.folder / _name_of(files, path, url)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with _locked(_lock_of(local)):
@@ -115,6 +114,26 @@ class ShardCache:
                     raise
         except OSError as error:
             raise DataError(f"cannot keep {url} in --cache {self.folder}: {error}") from error
+
+    def note(self, url: str, make: Callable[[Path], bytes]) -> bytes:
+        """What `make` says of a file behind a URL, for which it is fetched once: that stays in the folder.
+
+        Notes are small, and no part of the limit.
+
+        Raises:
+            DataError: as `open` does.
+        """
+        place = self.folder / f"note-{_name_of(*_filesystem(url), url)}.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with _locked(_lock_of(place)):
+                if not place.is_file():
+                    content = self.open(url, make)
+                    with atomic_path(place) as temporary:
+                        temporary.write_bytes(content)
+                return place.read_bytes()
+        except OSError as error:
+            raise DataError(f"cannot keep notes of {url} in --cache {self.folder}: {error}") from error
 
     def _fetch(self, files: Any, path: str, url: str, local: Path, size: int) -> None:
         if size > self.limit:
@@ -151,6 +170,12 @@ class ShardCache:
             with contextlib.suppress(BlockingIOError), _locked(_lock_of(entry), wait=False):
                 entry.unlink(missing_ok=True)
                 total -= own
+
+
+def _name_of(files: Any, path: str, url: str) -> str:
+    """What the copy of a file is called: by its URL, and by what changes with what is behind it."""
+    version = f"{url} {_twice(url, lambda: files.ukey(path))}"
+    return f"{hashlib.sha256(version.encode()).hexdigest()[:16]}-{path.split('/')[-1]}"
 
 
 def _lock_of(local: Path) -> Path:

@@ -5,6 +5,7 @@ By tarfile of the standard library, which reads them member by member and needs 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import itertools
@@ -14,19 +15,21 @@ import re
 import tarfile
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from PIL import Image
 
-from ...errors import DataError
+from ...errors import DataError, UserError
 from ..config.data import DataConfig
+from ..config.io import build, parse_json
 from .base import SampleSet
 from .captions import captioned
 from .folders import check_image, from_source
 from .media import mostly
 from .memory import limit_bytes
-from .remote import ShardCache
+from .remote import ShardCache, is_url
 from .shards import read_ahead, window_of
 from .streaming import Source
 
@@ -47,7 +50,7 @@ def load_webdataset(config: DataConfig) -> SampleSet:
 
     What is packed is held in memory. If it is more than `config.memory_limit_gb`, images are read from their places in
     the files as training goes, those of a few files at a time, and the rest alone is held. Files behind URLs are read
-    by way of the cache, each once for what is in it, and again as training goes.
+    by way of the cache, which also keeps a list of what is in each.
 
     Raises:
         DataError: a file that is missing or no tar, no images in any, a sample without class among others with one, or
@@ -55,10 +58,9 @@ def load_webdataset(config: DataConfig) -> SampleSet:
     """
     tars = _Tars(limit_bytes(config), ShardCache.of(config))
     for name in _names(config.data):
-        try:
+        with _naming(name):
             tars.add(name)
-        except (OSError, tarfile.TarError, EOFError) as error:
-            raise DataError(f"cannot read {name}: {error}") from error
+    tars.hold()
     samples = {key: places for key, places in tars.images.items() if places}
     if not samples:
         raise DataError(f"{config.data} holds no images: expected {', '.join(IMAGES)}")
@@ -105,9 +107,10 @@ class _Tars:
     def __init__(self, limit: float, cache: ShardCache) -> None:
         self.images: dict[str, dict[str, _Place]] = {}
         self.described: dict[str, dict[str, bytes]] = {}
-        self.held: dict[_Place, bytes] | None = {}
-        self._limit, self._size = max(limit, 1), 0
-        self._cache = cache
+        self.held: dict[_Place, bytes] | None = None
+        self._limit, self._cache = limit, cache
+        self._sizes: dict[str, int] = {}
+        self._compressed: list[str] = []
         self.keep_open(1)
 
     def keep_open(self, limit: int) -> None:
@@ -120,31 +123,37 @@ class _Tars:
         return file
 
     def add(self, name: str) -> None:
-        """Goes through a file once."""
-        self._cache.open(name, functools.partial(self._add, name))
+        """Goes through a file once, or through the list of what is in it."""
+        listed = functools.partial(_listed, name)
+        found = build(_Listed, parse_json(self._cache.note(name, listed) if is_url(name) else listed(Path(name))))
+        if found.compressed:
+            self._compressed.append(name)
+        for path, offset, size, text in found.members:
+            stem, suffix = _split(path)
+            key = f"{name}:{stem}"
+            if text is not None:
+                self.described.setdefault(key, {})[suffix] = text.encode("latin-1")
+                continue
+            self.images.setdefault(key, {})[suffix] = _Place(name, offset, size)
+            self._sizes[name] = self._sizes.get(name, 0) + size
 
-    def _add(self, name: str, path: Path) -> None:
-        with tarfile.open(path) as archive:
-            for member in archive:
-                suffix = member.name.rpartition("/")[2].partition(".")[2]
-                if not member.isfile() or not suffix:
-                    continue
-                key = f"{name}:{member.name[: len(member.name) - len(suffix) - 1]}"
-                suffix = f".{suffix.lower()}"
-                if suffix in IMAGES:
-                    self._size += member.size
-                    place = _Place(name, member.offset_data, member.size)
-                    self.images.setdefault(key, {})[suffix] = place
-                    if self._size > self._limit:
-                        self.held = None
-                    if self.held is not None:
-                        self.held[place] = _content(archive, member)
-                    elif not isinstance(archive.fileobj, io.BufferedReader):
-                        raise DataError(f"{name} is compressed, and more than --memory-limit-gb; unpack it")
-                elif suffix in DESCRIBED:
-                    if member.size > MAX_DESCRIBED:
-                        raise DataError(f"{name}: {member.name} has {member.size} bytes; expected a class or a caption")
-                    self.described.setdefault(key, {})[suffix] = _content(archive, member)
+    def hold(self) -> None:
+        """Reads all images, if they are within the limit.
+
+        Raises:
+            DataError: they are not, and lie in tars that are compressed; one cannot be read.
+        """
+        if sum(self._sizes.values()) > self._limit:
+            if self._compressed:
+                raise DataError(f"{self._compressed[0]} is compressed, and more than --memory-limit-gb; unpack it")
+            return
+        held: dict[_Place, bytes] = {}
+        for name in self._compressed:
+            with _naming(name):
+                held |= self._cache.open(name, functools.partial(_images, name))
+        places = [place for own in self.images.values() for place in own.values() if place not in held]
+        self.held = held | {place: self.read(place) for place in places}
+        self.keep_open(0)
 
     def read(self, place: _Place) -> bytes:
         """What is at a place.
@@ -162,6 +171,59 @@ class _Tars:
         if len(content) < place.size:
             raise DataError(f"{place.file} ends before byte {place.offset + place.size}; was it written anew?")
         return content
+
+
+@dataclass(frozen=True)
+class _Listed:
+    """What is in a tar: path, offset and size of each image; of what describes one the bytes too, as Latin-1."""
+
+    compressed: bool
+    members: tuple[tuple[str, int, int, str | None], ...]
+
+
+def _listed(name: str, path: Path) -> bytes:
+    """`_Listed` of a tar of that name, as JSON."""
+    members: list[tuple[str, int, int, str | None]] = []
+    with tarfile.open(path) as archive:
+        for member in archive:
+            _, suffix = _split(member.name)
+            if not member.isfile() or suffix not in IMAGES + DESCRIBED:
+                continue
+            text = None
+            if suffix in DESCRIBED:
+                if member.size > MAX_DESCRIBED:
+                    raise DataError(f"{name}: {member.name} has {member.size} bytes; expected a class or a caption")
+                text = _content(archive, member).decode("latin-1")
+            members.append((member.name, member.offset_data, member.size, text))
+        compressed = not isinstance(archive.fileobj, io.BufferedReader)
+    return json.dumps({"compressed": compressed, "members": members}).encode()
+
+
+def _images(name: str, path: Path) -> dict[_Place, bytes]:
+    """The images in a tar of that name, which may be compressed."""
+    with tarfile.open(path) as archive:
+        return {
+            _Place(name, member.offset_data, member.size): _content(archive, member)
+            for member in archive
+            if member.isfile() and _split(member.name)[1] in IMAGES
+        }
+
+
+def _split(path: str) -> tuple[str, str]:
+    """The name of a sample, which ends before the first dot, and the suffix from there on."""
+    suffix = path.rpartition("/")[2].partition(".")[2]
+    return path[: len(path) - len(suffix) - 1], f".{suffix.lower()}"
+
+
+@contextlib.contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Around reading a tar: what goes wrong names it."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (OSError, tarfile.TarError, EOFError, ValueError) as error:
+        raise DataError(f"cannot read {name}: {error}") from error
 
 
 def _content(archive: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
