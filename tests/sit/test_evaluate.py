@@ -163,6 +163,7 @@ def test_real_samples_are_seen_once_per_data_set(photos, tmp_path, monkeypatch):
     again = evaluate(asked(photos, tmp_path))
     assert seen[4:] == ["drawn"]
     assert again.content() == first.content()
+    assert list(again.controls) == list(first.controls) == ["real", "blurred", "noisy"]
     path.write_bytes(path.read_bytes()[:100])
     assert evaluate(asked(photos, tmp_path)).content() == first.content()
     assert seen[5:] == ["real", "blurred", "noisy", "drawn"]
@@ -291,6 +292,7 @@ def test_i3d_is_given_bytes_of_three_colours(tmp_path):
     torch.testing.assert_close(seen.features, torch.from_numpy(films).float().mean((1, 2, 3)).expand(-1, 3))
 
 
+@pytest.mark.slow
 def test_inception_has_the_maps_of_adm(tmp_path):
     """With random weights; the published ones take a download."""
     module = pytest.importorskip("torch_fidelity.feature_extractor_inceptionv3")
@@ -367,11 +369,11 @@ def test_motion_is_seen_by_a_classifier_that_is_kept(swings, tmp_path, monkeypat
     monkeypatch.setattr(command.MotionNetwork, "_train", lambda *given: trained.append(0) or own(*given))
     report = evaluate(asked(swings, tmp_path))
     expected = ["FD", "KID", "precision", "recall", "diversity", "multimodality"]
-    assert list(report.found) == [*expected, *(f"R-precision, top {top}" for top in (1, 2, 3))]
+    assert list(report.found) == [*expected, *(f"R-precision@{top}" for top in (1, 2, 3))]
     assert report.settings["network"]["accuracy"] > 0.9
     assert report.settings["network"]["windows"] == 24
-    assert report.controls["real"][1]["R-precision, top 1"].value > 0.9
-    assert report.found["R-precision, top 2"].value == 1
+    assert report.controls["real"][1]["R-precision@1"].value > 0.9
+    assert report.found["R-precision@2"].value == 1
     assert isinstance(report.found["FD"], str)  # 24 test windows for 64 dimensions
     evaluate(asked(swings, tmp_path, directions=8))
     assert len(trained) == 1

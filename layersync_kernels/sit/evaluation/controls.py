@@ -25,6 +25,7 @@ from .networks import Network, Seen
 logger = logging.getLogger(__name__)
 
 CONTROLS = ("real", "blurred", "noisy")
+REPRESENTED = "represented"
 MOST = 1000
 """Samples of a control, at most."""
 BLUR, NOISE = 1 / 16, 0.1
@@ -147,7 +148,7 @@ def see_real(
         part = {key: own[:half] if own.ndim else own for key, own in arrays.items()}
         controls = {how: seen[:half] if how == "real" else network(disturbed(part, how), how) for how in CONTROLS}
         if represented is not None:
-            controls["represented"] = network(some(represented, half, source)[0], "represented")
+            controls[REPRESENTED] = network(some(represented, half, source)[0], REPRESENTED)
         return dict(_tensors(Real(seen, labels, controls)))
 
     return _real(kept(folder, "real", facts, compute))
@@ -187,4 +188,5 @@ def _real(tensors: dict[str, Tensor]) -> Real:
         name, _, which = key.partition("/")
         seen = found.get(name, Seen())
         found[name] = Seen(seen.sets, own) if which == "/logits" else Seen(seen.sets | {which: own}, seen.logits)
-    return Real(found.pop("all"), labels, found)
+    known = (name for name in (*CONTROLS, REPRESENTED) if name in found)  # a file has them in an order of its own
+    return Real(found["all"], labels, {name: found[name] for name in known})

@@ -120,7 +120,7 @@ def _motion(real: Group, given: Group, times: int) -> Iterator[tuple[str, Estima
     own = _with_labels(given.seen.features, given.labels)
     yield "multimodality", bootstrap(lambda rows: multimodality(rows[:, 1:], rows[:, 0].long()), (own,), times)
     for top in TOPS:
-        yield f"R-precision, top {top}", _share(retrieved(given.seen.logits, given.labels, top), times)
+        yield f"R-precision@{top}", _share(retrieved(given.seen.logits, given.labels, top), times)
 
 
 def _video(real: Group, given: Group, times: int) -> Iterator[tuple[str, Estimate]]:

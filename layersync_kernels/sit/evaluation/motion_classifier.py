@@ -28,6 +28,8 @@ from .networks import Network, Seen
 
 WIDTH, STEPS, BATCH = 64, 600, 64
 CLASSIFIER = "motion-classifier"
+_FORMAT = 1
+"""Of what is kept; another one is trained anew."""
 
 
 class MotionClassifier(nn.Module):
@@ -43,15 +45,16 @@ class MotionClassifier(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv1d(a, WIDTH, 5, padding=2) for a in (channels, WIDTH, WIDTH))
         self.drop = nn.Dropout(0.3)
         self.head = nn.Linear(WIDTH, classes)
+        self.register_buffer("size", torch.ones(()))  # root mean square of the features that training ends with
 
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, C, T) and (B,) to features (B, `WIDTH`) and logits (B, classes)."""
+        """(B, C, T) and (B,) to features (B, `WIDTH`), of about 1, and logits (B, classes)."""
         there = length_mask(lengths, frames.shape[2])[:, None].float()
         x = frames.clamp(-5, 5) * there
         for convolution in self.convolutions:
             x = convolution(self.drop(x)).relu() * there
         features = x.sum(2) / there.sum(2)
-        return features, self.head(features)
+        return features / self.get_buffer("size"), self.head(features)
 
 
 def train_classifier(frames: Tensor, lengths: Tensor, labels: Tensor, classes: int) -> MotionClassifier:
@@ -68,7 +71,9 @@ def train_classifier(frames: Tensor, lengths: Tensor, labels: Tensor, classes: i
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-    return network.eval()
+    with torch.no_grad():
+        network.get_buffer("size").copy_(network.eval()(frames, lengths)[0].square().mean().sqrt().clamp_min(1e-6))
+    return network
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,7 @@ class MotionNetwork(Network):
             )
         self._modality: Motion | None = None
         self._modality = self._fit(train)
-        path = folder / f"{CLASSIFIER}-{fingerprint(train)[:16]}.safetensors"
+        path = folder / f"{CLASSIFIER}-{_FORMAT}-{fingerprint(train)[:16]}.safetensors"
         self._network = MotionClassifier(len(self._modality.kept), train.num_classes).eval()
         facts = path.with_suffix(".json")
         if not facts.is_file():

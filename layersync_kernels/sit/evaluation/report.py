@@ -56,7 +56,11 @@ class Evaluation:
 
     def show(self) -> None:
         """Prints the table, and under it what its numbers are of."""
-        table = Table("", "value", f"{LEVEL:.0%} interval", *(f"{c} ({n})" for c, (n, _) in self.controls.items()))
+        table = Table(title="controls with how many samples they have", title_justify="left")
+        for header in ("", "value", f"{LEVEL:.0%} interval"):
+            table.add_column(header, no_wrap=True)
+        for control, (count, _) in self.controls.items():
+            table.add_column(f"{control} {count}")
         for name, own in self.found.items():
             controls = [_shown(found.get(name)) for _, found in self.controls.values()]
             interval = (
