@@ -5,7 +5,7 @@ parameter a gradient, and take the first step of AdamW, after which the moments 
 built until then are measured, of each process: the most bytes of tensors at a time, as PyTorch's allocator hands them
 out, and the most of its memory that was resident (VmHWM), beyond what was resident before. A process's share is 20
 bytes a parameter (weights, average, gradient, two moments, in fp32) over the number of processes; beside it one whole
-tensor may be there, as weights are drawn.
+tensor, and the own part of it, may be there while weights are drawn.
 
 With several depths the slope says what a parameter costs, without what a process needs in any case. Linux alone.
 """

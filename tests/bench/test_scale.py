@@ -45,6 +45,7 @@ def inputs_of(**changes):
         "forward_ms": 10.0,
         "backward_ms": 20.0,
         "update_ms": 3.0,
+        "gradient_bytes": 2,
         "intra": QUIET,
         "inter": QUIET,
     }
@@ -243,11 +244,13 @@ def test_the_time_of_one_gpu_is_measured_or_modelled():
 
 
 def test_tokens_and_batches_are_two_ways_to_say_it():
-    config = ScaleConfig(model="SiT-P/8", tokens=16, batch_size=16, gpus=(1, 2), gradients="fp32")
+    config = ScaleConfig(model="SiT-P/8", tokens=16, batch_size=16, gpus=(1, 2))
     one, two = scenarios(config)
     assert (one.inputs.batch, two.inputs.batch) == (16, 8)
     assert one.inputs.units == units_of(network("SiT-P/8", 32))
-    assert (one.inputs.parameter_bytes, one.inputs.gradient_bytes) == (2, 4)
+    assert (one.inputs.parameter_bytes, one.inputs.gradient_bytes) == (2, 4)  # the trainer sums fp32
+    halves, _ = scenarios(dataclasses.replace(config, gradients="bf16"))
+    assert halves.inputs.gradient_bytes == 2
 
 
 def test_what_has_a_name_has_a_source():

@@ -76,7 +76,7 @@ class Inputs:
     intra: Link
     inter: Link
     parameter_bytes: int = 2
-    gradient_bytes: int = 2
+    gradient_bytes: int = 4
     copy_bytes: int = 0
     activation_bytes: int = 0
     optimizer_states: int = 2
