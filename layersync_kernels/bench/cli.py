@@ -292,7 +292,7 @@ def _case(
                 of = (row.op, row.case) if is_wrong(row.problem) else ()
                 problems[(row.provider, row.problem, *of)] = row
         print_problems((row for key, row in problems.items() if key not in told), console)
-        told |= problems.keys()
+        told.update(problems)
         print_table(rows, console)
         wrong |= any(is_wrong(row.problem) for row in rows)
     if lost is not None:

@@ -133,6 +133,13 @@ def test_guidance_without_null_label_is_an_error():
         draw(model, transport(), SamplingConfig(cfg_scale=2.0), Condition(torch.tensor([0])), seed=0)
 
 
+def test_guidance_without_null_label_is_an_error_before_training(tmp_path):
+    config = tiny_config(model={"class_dropout": 0.0})
+    with pytest.raises(ConfigError, match=r"--cfg-scale 2 needs a null label.*--sample-every 0"):
+        Trainer(config, tiny_data(), run_dir=tmp_path)
+    Trainer(config, tiny_data())  # draws nothing
+
+
 # From runs and files
 
 

@@ -123,7 +123,8 @@ class Trainer:
         model = parallel.build(make)
         if config.model.init is not None:
             fill_model(model, load_weights(config.model.init))
-        if config.sampling.cfg_scale != 1.0 and config.log.sample_every and not model.guidable:
+        draws = run_dir is not None and config.log.sample_every > 0
+        if draws and config.sampling.cfg_scale != 1.0 and not model.guidable:
             raise ConfigError(
                 f"--cfg-scale {config.sampling.cfg_scale:g} needs a null label, which --class-dropout above 0 trains; "
                 "draw with --cfg-scale 1, or not at all with --sample-every 0"
