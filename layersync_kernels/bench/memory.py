@@ -7,6 +7,7 @@ gradients" is less what the gradients of the inputs take, which every provider h
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -36,9 +37,8 @@ def peak_bytes(function: Function, inputs: Sequence[Tensor]) -> int:
 
 def most_held(profiler: profile) -> int:
     """Most bytes of tensors that were held at a time under a profiler with `profile_memory`, beyond those before it."""
-    assert profiler.profiler is not None
-    assert profiler.profiler.kineto_results is not None
-    events = (event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]")
+    results: Any = profiler.profiler
+    events = (event for event in results.kineto_results.events() if event.name() == "[memory]")
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         held += event.nbytes()
