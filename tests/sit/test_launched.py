@@ -26,6 +26,7 @@ FLAGS = [
     *("--model=SiT-P/2", "--hidden-size=16", "--num-heads=2", "--depth=3", "--batch-size=8", "--lr=1e-3", "--flip"),
     *("--sampling-steps=2", "--grid-columns=2", "--no-tensorboard", "--device=cpu", "--precision=fp32", "--keep=9"),
     *("--log-every=2", "--sample-every=0", "--checkpoint-every=4", "--timeout=60", "--cfg-scale=1", "--clip-norm=1"),
+    *("--lr-schedule=constant", "--warmup-steps=0", "--max-seconds=None"),  # no rate that follows the clock
 ]
 
 
