@@ -186,6 +186,14 @@ def test_samples_are_drawn_once_and_go_on(photos, tmp_path):
     assert len(set((photos / "samples").iterdir()) - before) == 2
 
 
+def test_classes_are_drawn_in_the_proportions_of_the_real_ones():
+    labels = torch.tensor([0] * 60 + [1] * 30 + [3] * 10)[torch.randperm(100)]
+    for count in (20, 200):
+        drawn = torch.tensor(command.in_proportion(labels, count))
+        assert (drawn.bincount() * 10 / count).tolist() == [6, 3, 0, 1]
+        assert drawn.tolist() != drawn.sort().values.tolist()
+
+
 def test_samples_of_a_file_are_measured_as_if_drawn(photos, tmp_path):
     drawn = evaluate(asked(photos, tmp_path, samples_to=tmp_path / "drawn.npz"))
     given = evaluate(asked(photos, tmp_path, samples_from=tmp_path / "drawn.npz"))
