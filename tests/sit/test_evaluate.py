@@ -22,7 +22,7 @@ from layersync_kernels.sit.evaluation import motion_classifier, networks
 from layersync_kernels.sit.evaluation.controls import disturbed
 from layersync_kernels.sit.evaluation.frechet import Gaussian, frechet_distance
 from layersync_kernels.sit.evaluation.metrics import inception_score
-from layersync_kernels.sit.evaluation.networks import FilmClassifier, ImageNetwork, InceptionNetwork
+from layersync_kernels.sit.evaluation.networks import FilmClassifier, FilmNetwork, ImageNetwork, InceptionNetwork
 from layersync_kernels.sit.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher
 
 from .tiny import tiny_config
@@ -115,6 +115,8 @@ def test_numbers_of_images_are_those_of_their_features(photos, tmp_path):
     assert seen.sets["spatial"].shape == (30, 7 * 4)
     assert report.found["sFD"].value == pytest.approx(expected, rel=1e-9)
     assert list(report.found) == ["FD", "sFD", "KID", "precision", "recall", "IS"]
+    halves = (Gaussian.of(own.features) for own in (other[:60], other[60:]))
+    assert report.controls["real"][1]["FD"].value == pytest.approx(frechet_distance(*halves), rel=1e-9)
     maps = tiny_network("x").network._blocks
     inner = torch.cat([maps(images) for images in _normalised(drawn["arr_0"]).split(7)])
     torch.testing.assert_close(seen.sets["spatial"], inner[:, :7].flatten(2).transpose(1, 2).flatten(1))
@@ -182,6 +184,14 @@ def test_samples_are_drawn_once_and_go_on(photos, tmp_path):
     assert part.stat().st_mtime_ns == changed
     evaluate(dataclasses.replace(command, seed=4))
     assert len(set((photos / "samples").iterdir()) - before) == 2
+
+
+def test_classes_are_drawn_in_the_proportions_of_the_real_ones():
+    labels = torch.tensor([0] * 60 + [1] * 30 + [3] * 10)[torch.randperm(100)]
+    for count in (20, 200):
+        drawn = torch.tensor(command.in_proportion(labels, count))
+        assert (drawn.bincount() * 10 / count).tolist() == [6, 3, 0, 1]
+        assert drawn.tolist() != drawn.sort().values.tolist()
 
 
 def test_samples_of_a_file_are_measured_as_if_drawn(photos, tmp_path):
@@ -327,6 +337,11 @@ def test_films_have_a_distance_of_looks_and_one_of_changes(tmp_path):
     run = train(tmp_path, DataConfig(data=str(tmp_path / "data.npz"), video=frames), patch_size=(2, 4, 4))
     report = evaluate(asked(run, tmp_path, video=frames, json=tmp_path / "x.json"))
     assert list(report.found) == ["FD", "FD of changes", "KID", "precision", "recall"]
+    images = ImageNetwork("efficientnet-lite0", CPU, size=64, weights=None)
+    seen = FilmNetwork(images)({"videos": moving[:3]}, "x")
+    own = torch.stack([images({"arr_0": moving[:3, t]}, "x").features for t in range(4)], 1)
+    torch.testing.assert_close(seen.features, own.mean(1))
+    torch.testing.assert_close(seen.sets["changes"], (own[:, 1:] - own[:, :-1]).abs().mean(1))
     still = np.broadcast_to(moving[:, :1], moving.shape)
     shuffled = np.stack([film[generator.permutation(4)] for film in moving])
     found = {}
@@ -467,6 +482,8 @@ def test_the_command_prints_and_writes(photos, tmp_path, capsys):
     printed = " ".join(capsys.readouterr().err.split())
     assert "20 samples" in printed
     assert "by features of efficientnet-lite0" in printed
+    assert "noisy 60" in printed
+    assert "…" not in printed
     content = json.loads((tmp_path / "x.json").read_text())
     assert content["samples"]["count"] == 20
     assert content["samples"]["steps"] == 2

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 
 from ..console import console
@@ -19,6 +20,7 @@ BETTER = {
     "recognised": "higher",
 }  # fmt: skip
 """Which way is better; of the others, what is near the real samples."""
+_WIDTH = 110
 _ARROWS = {"lower": " ↓", "higher": " ↑"}
 
 
@@ -60,14 +62,14 @@ class Evaluation:
         for header in ("", "value", f"{LEVEL:.0%} interval"):
             table.add_column(header, no_wrap=True)
         for control, (count, _) in self.controls.items():
-            table.add_column(f"{control} {count}")
+            table.add_column(f"{control} {count}", no_wrap=True)
         for name, own in self.found.items():
             controls = [_shown(found.get(name)) for _, found in self.controls.values()]
             interval = (
                 "-" if isinstance(own, str) or math.isnan(own.low) else f"{_number(own.low)} to {_number(own.high)}"
             )
             table.add_row(name + _ARROWS.get(BETTER.get(name, ""), ""), _shown(own), interval, *controls)
-        console.print(table)
+        Console(stderr=True, width=max(console.width, _WIDTH)).print(table)  # a number that is cut is none
         for line in self.lines():
             console.print(line, soft_wrap=True, highlight=False)
 
