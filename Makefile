@@ -64,7 +64,7 @@ dry-run: $(VENV)/.built  ## check benchmarks/gpu.sh and its computed budget on a
 slow: $(VENV)/.built  ## run the tests that take minutes for one thing: a build, gpu.sh without a card, the model of all launches, the portable loops
 	OMP_NUM_THREADS=1 $(PYTEST) -n $(WORKERS) --dist loadgroup -m slow
 
-test-faults: $(VENV)/.built  ## kill runs of several processes at random moments, and compare what they end with (10 minutes)
+test-faults: $(VENV)/.built  ## kill runs at random moments and compare what they end with; run for 10,000 steps and see what grows (10 minutes)
 	OMP_NUM_THREADS=1 $(PYTEST) -m faults -rP
 
 fuzz: $(VENV)/.built  ## read 2,000 damaged files of each kind (some 20 minutes on 2 cores)
