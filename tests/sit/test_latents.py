@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from layersync_kernels import cli
 from layersync_kernels.errors import ConfigError, DataError
 from layersync_kernels.sit.config.data import DataConfig
+from layersync_kernels.sit.config.video import VideoConfig
 from layersync_kernels.sit.data import latents_folder
 from layersync_kernels.sit.data.registry import load_data
 from layersync_kernels.sit.modality import latents
@@ -305,6 +306,8 @@ def test_films_become_latents_and_films_again(tmp_path, wan, monkeypatch):
         first = torch.from_numpy(np.array(shown.convert("RGB"))).permute(2, 0, 1)
     assert (modality.kind, modality.fps) == ("video", 12.5)
     assert (unit_to_pixels(values[0, :, 0]).int() - first.int()).abs().float().mean() < 8  # GIF has 256 colours
+    other = load(tmp_path, latent_sample="mean", video=VideoConfig(video_format="mp4"))
+    assert other.modality.save(samples[0], tmp_path / "two").suffix == ".mp4"
 
 
 def test_frames_that_an_autoencoder_would_lose_stop_it(tmp_path, wan, capsys):

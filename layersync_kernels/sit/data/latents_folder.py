@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def load_latents_folder(config: DataConfig) -> LatentSet | StreamedLatents:
         "spec": SampleSpec.of(index.shape, variable=index.variable),
         "num_classes": index.num_classes,
         "class_names": list(index.class_names),
-        "modality": index.modality,
+        "modality": dataclasses.replace(index.modality, container=config.video.video_format),
         "posterior": config.latent_sample == "posterior",
         "flip": config.flip,
     }

@@ -7,7 +7,7 @@ import functools
 import logging
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import numpy as np
 import torch
@@ -32,6 +32,7 @@ class Latents(Modality):
         autoencoder: its name; empty: not known.
         sample_rate: of sounds.
         fps: of films.
+        container: of single films, see `Video`.
     """
 
     kind: ClassVar[str] = "latents"
@@ -39,6 +40,7 @@ class Latents(Modality):
     autoencoder: str = ""
     sample_rate: int = 44_100
     fps: float = 10.0
+    container: Literal["gif", "mp4"] = "gif"
 
     def __post_init__(self) -> None:
         check_fps(self.fps)
@@ -69,7 +71,7 @@ class Latents(Modality):
         if self.of == "waveform":
             return Waveform(sample_rate=self.sample_rate), values.mean(1, keepdim=True)
         if self.of == "video":
-            return Video(fps=self.fps), values
+            return Video(fps=self.fps, container=self.container), values
         return Images(), values
 
     def overview(self, samples: Tensor, stem: Path, *, columns: int, lengths: Tensor | None = None) -> list[Path]:
