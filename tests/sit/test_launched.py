@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from layersync_kernels import cli
-from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
+from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors, tensors_path
 from layersync_kernels.sit.distributed.processes import agree_on_attempt
 from layersync_kernels.sit.distributed.watchdog import Watchdog
 from layersync_kernels.sit.training.folder import LOCK
@@ -63,7 +63,7 @@ def train(*arguments):
 
 
 def weights(run):
-    return read_tensors(list_checkpoints(run)[-1] / "ema.safetensors")
+    return read_tensors(tensors_path(list_checkpoints(run)[-1], "ema"))
 
 
 def losses(run):
