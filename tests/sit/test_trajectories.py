@@ -113,7 +113,8 @@ def train(root, name, flags):
 
 def untimed(record):
     """Name to number; cosines by block, as the name of a teacher holds that of a temporary folder."""
-    timed = {"step", "seconds", "samples_per_second", "tokens_per_second", "data_wait", "teacher_share", "cosine"} | {"save_seconds", "save_wait"}
+    timed = {"step", "seconds", "samples_per_second", "tokens_per_second", "data_wait", "teacher_share", "cosine"}
+    timed |= {"save_seconds", "save_wait"}
     cosines = {f"cosine {pair.partition(':hub/')[0]}": value for pair, value in record.get("cosine", {}).items()}
     return {name: value for name, value in record.items() if name not in timed} | cosines
 
