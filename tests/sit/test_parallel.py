@@ -94,6 +94,7 @@ CASES = {
         model={"kernels": "eager"}, layersync=LayerSyncConfig(layersync=("1:3", "2:3"), weight=(0.2, 0.1))
     ),
     "bf16": lambda: images(precision="bf16"),
+    "fp16": lambda: images(precision="fp16"),
 }
 
 
@@ -164,7 +165,7 @@ def found(request, tmp_path_factory):
 def test_processes_train_what_one_trains(found, case):
     way, results = found
     tensors, records, held = alone(case)
-    rough = 100 if case == "bf16" else 1
+    rough = 100 if case in ("bf16", "fp16") else 1
     if not way.startswith("ddp"):
         assert sum(of_rank[case][2] for of_rank in results) == held * len(results) // 2
         assert all(of_rank[case][2] < held * 0.52 for of_rank in results)
