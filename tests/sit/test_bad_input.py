@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import time
+import types
 
 import numpy as np
 import pytest
@@ -128,7 +129,8 @@ def test_one_process_says_what_all_run_into(found, case):
 def test_flags_that_cannot_be_are_said_by_the_first_process_of_a_machine(monkeypatch, capsys, tmp_path):
     """The others speak where torchrun has not ended them meanwhile."""
     waited = []
-    monkeypatch.setattr(processes.time, "sleep", lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    clock = types.SimpleNamespace(sleep=lambda seconds: waited.append((seconds, capsys.readouterr().err)))
+    monkeypatch.setattr(processes, "time", clock)  # not the module's: other threads sleep too
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "config.json").write_text(json.dumps({"seed": 1, "shards": 2}))
     for name, value in {"WORLD_SIZE": 2, "RANK": 3, "LOCAL_WORLD_SIZE": 2, "MASTER_PORT": 1}.items():

@@ -254,7 +254,7 @@ def test_latents_of_a_lone_file_are_decoded_by_the_vae_that_is_named(tmp_path, k
     save_file(model.state_dict(), tmp_path / "model.safetensors")
     argv = ["sample", str(tmp_path / "model.safetensors"), "--num-heads=2", "--solver=euler", "--sampling-steps=2"]
     assert cli.main([*argv, "--per-class=2", "--device=cpu", f"--vae={kl}"]) == 0
-    with Image.open(tmp_path / "model.safetensors.png") as picture:
+    with Image.open(tmp_path / "model.png") as picture:
         assert (picture.mode, picture.size[1] > picture.size[0]) == ("RGB", True)
     assert not caplog.messages
     with pytest.raises(ConfigError, match="cannot load the autoencoder"):

@@ -104,10 +104,10 @@ def test_an_error_of_all_is_said_once(data, tmp_path):
 
 
 def _started(run, process, steps):
-    """Waits until a run has come to a record of that many steps."""
+    """Waits until a run has come to a record of that many steps, and to a checkpoint."""
     end = time.monotonic() + SECONDS
     while time.monotonic() < end and process.poll() is None:
-        if (run / "metrics.jsonl").exists() and any(step >= steps for step in losses(run)):
+        if list_checkpoints(run) and any(step >= steps for step in losses(run)):
             return
         time.sleep(0.05)
     process.kill()

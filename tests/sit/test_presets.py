@@ -92,7 +92,7 @@ def test_numbers_as_people_write_them(tmp_path, text, expected):
         ("lr: fast", "lr is 'fast'; expected float"),
         ("speed: 3", "speed is no setting"),
         ("optim: {speed: 3}", r"optim\.speed is no setting"),
-        ("start_step: 3", "start_step stands in several groups, layersync, align: name one"),
+        ("start_step: 3", "start_step stands in several groups, layersync, align, dispersive: name one"),
         ("lr: 1\nlr: 2", "lr is set twice"),
         ("- lr", "expected settings by name"),
         ("optim: 3", r"optim\. *expected settings by name, found 3"),

@@ -61,7 +61,9 @@ def assert_same_files(first, second):
 
 def overview(run, folder, processes=ALONE):
     options = {"number": None, "per_class": 3, "sampling": SOLVERS["guided dopri5"], "batch_size": 5}
-    path = sample(command(run, folder / "grid.png", array=folder / "grid.npz", **options), processes=processes)
+    path = sample(
+        command(run, folder / "grid.png", array=folder / "grid.npz", floats=True, **options), processes=processes
+    )
     assert path == folder / "grid.png"
 
 

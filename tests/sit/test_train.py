@@ -246,7 +246,10 @@ def test_run_folder_holds_all_that_is_promised(tmp_path):
     assert len(list((run / "tensorboard").iterdir())) == 1
     record = read_records(run)[-1]
     rates = {"samples_per_second", "tokens_per_second", "data_wait"}
-    assert {"step", "loss", "align_loss", "cosine", "lr", "grad_norm", "seconds"} | rates == set(record) - {"save_seconds", "save_wait"}
+    assert {"step", "loss", "align_loss", "cosine", "lr", "grad_norm", "seconds"} | rates == set(record) - {
+        "save_seconds",
+        "save_wait",
+    }
 
 
 def test_existing_run_is_not_touched_unless_asked(tmp_path):

@@ -70,7 +70,7 @@ def load_weights(path: Path, *, which: str = "ema") -> Weights:
     """
     found = find_weights(path)
     if found.is_dir():
-        there = [stem for stem in stems(found) if stem == "model" or stem.startswith("ema")]
+        there = sorted((s for s in stems(found) if s == "model" or s.startswith("ema")), key=lambda s: s != "model")
         if which not in there and any(stem != "model" for stem in there):
             raise CheckpointError(f"{found} has no weights {which!r}; it has: {', '.join(there)}")
         file = tensors_path(found, which)

@@ -236,6 +236,7 @@ class Trainer:
         )
 
     def _last_good(self) -> str:
+        self.state.saver.finish()
         checkpoints = list_checkpoints(self.run_dir) if self.run_dir else []
         return f"the last good checkpoint is {checkpoints[-1]}" if checkpoints else "no checkpoint had been saved yet"
 
@@ -395,6 +396,5 @@ class Trainer:
             return None
         stem = self.run_dir / SAMPLES / f"step_{self.steps_done:08d}"
         with surviving_full_disk(str(stem)):
-            drawn = self.data.modality.overview(samples, stem, columns=log.grid_columns, lengths=condition.lengths)
-            return drawn[0]
+            return self.data.modality.overview(samples, stem, columns=log.grid_columns, lengths=condition.lengths)[0]
         return None

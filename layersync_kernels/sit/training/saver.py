@@ -68,7 +68,7 @@ class Saver:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Waits for the last checkpoint, unless the processes cannot talk to each other any more."""
         if kind is None or (issubclass(kind, UserError) and not issubclass(kind, ProcessLost)):
-            self._end_last()
+            self.finish()
         if self._copies is not None and self._thread is None:
             self._copies.close()
             self._copies = None
@@ -79,12 +79,12 @@ class Saver:
         Raises:
             CheckpointError: it cannot be written.
         """
-        self._end_last()
+        self.finish()
         snapshot.write(self._processes)
 
     def begin(self, snapshot: Snapshot) -> None:
         """Begins to write a checkpoint; the device has done what was asked of it."""
-        self._end_last()
+        self.finish()
         if self._copies is None:
             self._copies = Copies(self._device)
         self._waited = self._seconds = 0.0
@@ -156,8 +156,8 @@ class Saver:
             if self._processes.first:
                 logger.error("%s; training goes on, and tries again at the next checkpoint", error)
 
-    def _end_last(self) -> None:
-        """Waits for the last checkpoint in the background."""
+    def finish(self) -> None:
+        """Waits until the last checkpoint in the background is there, or has failed, which is logged."""
         self._wait(self._ended)
         with self.surviving():
             self.check()
