@@ -140,6 +140,7 @@ def test_what_else_is_measured_is_the_work_of_one_process(monkeypatch, capsys):
     assert "WORLD_SIZE is 2, and RANK is not set" in " ".join(capsys.readouterr().err.split())
 
 
+@pytest.mark.slow
 def test_two_processes_wait_for_each_other(tmp_path):
     path = tmp_path / "rows.jsonl"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]

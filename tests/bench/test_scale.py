@@ -363,6 +363,7 @@ def _bytes_of_steps(_rank):
     return step, gathers
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/io").exists(), reason="this system does not count what a process writes")
 def test_two_processes_send_what_is_said(tmp_path):
     units = units_of(network("SiT-P/8", 16))

@@ -96,8 +96,10 @@ DISTRIBUTED_MODES = {"DDP": Mode(ddp), "FSDP2": Mode(fsdp2)}
 ALL_MODES = [*MODES, *DISTRIBUTED_MODES]
 TRACED = ("SiT, published block", "DiT", "MDM encoder")
 """Whose model as a whole is compiled in every run of the tests."""
-LIKE_WAN = ("CogVideoX", "LTX", "Stable Audio")
+LIKE_OTHERS = ("CogVideoX", "LTX", "Stable Audio", "PixArt", "SD3")
 """Whose compiled cells are all for `make slow`."""
+SHARED = (*TRACED, "Flux")
+"""Which two processes train in every run of the tests."""
 COMPILED = [name for name, mode in MODES.items() if mode.compiled]
 
 
@@ -166,10 +168,10 @@ def distributed_cell(target: Target, mode: Mode, rank: int) -> Cell:
     return cell
 
 
-def distributed_cells(rank: int) -> dict[tuple[str, str], Cell | str]:
-    """All of them; a string is a traceback."""
+def distributed_cells(rank: int, names: set[str]) -> dict[tuple[str, str], Cell | str]:
+    """Those of some targets; a string is a traceback."""
     cells: dict[tuple[str, str], Cell | str] = {}
-    for target in TARGETS:
+    for target in (target for target in TARGETS if target.name in names):
         for name, mode in DISTRIBUTED_MODES.items():
             if target.installed:
                 try:
@@ -189,8 +191,11 @@ def cells(request):
 
 
 @pytest.fixture(scope="module")
-def distributed(tmp_path_factory):
-    return run_distributed(distributed_cells, tmp_path_factory.mktemp("matrix"), seconds=900)
+def distributed(request, tmp_path_factory):
+    """The cells that this session asks for."""
+    items = [item for item in request.session.items if "distributed" in getattr(item, "fixturenames", ())]
+    names = {item.callspec.params["target"].name for item in items}
+    return run_distributed(partial(distributed_cells, names=names), tmp_path_factory.mktemp("matrix"), seconds=900)
 
 
 def dashed(name: str) -> str:
@@ -221,7 +226,7 @@ def test_the_alignment_is_no_trifle_in_the_gradients(target):
 def marks_of(target: Target, mode: str) -> list[pytest.MarkDecorator]:
     """A whole model takes long to trace, and its compiled blocks say nearly as much: of most it is for `make slow`."""
     slow = mode == "compiled model" and target.name not in TRACED
-    return [pytest.mark.slow] if slow or (MODES[mode].compiled and target.name in LIKE_WAN) else []
+    return [pytest.mark.slow] if slow or (MODES[mode].compiled and target.name in LIKE_OTHERS) else []
 
 
 @pytest.mark.parametrize(
@@ -239,7 +244,13 @@ def test_same_losses_and_gradients_as_by_hand(target, mode, cells):
 
 
 @pytest.mark.parametrize("mode", DISTRIBUTED_MODES)
-@each_target
+@pytest.mark.parametrize(
+    "target",
+    [
+        pytest.param(target, marks=[] if target.name in SHARED else pytest.mark.slow, id=dashed(target.name))
+        for target in TARGETS
+    ],
+)
 def test_same_losses_and_gradients_in_two_processes(target, mode, distributed, cells):
     need(target)
     reports = [report[target.name, mode] for report in distributed]

@@ -95,6 +95,7 @@ def test_a_run_goes_on_with_another_number_of_processes(data, alone, tmp_path, p
         torch.testing.assert_close(weights(run)[name], tensor, rtol=0, atol=3e-3)  # AdamW's first steps are signs
 
 
+@pytest.mark.slow  # as cases of test_bad_input.py, without torchrun
 def test_an_error_of_all_is_said_once(data, tmp_path):
     code, output = ended(launch(2, f"--data={data}", f"--out={tmp_path / 'run'}", *FLAGS, "--batch-size=5"))
     assert code != 0
@@ -173,7 +174,7 @@ def test_an_attempt_that_failed_before_its_first_checkpoint_begins_anew(data, al
     assert list(run.parent.glob("run.old*")) == []
 
 
-@pytest.mark.parametrize("whom", ["a process", "torchrun"])
+@pytest.mark.parametrize("whom", ["a process", pytest.param("torchrun", marks=pytest.mark.slow)])
 def test_a_request_to_stop_stops_all(data, tmp_path, whom):
     run = tmp_path / "run"
     process = launch(2, f"--data={data}", f"--out={run}", "--steps=1000000", *FLAGS)

@@ -144,7 +144,7 @@ WAYS = {
     "ddp-4": (4, {}),
     "hsdp-4": (4, {"parallel": "hsdp"}),
 }
-SLOW = ("fsdp-2-kept", "ddp-4")
+SLOW = ("fsdp-2-kept", "ddp-4", "hsdp-4")
 
 
 def marked(way):
