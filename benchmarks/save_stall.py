@@ -35,7 +35,7 @@ class Command:
     out: Annotated[Path | None, tyro.conf.Positional] = None
     """Where the figures go as JSON."""
     saves: int = 5
-    """Checkpoints in the background; the first one, which allocates the copies, is told apart."""
+    """Checkpoints in the background; the first one is told apart."""
     every: int = 4
     """Steps from one to the next."""
     width: int = 768

@@ -14,10 +14,11 @@ Named = Mapping[str, Mapping[str, Tensor]]
 
 
 class Copies:
-    """Copies tensors to the host, of divided ones this process's part; the memory of the copies is used again.
+    """Copies tensors to the host, of divided ones this process's part.
 
-    On a GPU that memory is pinned and the copying has a stream of its own, which does not wait for what the device was
-    asked to do before.
+    On a GPU the memory of the copies is pinned, and the copying has a stream of its own, which does not wait for what
+    the device was asked to do before. It is for one call, from whatever thread: PyTorch 2.11 closes its stager behind
+    it.
 
     Args:
         device: where the tensors are.
@@ -32,10 +33,9 @@ class Copies:
         )
 
     def make(self, tensors: Named) -> Named:
-        """The copies, once they are made; the last ones are lost."""
-        copies = self._stager.stage(dict(tensors))
-        return copies.result() if isinstance(copies, Future) else copies
-
-    def close(self) -> None:
-        """Gives the memory back."""
-        self._stager.close()
+        """The copies, once they are made."""
+        try:
+            copies = self._stager.stage(dict(tensors))
+            return copies.result() if isinstance(copies, Future) else copies
+        finally:
+            self._stager.close()

@@ -56,7 +56,6 @@ class Saver:
     def __init__(self, processes: Processes, device: torch.device) -> None:
         self._processes, self._apart = processes, processes.apart()
         self._device = device
-        self._copies: Copies | None = None
         self._thread: threading.Thread | None = None
         self._copied, self._ended = Future[None](), Future[None]()
         self._waited = self._seconds = 0.0
@@ -69,9 +68,6 @@ class Saver:
         """Waits for the last checkpoint, unless the processes cannot talk to each other any more."""
         if kind is None or (issubclass(kind, UserError) and not issubclass(kind, ProcessLost)):
             self.finish()
-        if self._copies is not None and self._thread is None:
-            self._copies.close()
-            self._copies = None
 
     def save(self, snapshot: Snapshot) -> None:
         """Writes a checkpoint, and waits until it is there.
@@ -85,12 +81,12 @@ class Saver:
     def begin(self, snapshot: Snapshot) -> None:
         """Begins to write a checkpoint; the device has done what was asked of it."""
         self.finish()
-        if self._copies is None:
-            self._copies = Copies(self._device)
         self._waited = self._seconds = 0.0
         self._copied, self._ended = Future(), Future()
         # Not an executor's, which Python waits for when it ends: after an error, that may be for ever.
-        self._thread = threading.Thread(target=self._run, args=(snapshot, self._copies), name="saver", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, args=(snapshot, Copies(self._device)), name="saver", daemon=True
+        )
         self._thread.start()
 
     def _run(self, snapshot: Snapshot, copies: Copies) -> None:
