@@ -21,7 +21,7 @@ from .test_launched import FLAGS, children, data, ended, launch  # noqa: F401
 
 pytestmark = pytest.mark.faults
 KILLS = 20
-STEPS = 2400
+STEPS = 800
 SECONDS = 120
 SEED = int(os.environ.get("LAYERSYNC_FAULT_SEED", "0"))
 OFTEN = ["--checkpoint-every=15", "--sample-every=40", "--keep=3", f"--steps={STEPS}", "--sampling-steps=8"]
@@ -67,7 +67,7 @@ def wait_for(moment, process, run, beyond):
 @pytest.mark.parametrize(("world", "parallel"), [(2, "ddp"), (2, "fsdp")])
 def test_a_run_that_is_killed_ends_as_if_it_had_not_been(data, tmp_path, parallel, world):  # noqa: F811
     whole, run = tmp_path / "whole", tmp_path / "run"
-    code, output = ended(launch(world, *command(data, whole, parallel)))
+    code, output = ended(launch(world, *command(data, whole, parallel)), 900)
     assert code == 0, output
     random.seed(SEED)
     process, resume, done = None, [], []
@@ -93,7 +93,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(data, tmp_path, paralle
     print(f"seed {SEED}, {parallel}: killed", *done, sep="\n")
     if process is None:
         process = launch(world, *command(data, run, parallel), *resume)
-    code, output = ended(process)
+    code, output = ended(process, 900)
     assert code == 0, output
     assert len(done) == KILLS, "it came to its end before all kills; give it more steps"
     mine, theirs = final(run), final(whole)

@@ -47,14 +47,14 @@ def launch(processes, *arguments, restarts=0, **variables):
     return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
-def ended(process):
+def ended(process, seconds=SECONDS):
     """Exit code and output of a launch; one that hangs is killed."""
     try:
-        output, _ = process.communicate(timeout=SECONDS)
+        output, _ = process.communicate(timeout=seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         output, _ = process.communicate()
-        pytest.fail(f"torchrun did not end in {SECONDS} s:\n{output}")
+        pytest.fail(f"torchrun did not end in {seconds} s:\n{output}")
     return process.returncode, output
 
 
