@@ -100,5 +100,7 @@ def test_a_run_that_is_killed_ends_as_if_it_had_not_been(data, tmp_path, paralle
     assert mine.keys() == theirs.keys()
     assert [name for name, tensor in theirs.items() if not torch.equal(mine[name], tensor)] == []
     assert [r["step"] for r in read_records(run)] == [r["step"] for r in read_records(whole)]
-    assert [r["loss"] for r in read_records(run)] == [r["loss"] for r in read_records(whole)]
+    losses = [[record["loss"] for record in read_records(folder)] for folder in (run, whole)]
+    # Of a mean over steps that a checkpoint divides, that checkpoint holds the sum over processes: another rounding.
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     assert not [p for p in (run / "checkpoints").iterdir() if not p.name.startswith("step_")]
