@@ -54,7 +54,8 @@ def trained(rank, *, folder, steps, early, world=1):
 
 
 def check(found):
-    (memory, *first), *_, (grown, *last) = found
+    memory, *first = found[0]
+    grown, *last = map(min, zip(*found[-len(found) // 4 :], strict=True))  # what leaks does not come back
     assert last == first
     assert grown - memory < MEGABYTES * 1e6
 
