@@ -38,6 +38,7 @@ from layersync_kernels.sit.checkpoints.weights import fill_model, load_weights
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.data.registry import load_data
+from layersync_kernels.sit.files import sha256
 from layersync_kernels.sit.sampling.load import load_trained
 from layersync_kernels.sit.studies.compare.folder import read_marks
 from layersync_kernels.sit.teachers.features import Features
@@ -271,7 +272,7 @@ def fits_again(rng, checkpoint):
     if how == 1:
         state.pop("run", None)
     else:
-        state["checksums"] = {p.name: local._checksum(p) for p in checkpoint.glob("*.safetensors")}
+        state["checksums"] = {p.name: sha256(p) for p in checkpoint.glob("*.safetensors")}
         state["digest"] = local._digest(state)
     (checkpoint / local.STATE).write_text(json.dumps(state))
 

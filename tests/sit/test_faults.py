@@ -8,16 +8,11 @@ import time
 import pytest
 import torch
 
-from layersync_kernels.sit.checkpoints.local import (
-    check_checkpoint,
-    list_checkpoints,
-    read_tensors,
-    stems,
-    tensors_path,
-)
+from layersync_kernels.sit.checkpoints.local import check_checkpoint, list_checkpoints
 from layersync_kernels.sit.training.runlog import read_records
 
 from .test_launched import FLAGS, children, data, ended, launch  # noqa: F401
+from .tiny import saved
 
 pytestmark = pytest.mark.faults
 KILLS = 20
@@ -34,11 +29,7 @@ def command(data, run, parallel):  # noqa: F811
 def final(run):
     checkpoint = list_checkpoints(run)[-1]
     check_checkpoint(checkpoint)
-    return {
-        f"{stem}.{name}": tensor
-        for stem in stems(checkpoint)
-        for name, tensor in read_tensors(tensors_path(checkpoint, stem)).items()
-    }
+    return {f"{stem}.{name}": tensor for stem, named in saved(run).items() for name, tensor in named.items()}
 
 
 def step_of(run):

@@ -7,7 +7,7 @@ import torch
 
 from layersync_kernels.errors import CheckpointError, ConfigError
 from layersync_kernels.sit.batch import Condition
-from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
+from layersync_kernels.sit.checkpoints.local import list_checkpoints
 from layersync_kernels.sit.checkpoints.weights import load_weights
 from layersync_kernels.sit.config.loss import AlignConfig, AlignScheduleConfig, LayerSyncConfig
 from layersync_kernels.sit.diffusion.transport import Transport
@@ -18,6 +18,7 @@ from layersync_kernels.sit.training.runlog import read_records
 from layersync_kernels.sit.training.terms.sra import SraTerm, as_seen
 
 from . import tiny
+from .tiny import equal, saved
 
 SRA = AlignConfig("sra", align_block=1, align_teacher_block=3)
 LOG = {"log_every": 1, "sample_every": 0, "checkpoint_every": 5}
@@ -33,11 +34,7 @@ def trained(run_dir, steps=10, *, resume=False, **groups):
     if resume:
         trainer.load(list_checkpoints(run_dir)[-1])
     trainer.fit()
-    return {file.stem: read_tensors(file) for file in list_checkpoints(run_dir)[-1].glob("*.safetensors")}
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return saved(run_dir)
 
 
 def test_the_average_sees_the_same_noise_later_and_the_labels_that_the_model_saw(monkeypatch):

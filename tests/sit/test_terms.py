@@ -15,7 +15,7 @@ from torch import nn
 from layersync_kernels.errors import CheckpointError, ConfigError, TrainingDiverged
 from layersync_kernels.functional import gram_alignment_loss
 from layersync_kernels.sit.batch import Batch, Condition
-from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors
+from layersync_kernels.sit.checkpoints.local import list_checkpoints
 from layersync_kernels.sit.config.loss import DispersiveConfig, DispersiveScheduleConfig, LayerSyncConfig
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.training import Trainer
@@ -24,7 +24,7 @@ from layersync_kernels.sit.training.terms import TERMS
 from layersync_kernels.sit.training.terms.base import LossTerm, Setting
 from layersync_kernels.sit.training.terms.dispersive import DispersiveTerm
 
-from .tiny import tiny_config, tiny_data
+from .tiny import equal, saved, tiny_config, tiny_data
 
 CONFIG = tiny_config(
     model={"depth": 4},
@@ -39,11 +39,7 @@ def trained(run_dir, *terms, steps=4, resume=False, **changes):
     if resume:
         trainer.load(list_checkpoints(run_dir)[-1])
     trainer.fit()
-    return {file.stem: read_tensors(file) for file in list_checkpoints(run_dir)[-1].glob("*.safetensors")}
-
-
-def equal(first, second):
-    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    return saved(run_dir)
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from layersync_kernels.sit.checkpoints.state import read_run_state
 from layersync_kernels.sit.commands.train import run_training
 from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.data.base import EpochShuffle, write_broken
+from layersync_kernels.sit.files import sha256
 from layersync_kernels.sit.sampling.load import load_trained
 from layersync_kernels.sit.studies.compare.folder import read_marks
 from layersync_kernels.sit.training import runlog
@@ -59,7 +60,7 @@ def rewrite(checkpoint, change=lambda state: None, *, old=False):
     change(state)
     del state["checksums"], state["digest"]
     if not old:
-        state["checksums"] = {p.name: local._checksum(p) for p in checkpoint.glob("*.safetensors")}
+        state["checksums"] = {p.name: sha256(p) for p in checkpoint.glob("*.safetensors")}
         state["digest"] = local._digest(state)
     (checkpoint / "state.json").write_text(json.dumps(state))
 

@@ -6,6 +6,7 @@ import dataclasses
 
 import torch
 
+from layersync_kernels.sit.checkpoints.local import list_checkpoints, read_tensors, stems, tensors_path
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.config.model import ModelConfig
 from layersync_kernels.sit.config.optim import OptimConfig
@@ -41,6 +42,17 @@ def tiny_data():
         samples=torch.randint(0, 256, (16, 1, 4, 4), generator=generator, dtype=torch.uint8),
         labels=torch.arange(16) % 3,
     )
+
+
+def saved(run_dir):
+    """The tensors of the newest checkpoint of a run, by stem and name."""
+    checkpoint = list_checkpoints(run_dir)[-1]
+    return {stem: read_tensors(tensors_path(checkpoint, stem)) for stem in stems(checkpoint)}
+
+
+def equal(first, second):
+    """Whether named tensors are the same, bit for bit."""
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
 
 
 def run_state(step, num_classes=3):

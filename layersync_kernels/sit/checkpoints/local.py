@@ -44,7 +44,7 @@ from ..config.io import parse_json
 from ..config.run import CONFIG
 from ..distributed.parts import is_divided, own_files, read_parts, write_parts
 from ..distributed.processes import ALONE, Processes
-from ..files import TEMPORARY, flush
+from ..files import TEMPORARY, flush, sha256
 
 logger = logging.getLogger(__name__)
 
@@ -123,13 +123,13 @@ def save_checkpoint(
             write_parts(temporary / stem, tensors[stem], processes)
         for path in (path for stem in divided for path in own_files(temporary / stem, processes)):
             flush(path)
-            checksums[path.relative_to(temporary).as_posix()] = _checksum(path)
+            checksums[path.relative_to(temporary).as_posix()] = sha256(path)
         for stem in (stem for stem in tensors if processes.first and stem not in divided):
-            path = temporary / f"{stem}.safetensors"
+            path = temporary / f"{stem}{_SUFFIX}"
             contiguous = {name: tensor.detach().contiguous() for name, tensor in tensors[stem].items()}
             save_file(contiguous, path, _label(path, step, state.get(_RUN)))
             flush(path)
-            checksums[path.name] = _checksum(path)
+            checksums[path.name] = sha256(path)
     except (OSError, SafetensorError) as error:
         failed = str(error)
     found = [json.loads(text) for text in processes.texts(json.dumps((failed, checksums)))]
@@ -339,7 +339,7 @@ def _check_tensors(path: Path, written: _Written | None, *, part: bool = False) 
         if written is not None and written.checksums is not None:
             if name not in written.checksums:
                 raise ValueError("it was not saved with this checkpoint")
-            if _checksum(path) != written.checksums[name]:
+            if sha256(path) != written.checksums[name]:
                 raise ValueError(f"it is damaged: its SHA-256 is not the one in {STATE}")
         elif part:
             raise ValueError(
@@ -355,15 +355,6 @@ def _check_tensors(path: Path, written: _Written | None, *, part: bool = False) 
                 raise ValueError(f"it belongs elsewhere: its {name} is {label.get(name, 'unknown')}, not {expected}")
     except (OSError, ValueError, SafetensorError) as error:
         raise DamagedCheckpoint(f"cannot read {path}: {error}") from error
-
-
-def _checksum(path: Path) -> str:
-    """SHA-256 of a file, in hexadecimal digits."""
-    checksum = hashlib.sha256()
-    with path.open("rb") as file:  # hashlib.file_digest is new in Python 3.11
-        while chunk := file.read(1 << 20):
-            checksum.update(chunk)
-    return checksum.hexdigest()
 
 
 def _digest(state: Mapping[str, Any]) -> str:

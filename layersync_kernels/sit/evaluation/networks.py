@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ from torch import Tensor
 from ...errors import CheckpointError, ConfigError, TeacherError, UserError, first_line
 from ..console import console
 from ..extras import optional_module
+from ..files import sha256
 from ..modality.images import pixels_to_unit
 from ..teachers.grids import SPEECH, SpeechNetwork
 from ..teachers.networks import load_teacher
@@ -310,6 +310,6 @@ def _checksum(path: Path | None) -> str:
     if path is None:
         return "packaged"
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        return sha256(path)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error}") from error

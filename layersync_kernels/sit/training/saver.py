@@ -34,8 +34,7 @@ class Snapshot(NamedTuple):
 
     def write(self, processes: Processes) -> None:
         """Writes it."""
-        run_dir, step, tensors, state, keep, keep_every = self
-        save_checkpoint(run_dir, step, tensors, state, keep=keep, keep_every=keep_every, processes=processes)
+        save_checkpoint(**self._asdict(), processes=processes)
 
 
 class Saver:
