@@ -21,8 +21,10 @@ from layersync_kernels.sit.evaluation.frechet import Gaussian, frechet_distance
 from layersync_kernels.sit.studies.compare import run as compare_module
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig, load_sets
 from layersync_kernels.sit.studies.compare.memory import measure_memory
-from layersync_kernels.sit.studies.compare.report import first_at, markdown, summarise, value_at
+from layersync_kernels.sit.studies.compare.report import markdown
 from layersync_kernels.sit.studies.compare.run import Comparison, compare
+from layersync_kernels.sit.studies.compare.statistics import first_at
+from layersync_kernels.sit.studies.compare.summary import summarise, value_at
 from layersync_kernels.sit.training.loop import Trainer
 
 
@@ -51,13 +53,15 @@ def config(tmp_path, monkeypatch):
         samples=20,
         reference=40,
         frechet_every=1,
+        pilot=0.0,
+        probe_samples=0,
     )
 
 
 def qualities(out):
     runs = json.loads((out / "report.json").read_text())["runs"]
     keys = ("step", "validation_loss", "frechet")
-    return {(run["method"], run["seed"]): [[mark[key] for key in keys] for mark in run["marks"]] for run in runs}
+    return {(run["arm"], run["seed"]): [[mark[key] for key in keys] for mark in run["marks"]] for run in runs}
 
 
 class StopAt:
@@ -104,7 +108,7 @@ def read(config, out):
 
 
 def test_methods_take_turns(config, tmp_path):
-    turns = [(run.seed, number, run.method) for run, number in Comparison(config, tmp_path)._turns()]
+    turns = [(run.seed, number, run.arm) for run, number in Comparison(config, tmp_path)._turns()]
     assert turns[:4] == [(0, 0, "vanilla"), (0, 0, "layersync"), (0, 1, "layersync"), (0, 1, "vanilla")]
 
 
@@ -199,7 +203,7 @@ def missing_network(name, device, dtype):
         ({"data": {"data": "nothing.npz"}}, DataError, r"nothing\.npz"),
         ({"model": {"model": "nonsense"}}, ConfigError, "nonsense"),
         ({"methods": ("vanilla", "repa"), "align": {"teacher": "hub/nowhere:net"}}, TeacherError, "nowhere"),
-        ({"dispersive": {"dispersive": 2}}, ConfigError, "name that in --methods"),
+        ({"dispersive": {"dispersive": 2}}, ConfigError, "--dispersive is in none of the --methods"),
         ({"methods": ("vanilla", "dispersive"), "dispersive": {"dispersive": 4}}, ConfigError, "has blocks 1 to 3"),
         ({"quality_network": "nonsense"}, TeacherError, "no network named nonsense"),
     ],
@@ -309,7 +313,7 @@ def run_of(method, seed, losses, seconds_per_step):
         {"step": 10 * i, "seconds": 10 * i * seconds_per_step, "validation_loss": loss, "frechet": None}
         for i, loss in enumerate(losses)
     ]
-    return {"method": method, "seed": seed, "marks": marks}
+    return {"arm": method, "seed": seed, "marks": marks}
 
 
 def test_summary_of_curves_worked_out_by_hand():
@@ -322,7 +326,7 @@ def test_summary_of_curves_worked_out_by_hand():
     ]
     summary = summarise(runs, baseline="a", batch_size=3)
     assert (summary["steps"], summary["seconds"]) == (20, 20)
-    slow = summary["methods"]["b"]
+    slow = summary["arms"]["b"]
     assert slow["images_per_second"] == [1.5, 1.5]
     assert slow["relative_rate"] == [0.5, 0.5]
     loss = slow["validation_loss"]
@@ -332,9 +336,14 @@ def test_summary_of_curves_worked_out_by_hand():
     assert loss["speedup_seconds"] == [pytest.approx(20 / 30), None]
     assert slow["frechet"]["at_steps"] == [None, None]
     report = {"summary": summary, "runs": runs, "seeds": [0, 1], "baseline": "a", "memory": {"a": None, "b": 2e6}}
-    text = markdown(report | {"subject": "", "notes": ["n"]}, "p.png")
-    assert "| b | validation loss | 1.33x; 1 of 2 seeds, else not reached | 0.67x; 1 of 2 seeds" in text
-    assert "| b | validation loss | steps | -0.1000 | +0.4000 | +0.1500 | 1 of 2 |" in text
+    text = markdown(report | {"plan": "", "primary": "validation_loss", "pairs": {}, "notes": ["n"]}, "p.png")
+    # The mean curves do not reach it, nor do most resamples; those of the first seed alone do.
+    assert "| b | validation loss | not reached (to 1.33x) | 1 of 2 | not reached (to 0.67x) | 1 of 2 |" in text
+    assert (
+        "| b | validation loss | steps | -0.1000 | +0.4000 | +0.1500 | -0.0812 to +0.3813 | -3.0266 to +3.3266 |"
+        in text
+    )
+    assert "| b | +0.1500 | -3.0266 to +3.3266 | **does not tell** |" in text
     assert "Fréchet" not in text
 
 
@@ -344,7 +353,10 @@ def test_one_measurement_makes_no_curve():
     for run in runs:
         run["marks"][-1]["frechet"] = 5.0
     report = {"summary": summarise(runs, baseline="a", batch_size=3), "runs": runs, "seeds": [0], "baseline": "a"}
-    text = markdown(report | {"memory": {"a": None, "b": None}, "subject": "", "notes": []}, "p.png")
+    text = markdown(
+        report | {"memory": {"a": None, "b": None}, "plan": "", "primary": "validation_loss", "pairs": {}, "notes": []},
+        "p.png",
+    )
     assert "| b | Fréchet distance | steps | +0.0 |" in text
     assert text.count("| b | Fréchet distance |") == 1
 

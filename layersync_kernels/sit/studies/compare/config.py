@@ -13,15 +13,14 @@ from ...config.run import StartingPoint, TrainConfig
 from ...data.base import SampleSet
 from ...data.registry import load_data
 from ...evaluation.validation import hold_out
+from ..pair.config import MIN_SAMPLES
+from .arms import METHODS, Arm, arms, unused
 
 SETTINGS = "compare.json"
 """Name of the settings file in the folder of a comparison."""
-METHODS = ("vanilla", "layersync", "repa", "both")
-"""What is compared where --methods does not say it."""
-KNOWN_METHODS = (*METHODS, "dispersive")
 MOST_HELD_OUT = 1000
 """Held-out samples where --held-out does not say how many."""
-_TEACHER = "efficientnet-lite0"
+_NETWORK = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,9 @@ class CompareConfig:
 
     train: TrainConfig = field(default_factory=TrainConfig)
     methods: tuple[str, ...] = METHODS
-    """vanilla (neither), layersync, repa, both; and dispersive. Which LayerSync, teacher and block, the flags of
-    `layersync train` say; without --align it is REPA with efficientnet-lite0."""
+    """vanilla (neither), layersync, repa, both; and irepa, sra, dispersive. Which LayerSync, teacher and block, the
+    flags of `layersync train` say; without --teacher it is efficientnet-lite0. For several of one method: "NAME=METHOD
+    FLAGS" with flags of the losses, as in "near=layersync --layersync 1:4 --weight 0.5"."""
     seeds: int = 3
     """Runs of each method: seeds --seed, --seed + 1 ..."""
     marks: int = 8
@@ -40,7 +40,9 @@ class CompareConfig:
     """Samples kept from training for the validation loss; by default a tenth of them, at most 1000."""
     validation: Path | None = None
     """Take the held-out samples from this .npz or .safetensors file, and train on all of --data."""
-    quality_network: str = _TEACHER
+    validation_split: bool = False
+    """Take the held-out samples from the test split of --data, of which --split train is trained on."""
+    quality_network: str = _NETWORK
     """Network whose features the Fréchet distance compares; none: no Fréchet distance."""
     samples: int = 1000
     """Samples drawn for a Fréchet distance, by the solver of the sampling flags."""
@@ -48,6 +50,11 @@ class CompareConfig:
     """Training samples that they are compared with."""
     frechet_every: int = 4
     """Marks between two Fréchet distances; the last mark always has one."""
+    probe_samples: int = 400
+    """Held-out samples by which `layersync probe` looks at each block, before and after training; 0: it does not."""
+    pilot: float = 0.1
+    """Share of --steps that two more seeds of the first two methods train before, to tell how many seeds an effect
+    would take; 0: none do."""
 
     def validate(self) -> None:
         """Checks ranges.
@@ -55,24 +62,36 @@ class CompareConfig:
         Raises:
             ConfigError: naming the flag, its value and what it may be.
         """
-        for method in self.methods:
-            if method in KNOWN_METHODS:
-                method_config(self.train, method).validate()
         low = {"seeds": 1, "marks": 1, "held_out": 1, "samples": 2, "reference": 2, "frechet_every": 1}
+        low["probe_samples"] = MIN_SAMPLES if self.probe_samples else 0
         for name, least in low.items():
             if (value := getattr(self, name)) is not None and value < least:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
         if self.marks > self.train.optim.steps:
             raise ConfigError(f"--marks {self.marks}: there are only {self.train.optim.steps} steps")
-        unknown = sorted(set(self.methods) - set(KNOWN_METHODS))
-        if unknown or len(self.methods) < 2 or len(set(self.methods)) < len(self.methods):
-            raise ConfigError(f"--methods {' '.join(self.methods)}: expected two or more of {', '.join(KNOWN_METHODS)}")
-        if self.train.layersync.layersync == ("off",) and set(self.methods) & {"layersync", "both"}:
-            raise ConfigError("--layersync off leaves nothing to compare; leave it out, or choose other --methods")
-        if self.train.dispersive.dispersive != "off" and "dispersive" not in self.methods:
-            raise ConfigError("--dispersive is what the method dispersive trains with; name that in --methods")
-        if self.validation is None and self.train.align.features is not None:
+        if not 0 <= self.pilot <= 1:
+            raise ConfigError(f"--pilot {self.pilot}: expected a share of --steps, from 0 to 1")
+        if (message := unused(self.train, self.arms())) is not None:
+            raise ConfigError(message)
+        apart = self.validation is not None or self.validation_split
+        if not apart and self.train.align.features is not None:
             raise ConfigError("--features are those of all samples, so none can be held out: give --validation FILE")
+        if self.validation is not None and self.validation_split:
+            raise ConfigError("--validation and --validation-split exclude each other")
+        if self.validation_split and self.train.data.split != "train":
+            raise ConfigError(
+                f"--validation-split takes the test split: give --split train, not {self.train.data.split}"
+            )
+
+    def arms(self) -> list[Arm]:
+        """What is compared; raises ConfigError, see `arms`."""
+        return arms(self.train, self.methods)
+
+    @property
+    def baseline(self) -> str:
+        """The arm that the others are compared with."""
+        names = [arm.name for arm in self.arms()]
+        return "vanilla" if "vanilla" in names else names[0]
 
 
 @dataclass(frozen=True)
@@ -86,31 +105,15 @@ class CompareCommand(StartingPoint):
     comparison: CompareConfig = field(default_factory=CompareConfig)
     out: Path = Path("runs/compare")
     """Folder of the comparison; its runs are METHOD/seed-N in it, as `layersync train` makes them."""
+    devices: tuple[str, ...] = ()
+    """Several, such as cuda:0 cuda:1, train a seed each at the same time, in a process of their own; cpu cpu halves the
+    threads. Nothing: all on --device."""
     resume: bool = False
     """Take the settings of the comparison in --out, so that no flag has to be repeated."""
+    study: str | None = None
+    """Settings of a study of that name, below the flags; docs/results has what was found with them."""
     overwrite: bool = False
     """Put the new comparison in the place of that in --out, which is deleted."""
-
-
-def method_config(config: TrainConfig, method: str) -> TrainConfig:
-    """`config` as `method` trains it. The time limit goes: `Comparison` sees to it; the rate follows steps."""
-    replace = dataclasses.replace
-    config = replace(config, optim=replace(config.optim, max_seconds=None))
-    if method in ("vanilla", "repa", "dispersive"):
-        config = replace(config, layersync=replace(config.layersync, layersync=("off",)))
-    align = config.align
-    if method in ("vanilla", "layersync", "dispersive"):
-        align = replace(align, align="off", teacher=None, features=None)
-    elif align.align == "off":
-        align = replace(align, align="repa")
-        if align.teacher is None and align.features is None:
-            align = replace(align, teacher=_TEACHER)
-    dispersive = config.dispersive
-    if method != "dispersive":
-        dispersive = replace(dispersive, dispersive="off")
-    elif dispersive.dispersive == "off":
-        dispersive = replace(dispersive, dispersive="auto")
-    return replace(config, align=align, dispersive=dispersive)
 
 
 def load_sets(config: CompareConfig, device: torch.device) -> tuple[SampleSet, SampleSet]:
@@ -121,13 +124,18 @@ def load_sets(config: CompareConfig, device: torch.device) -> tuple[SampleSet, S
         DataError: the data cannot be used, or differs from that of --validation.
     """
     data = load_data(config.train.data, device)
-    if config.validation is None:
+    if config.validation is None and not config.validation_split:
         tenth = min(MOST_HELD_OUT, max(2, len(data) // 10))
         return hold_out(data, tenth if config.held_out is None else config.held_out)
-    held_out = load_data(dataclasses.replace(config.train.data, data=str(config.validation)), device)
+    apart = dataclasses.replace(config.train.data, flip=False)
+    if config.validation is None:
+        apart = dataclasses.replace(apart, split="test")
+    else:
+        apart = dataclasses.replace(apart, data=str(config.validation))
+    held_out = load_data(apart, device)
     if held_out.spec != data.spec or held_out.num_classes > data.num_classes:
         raise DataError(
-            f"--validation {config.validation} has samples of {held_out.spec} in {held_out.num_classes} classes; "
-            f"--data has {data.spec} in {data.num_classes}"
+            f"{config.validation or 'the test split'} has samples of {held_out.spec} in {held_out.num_classes} "
+            f"classes; --data has {data.spec} in {data.num_classes}"
         )
     return data, held_out

@@ -1,4 +1,4 @@
-"""The folder of a comparison: its settings, and in METHOD/seed-N a run for each method and seed."""
+"""The folder of a comparison: its settings, and in ARM/seed-N a run for each arm and seed."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ class Mark:
     frechet_floor: float | None = None
     teacher: str | None = None
     teacher_share: float | None = None
+    blocks: Any = None
 
     def __post_init__(self) -> None:
         if self.step < 0 or not 0 <= self.seconds < math.inf:
@@ -46,14 +47,14 @@ class Mark:
 
 @dataclass
 class Run:
-    """One method with one seed.
+    """One arm with one seed.
 
     Attributes:
         marks: what was measured, in order, each a `Mark` as JSON values, with what the trainer reports about the steps
             since the mark before.
     """
 
-    method: str
+    arm: str
     seed: int
     folder: Path
     config: TrainConfig

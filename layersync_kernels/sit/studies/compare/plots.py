@@ -9,37 +9,41 @@ from typing import Any
 import numpy as np
 
 from ...files import new_figure, plain_ticks, save_figure
-from .report import QUALITIES, curve
+from .plan import QUALITIES
+from .summary import curve
 
 
 def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
-    """Draws quality against steps and training time, memory and throughput, from the content of ``report.json``."""
-    methods = report["summary"]["methods"]
-    colors = {name: f"C{i}" for i, name in enumerate(methods)}
+    """Draws quality by step and training time, what blocks know, and cost, from the content of ``report.json``."""
+    arms = report["summary"]["arms"]
+    colors = {name: f"C{i}" for i, name in enumerate(arms)}
     measured = [q for q in QUALITIES if any(mark[q] is not None for mark in report["runs"][0]["marks"])]
-    figure = new_figure(11, 4.2 * (len(measured) + 1))
-    *quality_rows, (memory_axes, rate_axes) = figure.subplots(len(measured) + 1, 2)
-    for row, quality in zip(quality_rows, measured, strict=True):
+    with_blocks = all(entry["blocks"] is not None for entry in arms.values())
+    rows = len(measured) + with_blocks + 1
+    figure = new_figure(11, 4.2 * rows)
+    grid = figure.subplots(rows, 2)
+    for row, quality in zip(grid, measured, strict=False):
         for axes, axis, label in zip(row, ("step", "seconds"), ("step", "training time, s"), strict=True):
             for name, color in colors.items():
-                curves = [curve(run, quality, axis) for run in report["runs"] if run["method"] == name]
+                curves = [curve(run, quality, axis) for run in report["runs"] if run["arm"] == name]
                 draw_band(axes, curves, color=color, label=name)
             axes.set(xlabel=label, ylabel=QUALITIES[quality], title=f"{QUALITIES[quality].capitalize()} by {label}")
-            axes.grid(alpha=0.3)
-            axes.legend(title=f"mean and range, {len(report['seeds'])} seed(s)", loc="best")
-    known = {name: size for name in methods if (size := report["memory"][name]) is not None}
-    memory_axes.bar(list(known), [size / 1e6 for size in known.values()], color=[colors[name] for name in known])
-    memory_axes.set(ylabel="MB", title="Peak memory")
-    rates = {name: entry["images_per_second"] for name, entry in methods.items()}
-    means = {name: sum(values) / len(values) for name, values in rates.items()}
-    spread = [[means[n] - min(v) for n, v in rates.items()], [max(v) - means[n] for n, v in rates.items()]]
-    rate_axes.bar(list(means), list(means.values()), yerr=spread, capsize=4, color=list(colors.values()))
-    rate_axes.set(ylabel="images/s", title="Throughput")
-    for axes in figure.axes:
-        plain_ticks(axes.yaxis)
-    for row in quality_rows:
-        for axes in row:
+            axes.legend(title=f"mean and range, {len(report['seeds'])} seed(s)", loc="best", fontsize="small")
             plain_ticks(axes.xaxis)
+    if with_blocks:
+        _draw_blocks(grid[-2], report, colors)
+    memory_axes, rate_axes = grid[-1]
+    known = {name: [size / 1e6] for name in arms if (size := report["memory"][name]) is not None}
+    _draw_costs(memory_axes, known, colors)
+    memory_axes.set(xlabel="MB", title="Peak memory")
+    _draw_costs(rate_axes, {name: entry["relative_rate"] for name, entry in arms.items()}, colors)
+    rate_axes.set(xlabel=f"samples per second, in those of {report['baseline']}", title="Throughput")
+    for axes in (memory_axes, rate_axes):
+        plain_ticks(axes.xaxis)
+    for axes in figure.axes:
+        axes.grid(alpha=0.3)
+    for axes in (own for row in grid[:-1] for own in row):
+        plain_ticks(axes.yaxis)
     return save_figure(figure, path)
 
 
@@ -56,3 +60,46 @@ def draw_band(axes: Any, curves: Sequence[tuple[Sequence[float], Sequence[float]
     values = np.array([np.interp(xs, *one) for one in curves])
     axes.plot(xs, values.mean(0), **style, marker="o", markersize=3)
     axes.fill_between(xs, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
+
+
+def _draw_blocks(row: Sequence[Any], report: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+    """What the blocks know, and how many directions their tokens have; dotted: before training."""
+    probe_axes, rank_axes = row
+    for name, color in colors.items():
+        ends = [[run["marks"][i]["blocks"] for run in report["runs"] if run["arm"] == name] for i in (0, -1)]
+        for axes, of in ((probe_axes, _probe), (rank_axes, _rank)):
+            for blocks, style, label in zip(ends, (":", "-"), (None, name), strict=True):
+                values = [of(own) for own in blocks]
+                if any(own is None for own in values):
+                    continue
+                mean = np.mean(values, axis=0)
+                numbers = range(1, len(mean) + 1)
+                if style == "-" or name == report["baseline"]:  # all start alike
+                    axes.plot(numbers, mean, color=color, linestyle=style, marker="o", markersize=3, label=label)
+                if style == "-":
+                    axes.fill_between(numbers, np.min(values, axis=0), np.max(values, axis=0), color=color, alpha=0.2)
+    probe_axes.set(xlabel="block", ylabel="held-out accuracy, %", title="Linear probe, mean over the times")
+    rank_axes.set(xlabel="block", ylabel="effective rank", title="Effective rank of tokens, mean over the times")
+    for axes in row:
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        if axes.lines:
+            axes.legend(title="dotted: before training", fontsize="small")
+
+
+def _probe(blocks: Mapping[str, Any]) -> Any:
+    return None if blocks["accuracy"] is None else 100 * np.asarray(blocks["accuracy"]["mean"])
+
+
+def _rank(blocks: Mapping[str, Any]) -> Any:
+    return np.mean(blocks["effective_rank"], axis=0)
+
+
+def _draw_costs(axes: Any, values: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
+    """A point for the mean of each arm, and a line over the range of its seeds: where differences are, not from 0."""
+    names = list(values)
+    for place, name in enumerate(names):
+        own = values[name]
+        axes.hlines(place, min(own), max(own), color=colors[name], linewidth=3, alpha=0.4)
+        axes.plot(sum(own) / len(own), place, "o", color=colors[name])
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(max(len(names), 1) - 0.5, -0.5)

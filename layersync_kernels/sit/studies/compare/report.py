@@ -1,104 +1,33 @@
-"""What the measurements of a comparison say: numbers per method, with the spread over the seeds, and their text."""
+"""The text of a report."""
 
 from __future__ import annotations
 
-import itertools
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 
-from ...config.run import TrainConfig
-from ...data.base import SampleSet
 from ...evaluation.frechet import DIRECTIONS
 from .config import CompareConfig
+from .plan import QUALITIES
+from .statistics import LEVEL
+from .summary import BLOCKS, curve
 
-QUALITIES = {"validation_loss": "validation loss", "frechet": "Fréchet distance"}
-"""Key of a measurement to its name; less is better in each."""
 _DIGITS = {"validation_loss": 4, "frechet": 1}
 
 
-def curve(run: Mapping[str, Any], quality: str, axis: str) -> tuple[list[float], list[float]]:
-    """Where and what was measured: `axis` ("step" or "seconds") and `quality` at the marks that have it."""
-    points = [(mark[axis], mark[quality]) for mark in run["marks"] if mark[quality] is not None]
-    return [x for x, _ in points], [y for _, y in points]
-
-
-def value_at(xs: Sequence[float], ys: Sequence[float], x: float) -> float | None:
-    """The curve at `x`, straight between the marks; None outside of them."""
-    if not xs or not xs[0] <= x <= xs[-1]:
-        return None
-    return float(np.interp(x, xs, ys))
-
-
-def first_at(xs: Sequence[float], ys: Sequence[float], target: float) -> float | None:
-    """Where the curve first comes down to `target`, straight between the marks; None if it does not."""
-    for i, y in enumerate(ys):
-        if y <= target:
-            if i == 0:
-                return xs[0]
-            return xs[i - 1] + (xs[i] - xs[i - 1]) * (ys[i - 1] - target) / (ys[i - 1] - y)
-    return None
-
-
-def images_per_second(marks: Sequence[Mapping[str, Any]], batch_size: int) -> list[float]:
-    """The rate of training from each mark to the next."""
-    return [
-        batch_size * (after["step"] - before["step"]) / (after["seconds"] - before["seconds"])
-        for before, after in itertools.pairwise(marks)
-    ]
-
-
-def summarise(runs: Sequence[Mapping[str, Any]], *, baseline: str, batch_size: int) -> dict[str, Any]:
-    """The numbers of a report; lists run over the seeds.
-
-    Args:
-        runs: "method", "seed" and "marks" (see `folder.Run`), seed by seed the same methods.
-        baseline: the method that the others are compared with.
-        batch_size: samples per step.
-
-    Returns:
-        "steps" and "seconds", which every run reached; "methods": by name "steps", "seconds", "images_per_second",
-        "relative_rate", and by quality "at_steps", "at_seconds", "speedup_steps" and "speedup_seconds".
-    """
-    steps = min(run["marks"][-1]["step"] for run in runs)
-    seconds = min(run["marks"][-1]["seconds"] for run in runs)
-    base = {run["seed"]: run for run in runs if run["method"] == baseline}
-    methods: dict[str, Any] = {}
-    for method in dict.fromkeys(run["method"] for run in runs):
-        own = [run for run in runs if run["method"] == method]
-        rates = [images_per_second(run["marks"], batch_size) for run in own]
-        base_rates = [images_per_second(base[run["seed"]]["marks"], batch_size) for run in own]
-        entry: dict[str, Any] = {
-            "steps": [run["marks"][-1]["step"] for run in own],
-            "seconds": [run["marks"][-1]["seconds"] for run in own],
-            "images_per_second": [statistics.median(rate) for rate in rates],
-            # slice by slice: both were measured in the same minute
-            "relative_rate": [
-                statistics.median(a / b for a, b in zip(rate, base_rate, strict=False))
-                for rate, base_rate in zip(rates, base_rates, strict=True)
-            ],
-        }
-        shares = [[mark["teacher_share"] for mark in run["marks"] if "teacher_share" in mark] for run in own]
-        entry["teacher_share"] = [statistics.fmean(share) if share else None for share in shares]
-        for quality in QUALITIES:
-            entry[quality] = {
-                "at_steps": [value_at(*curve(run, quality, "step"), steps) for run in own],
-                "at_seconds": [value_at(*curve(run, quality, "seconds"), seconds) for run in own],
-                "speedup_steps": [_speedup(run, base[run["seed"]], quality, "step") for run in own],
-                "speedup_seconds": [_speedup(run, base[run["seed"]], quality, "seconds") for run in own],
-            }
-        methods[method] = entry
-    return {"steps": steps, "seconds": seconds, "methods": methods}
-
-
-def _speedup(run: Mapping[str, Any], base: Mapping[str, Any], quality: str, axis: str) -> float | None:
-    """How many times sooner `run` comes to the last quality of `base`; None if it does not."""
-    base_x, base_y = curve(base, quality, axis)
-    x = first_at(*curve(run, quality, axis), base_y[-1]) if base_y else None
-    return None if not x else base_x[-1] / x
+def verdict(difference: Mapping[str, Any] | None) -> str:
+    """What the plan's rule makes of the difference of the number that decides."""
+    if difference is None:
+        return "not measured"
+    if difference["t_low"] is None:
+        return "does not tell (one seed)"
+    if max(difference["seeds"]) < 0 and difference["t_high"] < 0:
+        return "better"
+    if min(difference["seeds"]) > 0 and difference["t_low"] > 0:
+        return "worse"
+    return "does not tell"
 
 
 def markdown(report: Mapping[str, Any], picture: str) -> str:
@@ -109,15 +38,67 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
         picture: address of the picture.
     """
     summary, seeds, baseline = report["summary"], report["seeds"], report["baseline"]
-    methods = summary["methods"]
-    measured = [q for q in QUALITIES if any(m[q]["at_steps"][0] is not None for m in methods.values())]
-    lines = [f"# {', '.join(methods)} compared", "", report["subject"], ""]
+    arms = summary["arms"]
+    others = {name: entry for name, entry in arms.items() if name != baseline}
+    measured = [q for q in QUALITIES if any(entry[q]["at_steps"][0] is not None for entry in arms.values())]
+    deciding = report["primary"]
+    lines = [f"# {', '.join(arms)} compared", "", "## What came of it", ""]
+    lines += _table(
+        ["arm", f"{QUALITIES[deciding]}, to {baseline}'s", f"{LEVEL:.0%}, t", "so it is", "sooner at that quality"],
+        [
+            [
+                name,
+                _mean(entry[deciding]["difference_steps"], deciding),
+                _edges(entry[deciding]["difference_steps"], "t_", deciding),
+                f"**{verdict(entry[deciding]['difference_steps'])}**",
+                _sooner(entry[deciding]["sooner_steps"]),
+            ]
+            for name, entry in others.items()
+        ],
+    )
+    lines += ["", f"![curves]({picture})", "", report["plan"].strip(), "", "## Cost", ""]
     lines += [f"{len(seeds)} seeds: each number is the mean over them, with the least and the greatest in brackets."]
     if len(seeds) == 1:
         lines[-1] = "One seed: there is no spread, and nothing here tells a difference from chance."
-    lines += ["", f"![curves]({picture})", "", "## Cost", ""]
+    lines += ["", *_cost(report)]
+    for title, key in (
+        (f"After {summary['steps']} steps", "at_steps"),
+        (f"After {summary['seconds']:.1f} s of training", "at_seconds"),
+    ):
+        lines += ["", f"## {title}", ""]
+        rows = [[name, *(_spread(entry[q][key], _DIGITS[q]) for q in measured)] for name, entry in arms.items()]
+        lines += _table(["arm", *(QUALITIES[q] for q in measured)], rows)
+    followed = [q for q in measured if all(len(curve(run, q, "step")[0]) > 1 for run in report["runs"])]
+    lines += ["", f"## Sooner at the last quality of {baseline}", ""]
+    lines += ["By the mean curves, with the interval of a bootstrap over seeds; and how many seeds reach it.", ""]
     lines += _table(
-        ["method", "steps", "training s", "images/s", f"x {baseline}", "peak memory, MB", "teacher's share of a step"],
+        ["arm", "quality", "fewer steps", "seeds", "less time", "seeds"],
+        [
+            [name, QUALITIES[q], *(cell for axis in ("steps", "seconds") for cell in _reached(entry[q], axis))]
+            for name, entry in others.items()
+            for q in followed
+        ],
+    )
+    lines += ["", f"## Difference to {baseline}, seed by seed", "", "Less than 0 is better than it.", ""]
+    lines += _table(
+        ["arm", "quality", "after equal", *(f"seed {seed}" for seed in seeds), "mean", "bootstrap", "t", "better in"],
+        [
+            [name, QUALITIES[q], axis, *_differences(entry[q][f"difference_{axis}"], q, len(seeds))]
+            for name, entry in others.items()
+            for q in measured
+            for axis in ("steps", "seconds")
+            if axis == "steps" or q in followed
+        ],
+    )
+    lines += _block_lines(report)
+    lines += ["", "## How it was measured", ""]
+    lines += [f"- {note}" for note in report["notes"]]
+    return "\n".join(lines) + "\n"
+
+
+def _cost(report: Mapping[str, Any]) -> list[str]:
+    return _table(
+        ["arm", "steps", "training s", "samples/s", f"x {report['baseline']}", "peak memory, MB", "teacher's share"],
         [
             [
                 name,
@@ -128,54 +109,61 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
                 "not measured" if report["memory"][name] is None else f"{report['memory'][name] / 1e6:.0f}",
                 _spread(entry["teacher_share"], 3),
             ]
-            for name, entry in methods.items()
+            for name, entry in report["summary"]["arms"].items()
         ],
     )
-    for title, key in (
-        (f"After {summary['steps']} steps", "at_steps"),
-        (f"After {summary['seconds']:.1f} s of training", "at_seconds"),
-    ):
-        lines += ["", f"## {title}", ""]
-        rows = [[name, *(_spread(entry[q][key], _DIGITS[q]) for q in measured)] for name, entry in methods.items()]
-        lines += _table(["method", *(QUALITIES[q] for q in measured)], rows)
-    others = {name: entry for name, entry in methods.items() if name != baseline}
-    followed = [q for q in measured if all(len(curve(run, q, "step")[0]) > 1 for run in report["runs"])]
-    lines += ["", f"## Sooner at the last quality of {baseline}", ""]
-    lines += _table(
-        ["method", "quality", "fewer steps", "less time"],
-        [
-            [name, QUALITIES[q], *(_reached(entry[q][key]) for key in ("speedup_steps", "speedup_seconds"))]
-            for name, entry in others.items()
-            for q in followed
-        ],
-    )
-    lines += ["", f"## Difference to {baseline}, seed by seed", "", "Less than 0 is better than it.", ""]
-    lines += _table(
-        ["method", "quality", "after equal", *(f"seed {seed}" for seed in seeds), "mean", "better in"],
-        [
-            [name, QUALITIES[q], axis, *_differences(entry[q][key], methods[baseline][q][key], _DIGITS[q])]
-            for name, entry in others.items()
-            for q in measured
-            for axis, key in (("steps", "at_steps"), ("seconds", "at_seconds"))
-            if axis == "steps" or q in followed
-        ],
-    )
-    lines += ["", "## How it was measured", ""]
-    lines += [f"- {note}" for note in report["notes"]]
-    return "\n".join(lines) + "\n"
 
 
-def describe(train: TrainConfig, data: SampleSet, device: torch.device) -> str:
-    """A sentence on what was trained on what."""
-    model, optim = train.model, train.optim
-    sizes = {"width": model.hidden_size, "depth": model.depth, "patch": model.patch_size}
-    own = "".join(f", {name} {value}" for name, value in sizes.items() if value is not None)
-    threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
-    return (
-        f"{model.model}{own}; {len(data)} samples of {data.spec} from {train.data.data}; "
-        f"batches of {optim.batch_size}, learning rate {optim.lr:g} ({optim.lr_schedule}); "
-        f"{device}{threads}, PyTorch {torch.__version__}."
+def _block_lines(report: Mapping[str, Any]) -> list[str]:
+    """What the blocks know, before and after."""
+    arms, baseline = report["summary"]["arms"], report["baseline"]
+    if any(entry["blocks"] is None for entry in arms.values()):
+        return []
+    lines = ["", "## The blocks, before and after", ""]
+    lines += _table(
+        ["of the blocks", "arm", "start", "end", f"end, to {baseline}'s", "bootstrap", "t"],
+        [
+            [
+                BLOCKS[name],
+                arm,
+                _spread(entry["blocks"][name]["start"], 1),
+                _spread(entry["blocks"][name]["end"], 1),
+                *(
+                    ["", "", ""]
+                    if arm == baseline
+                    else [
+                        _signed(entry["blocks"][name]["difference"]["mean"], 2),
+                        *(_edges(entry["blocks"][name]["difference"], kind, name) for kind in ("", "t_")),
+                    ]
+                ),
+            ]
+            for name in BLOCKS
+            for arm, entry in arms.items()
+            if name in entry["blocks"]
+        ],
     )
+    pairs = sorted({pair for own in report["pairs"].values() for pair in own if ":" in pair}, key=_numbers)
+    if pairs:
+        lines += ["", "Cosine of equal tokens of each pair, averaged over the times and seeds:", ""]
+        rows = []
+        for arm in arms:
+            runs = [run for run in report["runs"] if run["arm"] == arm]
+            cells = []
+            for pair in pairs:
+                student, teacher = _numbers(pair)
+                ends = [
+                    statistics.fmean(run["marks"][i]["blocks"]["cosine"][student - 1][teacher - 1] for run in runs)
+                    for i in (0, -1)
+                ]
+                cells.append(f"{ends[0]:.3f} to {ends[1]:.3f}" + (" (aligned)" if pair in report["pairs"][arm] else ""))
+            rows.append([arm, *cells])
+        lines += _table(["arm", *pairs], rows)
+    return lines
+
+
+def _numbers(pair: str) -> tuple[int, int]:
+    student, teacher = pair.split(":")
+    return int(student), int(teacher)
 
 
 def notes(
@@ -211,12 +199,13 @@ def notes(
             f"principal directions of the pooled features of {config.quality_network}; {floor}. Published "
             "distances are of another network and more samples."
         )
-    name = next((run["marks"][-1]["teacher"] for run in runs if "teacher" in run["marks"][-1]), None)
+    taught = [run for run in runs if "teacher" in run["marks"][-1]]
+    name = taught[0]["marks"][-1]["teacher"] if taught else None
     if name is not None:
+        arms = " and ".join(dict.fromkeys(run["arm"] for run in taught))
         clock = "computing its features is not on the clock" if train.align.features else "it runs in every step"
         found.append(
-            f"repa and both learn from {name}, pretrained on other data; what that took is not on the clock, and "
-            f"{clock}."
+            f"{arms} learn from {name}, pretrained on other data; what that took is not on the clock, and {clock}."
         )
         if config.quality_network == name:
             found.append(
@@ -225,8 +214,9 @@ def notes(
             )
     if config.seeds > 1:
         found.append(
-            f"The brackets are the range of {config.seeds} seeds, not a confidence interval; differences inside of "
-            "them say nothing."
+            f"Brackets with two numbers are the range of {config.seeds} seeds. Intervals are of {LEVEL:.0%}: "
+            "bootstrap, over resamples of the seeds, which is too narrow for few of them; and t, Student's, which is "
+            "right for any number of normal differences."
         )
     if train.optim.lr_schedule != "constant":
         found.append(
@@ -250,20 +240,46 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
-def _reached(ratios: Sequence[float | None]) -> str:
-    """The mean ratio over the seeds that came to the quality, and how many did."""
-    reached = [ratio for ratio in ratios if ratio is not None]
-    if not reached:
-        return "not reached"
-    text = _spread(reached, 2).replace(" (", "x (")
-    text = text if "(" in text else f"{text}x"
-    return text if len(reached) == len(ratios) else f"{text}; {len(reached)} of {len(ratios)} seeds, else not reached"
+def _reached(entry: Mapping[str, Any], axis: str) -> list[str]:
+    """Cells: how many times sooner, and in how many seeds at all."""
+    ratios = entry[f"speedup_{axis}"]
+    return [_sooner(entry[f"sooner_{axis}"]), f"{sum(ratio is not None for ratio in ratios)} of {len(ratios)}"]
 
 
-def _differences(own: Sequence[float | None], base: Sequence[float | None], digits: int) -> list[str]:
-    """Cells: the difference in each seed, their mean, and in how many of them it is less than 0."""
-    differences = [None if a is None or b is None else a - b for a, b in zip(own, base, strict=True)]
-    known = [d for d in differences if d is not None]
-    cells = ["-" if d is None else f"{d:+.{digits}f}" for d in differences]
-    mean = f"{statistics.fmean(known):+.{digits}f}" if known else "-"
-    return [*cells, mean, f"{sum(d < 0 for d in known)} of {len(known)}"]
+def _sooner(found: Mapping[str, Any] | None) -> str:
+    if found is None:
+        return "-"
+    if found["value"] is None:
+        return "not reached" if found["high"] is None else f"not reached (to {found['high']:.2f}x)"
+    low = "not reached" if found["low"] is None else f"{found['low']:.2f}"
+    return f"{found['value']:.2f}x" + ("" if found["high"] is None else f" ({low} to {found['high']:.2f})")
+
+
+def _signed(value: float, digits: int) -> str:
+    return f"{value:+.{digits}f}"
+
+
+def _mean(difference: Mapping[str, Any] | None, quality: str) -> str:
+    return "-" if difference is None else _signed(difference["mean"], _DIGITS[quality])
+
+
+def _edges(difference: Mapping[str, Any] | None, kind: str, quality: str) -> str:
+    """An interval: `kind` "t_" of Student, "" of the bootstrap."""
+    if difference is None or difference[f"{kind}low"] is None:
+        return "-"
+    digits = _DIGITS.get(quality, 2)
+    return f"{_signed(difference[f'{kind}low'], digits)} to {_signed(difference[f'{kind}high'], digits)}"
+
+
+def _differences(difference: Mapping[str, Any] | None, quality: str, seeds: int) -> list[str]:
+    """Cells: the difference in each seed, their mean, its intervals, and in how many seeds it is less than 0."""
+    if difference is None:
+        return ["-"] * (seeds + 4)
+    own = difference["seeds"]
+    return [
+        *(_signed(value, _DIGITS[quality]) for value in own),
+        _mean(difference, quality),
+        _edges(difference, "", quality),
+        _edges(difference, "t_", quality),
+        f"{sum(value < 0 for value in own)} of {len(own)}",
+    ]

@@ -6,13 +6,13 @@ import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ....errors import ConfigError, TrainingDiverged
+from ....errors import CheckpointError, ConfigError, TrainingDiverged
 from ...checkpoints.local import list_checkpoints
 from ...checkpoints.weights import warn_of_first_weights
 from ...config.paths import with_absolute_paths
@@ -21,6 +21,7 @@ from ...device import resolve_device, resolve_precision
 from ...diffusion.transport import build_transport
 from ...evaluation.frechet import FeatureNetwork, load_network
 from ...evaluation.judge import Judge
+from ...evaluation.validation import CHUNK
 from ...files import atomic_path, write_json
 from ...modality.images import Images
 from ...teachers.clock import TeacherClock
@@ -28,14 +29,26 @@ from ...training.folder import lock_folder, start_run
 from ...training.loop import Trainer
 from ...training.signals import stop_signals
 from ...training.terms.repa import RepaTerm
-from .config import MOST_HELD_OUT, SETTINGS, CompareCommand, CompareConfig, load_sets, method_config
+from ..pair.config import MIN_SAMPLES
+from ..pair.run import analyse, measure
+from .config import MOST_HELD_OUT, SETTINGS, CompareCommand, CompareConfig, load_sets
+from .devices import Call, side_by_side
 from .folder import Run, check_folder, start_folder, writing
 from .memory import measure_memory
+from .pilot import Pilot, estimate, pilot_config, print_pilot
+from .plan import describe, pairs_of, plan_text, primary
 from .plots import save_comparison
-from .report import describe, images_per_second, markdown, notes, summarise
+from .report import markdown, notes
+from .summary import images_per_second, summarise
 
 REPORT = "report.md"
 """Name of the text in the folder of a comparison; the numbers and the picture lie beside it, as .json and .png."""
+PLAN = "plan.md"
+"""Name of what was written before the first step."""
+PILOT = "pilot"
+"""Name of the folder of the pilot."""
+PROBE_TIMES = (0.25, 0.5, 0.75, 1.0)
+"""At which blocks are looked at: noised, and clean."""
 _MEMORY = "memory.json"
 
 
@@ -45,15 +58,16 @@ class Comparison:
     Args:
         config: what is compared.
         out: its folder.
+        device: where, in the place of --device.
 
     Raises:
         ConfigError, DataError: the data cannot be used, or has not enough samples to hold out.
     """
 
-    def __init__(self, config: CompareConfig, out: Path) -> None:
+    def __init__(self, config: CompareConfig, out: Path, *, device: str | None = None) -> None:
         self.config, self.out = config, out
         train, optim = config.train, config.train.optim
-        self.device = resolve_device(train.device)
+        self.device = resolve_device(device or train.device)
         self.precision = resolve_precision(train.precision, self.device)
         self.train_set, self.held_out = load_sets(config, self.device)
         self.held_out_samples = min(config.held_out or MOST_HELD_OUT, len(self.held_out))
@@ -67,9 +81,9 @@ class Comparison:
         self.steps = [round(optim.steps * i / config.marks) for i in range(config.marks + 1)]
         self.runs: list[Run] = []
         for seed in range(train.seed, train.seed + config.seeds):
-            for method in config.methods:
-                own = dataclasses.replace(method_config(train, method), seed=seed)
-                self.runs.append(Run(method, seed, out / method / f"seed-{seed}", own))
+            for arm in config.arms():
+                own = dataclasses.replace(arm.config, seed=seed)
+                self.runs.append(Run(arm.name, seed, out / arm.name / f"seed-{seed}", own))
 
     def check(self) -> None:
         """Makes a trainer of each method and the network that judges, so that what cannot work shows at once.
@@ -80,7 +94,7 @@ class Comparison:
         _ = self._network
         warn_of_first_weights(self.config.train.optim, self.steps[-1])
         for run in reversed(self.runs[: len(self.config.methods)]):  # those with a teacher first
-            Trainer(run.config, self.train_set)
+            Trainer(run.config, self.train_set, device=self.device)
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # memory is measured in another process
 
@@ -89,13 +103,22 @@ class Comparison:
         name = self.config.quality_network
         return None if name == "none" else load_network(name, self.device, self.precision)
 
-    def train(self, stop_asked: Callable[[], int]) -> bool:
-        """Brings every run to its end, in turns; False when stopped before that."""
+    @property
+    def seeds(self) -> list[int]:
+        """Of the runs."""
+        return list(dict.fromkeys(run.seed for run in self.runs))
+
+    def read(self) -> None:
+        """Reads what the runs have measured so far; raises CheckpointError, see `Run.read`."""
         for run in self.runs:
             run.read()
+
+    def train(self, stop_asked: Callable[[], int], seeds: Collection[int] | None = None) -> bool:
+        """Brings every run, or those of some seeds, to its end, in turns; False when stopped before that."""
+        self.read()
         judge = None
         for run, number in self._turns():
-            if self._is_past(run, number):
+            if self._is_past(run, number) or (seeds is not None and run.seed not in seeds):
                 continue
             if judge is None:  # a finished comparison needs none
                 judge = self._judge()
@@ -105,7 +128,7 @@ class Comparison:
 
     def _turns(self) -> Iterator[tuple[Run, int]]:
         """Seed by seed and mark by mark, each method in turn, every other time backwards."""
-        for seed in dict.fromkeys(run.seed for run in self.runs):
+        for seed in self.seeds:
             runs = [run for run in self.runs if run.seed == seed]
             for number in range(len(self.steps)):
                 for run in runs if number % 2 == 0 else reversed(runs):
@@ -139,7 +162,7 @@ class Comparison:
                 if trainer.steps_done < self.steps[number]:
                     trainer.save()
         except TrainingDiverged as error:
-            raise TrainingDiverged(f"{run.method}, seed {run.seed}: {error}; or leave it out of --methods") from error
+            raise TrainingDiverged(f"{run.arm}, seed {run.seed}: {error}; or leave it out of --methods") from error
         run.add(self._measure(trainer, number, judge))
         trainer.save()
         self._say(run, number)
@@ -147,7 +170,7 @@ class Comparison:
 
     def _open(self, run: Run) -> Trainer:
         """The trainer of `run` where it stands, warmed up: compilation and the first faults are not on its clock."""
-        trainer = Trainer(run.config, self.train_set, run_dir=run.folder)
+        trainer = Trainer(run.config, self.train_set, device=self.device, run_dir=run.folder)
         checkpoints = list_checkpoints(run.folder)
         if not checkpoints:
             start_run(run.folder, run.config, overwrite=False)
@@ -171,11 +194,32 @@ class Comparison:
             "frechet_floor": judge.floor,
             **trainer.meter.read(),
         }
+        if self.config.probe_samples and (number == 0 or last):
+            mark["blocks"] = self._blocks(trainer)
         if (repa := trainer.term(RepaTerm)) is not None:
             mark["teacher"] = repa.teacher.name
             if number > 0:
                 mark["teacher_share"] = repa.clock.share
         return mark
+
+    def _blocks(self, trainer: Trainer) -> dict[str, Any] | None:
+        """What `layersync probe` finds in the averaged weights; None for a model of one block."""
+        count = min(self.config.probe_samples, len(self.held_out))
+        if trainer.ema.depth < 2 or count < MIN_SAMPLES:
+            return None
+        states = measure(
+            trainer.ema,
+            trainer.transport.interpolant,
+            self.held_out,
+            samples=count,
+            times=PROBE_TIMES,
+            batch_size=CHUNK,
+            seed=0,
+            device=self.device,
+            autocast_dtype=self.precision,
+        )
+        found = analyse(states, times=PROBE_TIMES, null_label=trainer.ema.guidable, checkpoint="")
+        return dataclasses.asdict(found)
 
     def _say(self, run: Run, number: int) -> None:
         """Shows the newest mark of `run` on the terminal."""
@@ -184,7 +228,7 @@ class Comparison:
             rate = f", {images_per_second(run.marks, run.config.optim.batch_size)[-1]:.0f} images/s"
         distance = "" if mark["frechet"] is None else f", Fréchet {mark['frechet']:.1f}"
         console.print(
-            f"seed {run.seed}  step {mark['step']}/{self.steps[-1]}  {run.method}: validation loss "
+            f"seed {run.seed}  step {mark['step']}/{self.steps[-1]}  {run.arm}: validation loss "
             f"{mark['validation_loss']:.4f}{distance}{rate}",
             soft_wrap=True,
         )
@@ -207,29 +251,42 @@ class Comparison:
         )
 
     def memory(self) -> dict[str, int | None]:
-        """Bytes that each method's training takes at its peak; measured once for the folder."""
+        """Bytes that each arm's training takes at its peak; measured once for the folder."""
         path = self.out / _MEMORY
         if path.is_file():
             known: dict[str, int | None] = json.loads(path.read_text(encoding="utf-8"))
             return known
         console.print("measuring the memory of each method ...")
         first = self.runs[: len(self.config.methods)]
-        found = {run.method: measure_memory(self.config, run.config) for run in first}
+        found = {run.arm: measure_memory(self.config, run.config) for run in first}
         with writing():
             write_json(path, found)
         return found
 
-    def report(self, memory: Mapping[str, int | None]) -> Path:
+    def plan(self, pilot: Pilot | None) -> str:
+        """What is going to be done and how it will be read; written once, before the first step of any run."""
+        path = self.out / PLAN
+        if not path.is_file():
+            subject = describe(self.config, self.train_set, self.device, held_out=self.held_out_samples)
+            with writing(), atomic_path(path) as temporary:
+                temporary.write_text(plan_text(self.config, subject, pilot), encoding="utf-8")
+        try:
+            return path.read_text(encoding="utf-8")
+        except OSError as error:
+            raise CheckpointError(f"cannot read {path}: {error}") from error
+
+    def report(self, memory: Mapping[str, int | None], plan: str) -> Path:
         """Writes the report of the finished comparison, and returns the path of its text."""
         config, train = self.config, self.config.train
-        baseline = "vanilla" if "vanilla" in config.methods else config.methods[0]
-        runs = [{"method": run.method, "seed": run.seed, "marks": run.marks} for run in self.runs]
+        runs = [{"arm": run.arm, "seed": run.seed, "marks": run.marks} for run in self.runs]
         content = {
-            "subject": describe(train, self.train_set, self.device),
-            "baseline": baseline,
-            "seeds": list(dict.fromkeys(run.seed for run in self.runs)),
+            "plan": plan,
+            "baseline": config.baseline,
+            "primary": primary(config),
+            "seeds": self.seeds,
             "memory": memory,
-            "summary": summarise(runs, baseline=baseline, batch_size=train.optim.batch_size),
+            "pairs": {run.arm: pairs_of(run.config) for run in self.runs},
+            "summary": summarise(runs, baseline=config.baseline, batch_size=train.optim.batch_size),
             "notes": notes(config, runs, self.device, trained=len(self.train_set), held_out=self.held_out_samples),
             "settings": dataclasses.asdict(config),
             "runs": runs,
@@ -268,6 +325,9 @@ def compare(command: CompareCommand) -> Path | None:
     Raises:
         UserError: whatever can be put right: settings, data, folders, a full disk, a loss that is not finite.
     """
+    devices = command.devices or (command.comparison.train.device,)
+    for device in devices:
+        resolve_device(device)
     with contextlib.ExitStack() as locks:
         locks.enter_context(lock_folder(command.out))
         comparison = prepare(command.comparison, command.out, resume=command.resume, overwrite=command.overwrite)
@@ -275,5 +335,38 @@ def compare(command: CompareCommand) -> Path | None:
             locks.enter_context(lock_folder(run.folder))
         memory = comparison.memory()
         with stop_signals() as stop_asked:
-            finished = comparison.train(stop_asked)
-        return comparison.report(memory) if finished else None
+            pilot = None
+            if not (command.out / PLAN).is_file() and comparison.config.pilot:
+                console.print("the pilot: how many seeds would it take?")
+                small = Comparison(pilot_config(comparison.config), command.out / PILOT)
+                if not train_on(small, devices, stop_asked):
+                    return None
+                pilot = estimate(small, comparison.config.seeds)
+                print_pilot(pilot)
+            plan = comparison.plan(pilot)
+            finished = train_on(comparison, devices, stop_asked)
+        return comparison.report(memory, plan) if finished else None
+
+
+def train_on(comparison: Comparison, devices: Sequence[str], stop_asked: Callable[[], int]) -> bool:
+    """Trains the runs of each seed on one of the devices; False when stopped before the end."""
+    seeds = comparison.seeds
+    shares = [seeds[i :: len(devices)] for i in range(min(len(devices), len(seeds)))]
+    if len(shares) == 1:
+        return comparison.train(stop_asked)
+    threads = max(1, torch.get_num_threads() // len(shares))
+    calls = [
+        Call(_train_seeds, (comparison.config, comparison.out, device, share, threads))
+        for device, share in zip(devices, shares, strict=False)
+    ]
+    finished = side_by_side(calls, stop_asked)
+    comparison.read()
+    return finished
+
+
+def _train_seeds(
+    config: CompareConfig, out: Path, device: str, seeds: list[int], threads: int, stop_asked: Callable[[], int]
+) -> bool:
+    """In a process of its own."""
+    torch.set_num_threads(config.train.threads or threads)
+    return Comparison(config, out, device=device).train(stop_asked, seeds)
