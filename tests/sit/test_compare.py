@@ -340,7 +340,7 @@ def test_summary_of_curves_worked_out_by_hand():
     # The mean curves do not reach it, nor do most resamples; those of the first seed alone do.
     assert "| b | validation loss | not reached (to 1.33x) | 1 of 2 | not reached (to 0.67x) | 1 of 2 |" in text
     assert (
-        "| b | validation loss | steps | -0.1000 | +0.4000 | +0.1500 | -0.0812 to +0.3813 | -3.0266 to +3.3266 |"
+        "| b | validation loss | steps | -0.1000 | +0.4000 | +0.1500 | -0.0813 to +0.3812 | -3.0266 to +3.3266 |"
         in text
     )
     assert "| b | +0.1500 | -3.0266 to +3.3266 | **does not tell** |" in text

@@ -64,11 +64,12 @@ def arms(config: TrainConfig, methods: Sequence[str]) -> list[Arm]:
 
 def _arm(config: TrainConfig, text: str) -> Arm:
     named, equals, rest = text.partition("=")
+    has_name = bool(equals and _NAME.fullmatch(named))
     try:
-        method, *flags = shlex.split(rest if equals and _NAME.fullmatch(named) else text)
+        method, *flags = shlex.split(rest if has_name else text) or [""]
     except ValueError as error:
-        raise ConfigError(f"--methods '{text}': {error or 'a method is missing'}") from error
-    name = named if equals and _NAME.fullmatch(named) else method
+        raise ConfigError(f"--methods '{text}': {error}") from error
+    name = named if has_name else method
     if method not in KNOWN_METHODS:
         raise ConfigError(
             f"--methods '{text}': no method {method!r}; expected one of {', '.join(KNOWN_METHODS)}, "

@@ -80,8 +80,9 @@ class Comparison:
             )
         self.steps = [round(optim.steps * i / config.marks) for i in range(config.marks + 1)]
         self.runs: list[Run] = []
+        arms = config.arms()
         for seed in range(train.seed, train.seed + config.seeds):
-            for arm in config.arms():
+            for arm in arms:
                 own = dataclasses.replace(arm.config, seed=seed)
                 self.runs.append(Run(arm.name, seed, out / arm.name / f"seed-{seed}", own))
 
