@@ -24,9 +24,10 @@ from layersync_kernels.sit.evaluation.probes import linear_cka, linear_probe
 from layersync_kernels.sit.models.sit import SiT
 from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.studies.pair.config import ProbeCommand
+from layersync_kernels.sit.studies.pair.measure import States
 from layersync_kernels.sit.studies.pair.plots import save_probe
 from layersync_kernels.sit.studies.pair.report import propose_pair, teacher_range
-from layersync_kernels.sit.studies.pair.run import States, analyse, measure, probe
+from layersync_kernels.sit.studies.pair.run import analyse, measure, probe
 
 from .tiny import run_state
 
@@ -63,7 +64,7 @@ def command(run, **changes):
 @pytest.fixture
 def _no_picture(monkeypatch):
     """Most of a probe's time at this size goes into drawing."""
-    monkeypatch.setattr("layersync_kernels.sit.studies.pair.run.save_probe", lambda report, path: path)
+    monkeypatch.setattr("layersync_kernels.sit.studies.pair.run.save_probe", lambda reports, path: path)
 
 
 # What is measured
@@ -153,14 +154,14 @@ def test_cosine_and_features_are_those_of_the_blocks(kernels):
     batch = next(data.batches(20, seed=1))
     x0 = torch.randn(20, 1, 4, 4, generator=torch.Generator().manual_seed(1))
     assert torch.equal(states.labels, batch.labels)
-    expected = torch.zeros(3, 3)
+    expected = torch.zeros(2, 3, 3)
     for i, t in enumerate((0.3, 0.8)):
         x = t * batch.samples + (1 - t) * x0
         _, hidden = model(x, torch.full((20,), t), torch.full((20,), 3), capture=(1, 2, 3))
         for a in range(3):
             torch.testing.assert_close(states.features[i, a], hidden[a + 1].mean(1), rtol=1e-4, atol=1e-5)
             for b in range(3):
-                expected[a, b] += torch.cosine_similarity(hidden[a + 1], hidden[b + 1], dim=-1).mean() / 2
+                expected[i, a, b] = torch.cosine_similarity(hidden[a + 1], hidden[b + 1], dim=-1).mean()
     torch.testing.assert_close(states.cosine.float(), expected, rtol=1e-4, atol=1e-5)
 
 
@@ -278,7 +279,8 @@ def test_student_with_the_better_probe_is_noted():
     labels = torch.arange(400) % 2
     features = torch.randn(1, 6, 400, 4)
     features[0, 1, :, 0] = labels.float()
-    report = analyse(States(features, labels, torch.eye(6)), times=(1.0,), null_label=True, checkpoint="x")
+    states = States(features, labels, torch.eye(6)[None], torch.ones(1, 6))
+    report = analyse(states, times=(1.0,), null_label=True, checkpoint="x")
     assert report.pair == (2, 4)
     assert any("block 2, probes better than the teacher, block 4" in note for note in report.notes)
 
@@ -294,7 +296,8 @@ def test_run_is_probed_and_written(tmp_path, capsys):
     assert Image.open(run / "probe.png").size[0] > 1000
     content = json.loads((run / "probe.json").read_text())
     assert set(content) == {
-        *("checkpoint", "depth", "samples", "held_out", "times", "accuracy", "cosine", "cka", "pair", "reason", "notes")
+        *("checkpoint", "depth", "samples", "held_out", "times", "accuracy", "neighbours", "effective_rank", "cosine"),
+        *("cosine_per_time", "cka", "cka_per_time", "teacher", "pair", "reason", "notes"),
     }
     assert set(content["accuracy"]) == {"mean", "standard_error", "per_time", "chance"}
     assert content["checkpoint"] == str(run / "checkpoints" / "step_00000005")
@@ -354,12 +357,18 @@ def test_few_samples_per_class_are_noted(tmp_path):
     assert any("--samples 60" in note for note in json.loads((run / "probe.json").read_text())["notes"])
 
 
+def content(depth, times=(0.5,)):
+    """A report of one half of everything."""
+    values, matrix = [[0.5] * depth] * len(times), [[0.5] * depth] * depth
+    accuracy = {"mean": values[0], "standard_error": values[0], "per_time": values, "chance": 0.1}
+    every = {key: matrix for key in ("cosine", "cka")} | {f"{key}_per_time": [matrix] * 2 for key in ("cosine", "cka")}
+    known = {"accuracy": accuracy, "neighbours": accuracy, "effective_rank": values, "teacher": None}
+    return {"depth": depth, "pair": (1, 2), "times": list(times)} | known | every
+
+
 @pytest.mark.parametrize("depth", [28, 6])
 def test_picture_of_any_depth(tmp_path, depth):
-    values = [0.5] * depth
-    accuracy = {"mean": values, "standard_error": values, "per_time": [values], "chance": 0.1}
-    report = {"depth": depth, "pair": (1, 2), "times": [0.5], "accuracy": accuracy, "cosine": [values] * depth}
-    save_probe(report | {"cka": [values] * depth}, tmp_path / "p.png")
+    save_probe({"run": content(depth)}, tmp_path / "p.png")
     assert Image.open(tmp_path / "p.png").size[0] > 1500
 
 

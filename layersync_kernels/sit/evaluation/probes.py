@@ -1,4 +1,4 @@
-"""What features know: linear probes, and their similarity (CKA)."""
+"""What features know: linear probes, nearest neighbours; how alike they are (CKA), how many dimensions they fill."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 _PENALTIES = tuple(10.0**exponent for exponent in range(-4, 3))
+_TEMPERATURE = 0.07
+_QUERIES = 1024
+"""Samples whose neighbours are looked for at a time."""
 
 
 def linear_cka(features: Tensor) -> Tensor:
@@ -32,6 +35,63 @@ def linear_cka(features: Tensor) -> Tensor:
             cross[i, j] = cross[j, i] = (centred[j].T @ centred[i]).square().sum()
     norm = cross.diagonal().sqrt()
     return cross / (norm[:, None] * norm).clamp_min(torch.finfo(cross.dtype).tiny)
+
+
+def linear_cka_to(features: Tensor, other: Tensor) -> Tensor:
+    """`linear_cka` of each of L representations with one more, which may be of another width.
+
+    Args:
+        features: (L, N, D).
+        other: (N, W), of the same samples.
+
+    Returns:
+        fp64 (L,).
+    """
+    centred = features.double() - features.double().mean(1, keepdim=True)
+    target = other.double() - other.double().mean(0)
+    own = torch.stack([(block.T @ block).square().sum() for block in centred])
+    cross = torch.stack([(target.T @ block).square().sum() for block in centred])
+    norm = (own * (target.T @ target).square().sum()).sqrt()
+    return cross / norm.clamp_min(torch.finfo(cross.dtype).tiny)
+
+
+def effective_rank(covariance: Tensor) -> Tensor:
+    """How many dimensions are filled: exp of the entropy of the eigenvalues over their sum (Roy & Vetterli 2007, "The
+    effective rank: a measure of effective dimensionality").
+
+    D where all directions have the same variance, 1 where one has all of it or there is none; NaN where the covariance
+    is not finite.
+
+    Args:
+        covariance: (..., D, D).
+
+    Returns:
+        fp64 (...).
+    """
+    finite = covariance.isfinite().all(-1).all(-1)
+    values = torch.linalg.eigvalsh(covariance.double().where(finite[..., None, None], 0.0)).clamp_min(0)
+    shares = values / values.sum(-1, keepdim=True).clamp_min(torch.finfo(values.dtype).tiny)
+    return torch.special.entr(shares).sum(-1).exp().where(finite, torch.nan)
+
+
+def neighbour_probe(features: Tensor, labels: Tensor, train: int, neighbours: int = 20) -> Tensor:
+    """Whether the nearest of the first `train` samples name the labels of the others: bool (N - train,).
+
+    Neighbours vote with weight exp(cosine / 0.07) for their labels, as in Wu et al. 2018 (arXiv:1805.01978), whose
+    protocol, with 20 neighbours, is that of DINO (Caron et al. 2021, arXiv:2104.14294).
+
+    Args:
+        features: (N, D).
+        labels: int64 (N,).
+        train: M.
+        neighbours: how many vote, no more than there are.
+    """
+    unit, votes = F.normalize(features.double(), dim=1), []
+    for queries in unit[train:].split(_QUERIES):
+        cosine, index = (queries @ unit[:train].T).topk(min(neighbours, train))
+        own = unit.new_zeros(len(queries), int(labels.max()) + 1)
+        votes.append(own.scatter_add_(1, labels[:train][index], (cosine / _TEMPERATURE).exp()))
+    return torch.cat(votes).argmax(1) == labels[train:]
 
 
 def linear_probe(features: Tensor, labels: Tensor, train: int) -> Tensor:
