@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from layersync_kernels.errors import ConfigError, TrainingDiverged
+from layersync_kernels.sit.checkpoints.local import list_checkpoints
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.studies.compare import run as compare_module
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig
@@ -52,13 +53,13 @@ def test_the_plan_is_there_before_the_first_step_and_stays(config, tmp_path, mon
     train = Comparison.train
 
     def watched(self, *args):
-        seen.append((self.out.name, (out / PLAN).is_file(), [run.folder.exists() for run in self.runs]))
+        seen.append((self.out.name, (out / PLAN).is_file(), [list_checkpoints(run.folder) for run in self.runs]))
         return train(self, *args)
 
     monkeypatch.setattr(Comparison, "train", watched)
     compare(CompareCommand(config, out))
     assert [name for name, *_ in seen] == [PILOT, "out"]
-    assert seen[1][1:] == (True, [False] * 4)
+    assert seen[1][1:] == (True, [[]] * 4)
     plan = (out / PLAN).read_text()
     for line in (
         "- **strong**: LayerSync 1:3, weight 0.5",
