@@ -24,8 +24,8 @@ ARMS = (
     "far-strong=layersync --layersync 1:7 --weight 1",
     PAPER,
 )
-"""Of a model of 8 blocks, in which neighbouring blocks are alike from the start: two pairs whose cosine leaves something
-to do, with two weights each."""
+"""Of a model of 8 blocks, where neighbouring blocks are alike: two pairs whose cosine leaves something to do, with two
+weights each, and the paper's."""
 _SAMPLING = SamplingConfig(solver="euler", sampling_steps=16)
 _LOG = LogConfig(sample_every=0, checkpoint_every=10_000, tensorboard=False)
 
