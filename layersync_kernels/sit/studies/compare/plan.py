@@ -37,8 +37,8 @@ def describe(config: CompareConfig, data: SampleSet, device: torch.device, *, he
     threads = f" ({torch.get_num_threads()} threads)" if device.type == "cpu" else ""
     limit = "" if optim.max_seconds is None else f", at most {optim.max_seconds:g} s of training"
     return (
-        f"{model.model}{own}; {len(data)} samples of {data.spec} from {Path(train.data.data).name}, {held_out} others held "
-        f"out; {optim.steps} steps of batches of {optim.batch_size}{limit}, learning rate {optim.lr:g} "
+        f"{model.model}{own}; {len(data)} samples of {data.spec} from {Path(train.data.data).name}, {held_out} others "
+        f"held out; {optim.steps} steps of batches of {optim.batch_size}{limit}, learning rate {optim.lr:g} "
         f"({optim.lr_schedule}); "
         f"{train.precision} precision, {device}{threads}, PyTorch {torch.__version__}."
     )
