@@ -12,6 +12,7 @@ from ....errors import ConfigError, DataError
 from ...config.run import StartingPoint, TrainConfig
 from ...data.base import SampleSet
 from ...data.registry import load_data
+from ...evaluation.networks import I3D, INCEPTION
 from ...evaluation.validation import hold_out
 
 SETTINGS = "compare.json"
@@ -40,8 +41,9 @@ class CompareConfig:
     """Samples kept from training for the validation loss; by default a tenth of them, at most 1000."""
     validation: Path | None = None
     """Take the held-out samples from this .npz or .safetensors file, and train on all of --data."""
-    quality_network: str = _TEACHER
-    """Network whose features the Fréchet distance compares; none: no Fréchet distance."""
+    quality_network: str = "auto"
+    """Network whose features the Fréchet distance compares, a name as --features of `layersync evaluate` has it; auto:
+    its default for images, films, sounds or motion; none: no Fréchet distance."""
     samples: int = 1000
     """Samples drawn for a Fréchet distance, by the solver of the sampling flags."""
     reference: int = 5000
@@ -71,6 +73,11 @@ class CompareConfig:
             raise ConfigError("--layersync off leaves nothing to compare; leave it out, or choose other --methods")
         if self.train.dispersive.dispersive != "off" and "dispersive" not in self.methods:
             raise ConfigError("--dispersive is what the method dispersive trains with; name that in --methods")
+        if (name := self.quality_network) in (INCEPTION, I3D):
+            raise ConfigError(
+                f"--quality-network {name} takes a file of weights, for which there is no flag here: take another, and "
+                f"`layersync evaluate RUN --features {name} --features-weights FILE` for the runs of the comparison"
+            )
         if self.validation is None and self.train.align.features is not None:
             raise ConfigError("--features are those of all samples, so none can be held out: give --validation FILE")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -12,12 +13,16 @@ import torch
 
 from ...config.run import TrainConfig
 from ...data.base import SampleSet
-from ...evaluation.frechet import DIRECTIONS
+from ...evaluation.measure import distance_names
+from ...evaluation.motion_classifier import CLASSIFIER
+from ...evaluation.registry import DEFAULTS
+from ...evaluation.report import sampling_facts, sampling_text
 from .config import CompareConfig
 
 QUALITIES = {"validation_loss": "validation loss", "frechet": "Fréchet distance"}
 """Key of a measurement to its name; less is better in each."""
-_DIGITS = {"validation_loss": 4, "frechet": 1}
+_DIGITS = 4
+"""Decimals of the validation loss; figures of the least Fréchet distance, which may be 0.4 or 400."""
 
 
 def curve(run: Mapping[str, Any], quality: str, axis: str) -> tuple[list[float], list[float]]:
@@ -111,6 +116,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
     summary, seeds, baseline = report["summary"], report["seeds"], report["baseline"]
     methods = summary["methods"]
     measured = [q for q in QUALITIES if any(m[q]["at_steps"][0] is not None for m in methods.values())]
+    decimals = {"validation_loss": _DIGITS, "frechet": _decimals(report["runs"])}
     lines = [f"# {', '.join(methods)} compared", "", report["subject"], ""]
     lines += [f"{len(seeds)} seeds: each number is the mean over them, with the least and the greatest in brackets."]
     if len(seeds) == 1:
@@ -136,7 +142,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
         (f"After {summary['seconds']:.1f} s of training", "at_seconds"),
     ):
         lines += ["", f"## {title}", ""]
-        rows = [[name, *(_spread(entry[q][key], _DIGITS[q]) for q in measured)] for name, entry in methods.items()]
+        rows = [[name, *(_spread(entry[q][key], decimals[q]) for q in measured)] for name, entry in methods.items()]
         lines += _table(["method", *(QUALITIES[q] for q in measured)], rows)
     others = {name: entry for name, entry in methods.items() if name != baseline}
     followed = [q for q in measured if all(len(curve(run, q, "step")[0]) > 1 for run in report["runs"])]
@@ -153,7 +159,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
     lines += _table(
         ["method", "quality", "after equal", *(f"seed {seed}" for seed in seeds), "mean", "better in"],
         [
-            [name, QUALITIES[q], axis, *_differences(entry[q][key], methods[baseline][q][key], _DIGITS[q])]
+            [name, QUALITIES[q], axis, *_differences(entry[q][key], methods[baseline][q][key], decimals[q])]
             for name, entry in others.items()
             for q in measured
             for axis, key in (("steps", "at_steps"), ("seconds", "at_seconds"))
@@ -179,7 +185,13 @@ def describe(train: TrainConfig, data: SampleSet, device: torch.device) -> str:
 
 
 def notes(
-    config: CompareConfig, runs: Sequence[Mapping[str, Any]], device: torch.device, *, trained: int, held_out: int
+    config: CompareConfig,
+    runs: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    *,
+    kind: str,
+    trained: int,
+    held_out: int,
 ) -> list[str]:
     """What a reader has to know to judge the numbers.
 
@@ -187,6 +199,7 @@ def notes(
         config: what was compared.
         runs: as for `summarise`.
         device: where.
+        kind: of the samples, see `kind_of`.
         trained: samples that the runs were trained on.
         held_out: samples behind the validation loss.
     """
@@ -203,13 +216,19 @@ def notes(
         + ("as CUDA's allocator counts it" if device.type == "cuda" else "in resident pages")
         + ", over a few steps in a process of its own.",
     ]
-    if config.quality_network != "none":
-        floor = f"{min(held_out, config.samples)} held-out ones are at {runs[0]['marks'][-1]['frechet_floor']:.1f}"
+    judge = DEFAULTS[kind] if config.quality_network == "auto" else config.quality_network
+    if judge != "none":
+        last = runs[0]["marks"][-1]
+        count, floor = min(held_out, config.samples), last["frechet_floor"]
+        others = "held-out ones are too few for that" if floor is None else f"held-out ones are at {floor:.{_DIGITS}g}"
+        known = last.get("frechet_dimensions")  # runs of before this was kept have none
+        within = "principal directions" if known is None else f"first {known} principal directions"
+        made = ", which was trained on the training set to name actions" if judge == CLASSIFIER else ""
         found.append(
-            f"Fréchet distance: {config.samples} samples, drawn from the same noise for all, against "
-            f"{min(config.reference, trained)} of the training set, in the first {DIRECTIONS} "
-            f"principal directions of the pooled features of {config.quality_network}; {floor}. Published "
-            "distances are of another network and more samples."
+            f"Fréchet distance ({distance_names(kind, judge)['features']}): {config.samples} samples, drawn by "
+            f"{sampling_text(sampling_facts(train.sampling))}, from the same noise for all, against "
+            f"{min(config.reference, trained)} of the training set, in the {within} of the averaged features of "
+            f"{judge}{made}; {count} {others}. Published distances are of another network and more samples."
         )
     name = next((run["marks"][-1]["teacher"] for run in runs if "teacher" in run["marks"][-1]), None)
     if name is not None:
@@ -218,7 +237,7 @@ def notes(
             f"repa and both learn from {name}, pretrained on other data; what that took is not on the clock, and "
             f"{clock}."
         )
-        if config.quality_network == name:
+        if judge == name:
             found.append(
                 f"{name} is also the network that judges the samples: that favours the runs which learn from it. "
                 "Their validation loss is free of this."
@@ -248,6 +267,12 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
         return "-"
     mean, low, high = (f"{v:.{digits}f}" for v in (statistics.fmean(known), min(known), max(known)))
     return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def _decimals(runs: Sequence[Mapping[str, Any]]) -> int:
+    """With which the least Fréchet distance of the runs has `_DIGITS` figures."""
+    found = [y for run in runs for y in curve(run, "frechet", "step")[1] if y > 0]
+    return max(0, _DIGITS - 1 - math.floor(math.log10(min(found)))) if found else 0
 
 
 def _reached(ratios: Sequence[float | None]) -> str:
