@@ -18,6 +18,8 @@ from layersync_kernels.sit.evaluation.frechet import RealFeatures
 from layersync_kernels.sit.evaluation.motion_classifier import MotionNetwork
 from layersync_kernels.sit.evaluation.networks import FilmNetwork, ImageNetwork, SpeechFeatures
 from layersync_kernels.sit.evaluation.validation import take
+from layersync_kernels.sit.modality.images import Images, unit_to_pixels
+from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.sampling.draw import draw
 from layersync_kernels.sit.studies.compare import run as compare_module
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig
@@ -205,6 +207,16 @@ def test_latents_without_their_autoencoder_are_refused(tmp_path):
     with pytest.raises(DataError, match=r"holds latents.*fetch it, or leave the distance out by --quality-network"):
         compare(CompareCommand(config, tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_latents_are_judged_as_what_they_decode_to(tmp_path, monkeypatch):
+    latents = torch.randn(60, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    save_file({"latents": latents}, tmp_path / "data.safetensors")
+    monkeypatch.setattr(Latents, "decoded", lambda self, samples: (Images(), self.restore(samples)[:, :1] / 4))
+    shared = Comparison(comparison(DataConfig(data=str(tmp_path / "data.safetensors")), 2), tmp_path / "out")
+    trained, held_out = parts({"arr_0": unit_to_pixels(latents[:, :1] / 4).permute(0, 2, 3, 1).numpy()})
+    real, others = (shared._network(own, "x").features for own in (trained, held_out))
+    assert shared._judge.floor == pytest.approx(RealFeatures(real, 256).distance(others), rel=1e-6)
 
 
 @pytest.mark.parametrize(
