@@ -210,7 +210,7 @@ def missing_network(name, kind, device, **options):
         ({"dispersive": {"dispersive": 2}}, ConfigError, "name that in --methods"),
         ({"methods": ("vanilla", "dispersive"), "dispersive": {"dispersive": 4}}, ConfigError, "has blocks 1 to 3"),
         ({"quality_network": "nonsense"}, TeacherError, "--quality-network nonsense: no such network; or leave the"),
-        ({"samples": 16}, ConfigError, "16 samples and 40 real ones for 16 dimensions: more are needed: at least 17"),
+        ({"samples": 16}, ConfigError, "16 samples and 40 real ones for 16 dimensions: more are needed, at least 17"),
         ({"reference": 16}, ConfigError, "20 samples and 16 real ones for 16 dimensions"),
     ],
 )

@@ -81,7 +81,7 @@ class Judge:
         dimensions = min(network.directions or width, width)
         if (refused := refusal(samples, reference, dimensions)) is not None:  # before thousands are looked at
             raise ConfigError(
-                f"a Fréchet distance by {network.name} of {refused}: at least {dimensions + 1} by --samples, and as "
+                f"a Fréchet distance by {network.name} of {refused}, at least {dimensions + 1} by --samples, and as "
                 f"many training samples by --reference; or {WITHOUT}"
             )
         self._reference = RealFeatures(self._real(real, reference), network.directions)
