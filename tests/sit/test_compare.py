@@ -18,6 +18,7 @@ from layersync_kernels.sit.config.optim import OptimConfig
 from layersync_kernels.sit.config.run import LogConfig, TrainConfig
 from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.evaluation.frechet import Gaussian, frechet_distance
+from layersync_kernels.sit.evaluation.networks import Network, Seen
 from layersync_kernels.sit.studies.compare import run as compare_module
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig, load_sets
 from layersync_kernels.sit.studies.compare.memory import measure_memory
@@ -28,10 +29,17 @@ from layersync_kernels.sit.studies.compare.summary import summarise, value_at
 from layersync_kernels.sit.training.loop import Trainer
 
 
+class Pixels(Network):
+    name = identity = "pixels"
+
+    def see(self, arrays):
+        return Seen({"features": torch.from_numpy(arrays["arr_0"]).flatten(1) / 127.5})
+
+
 @pytest.fixture
 def config(tmp_path, monkeypatch):
     """Two methods, two seeds, six steps, on 60 samples of 4x4; the judging network looks at the pixels."""
-    monkeypatch.setattr(compare_module, "load_network", lambda name, device, dtype: lambda images: images.flatten(1))
+    monkeypatch.setattr(compare_module, "load_network", lambda name, kind, device, **_: Pixels())
     monkeypatch.setattr(compare_module, "measure_memory", lambda config, run: 3_000_000)
     images = np.random.default_rng(0).integers(0, 256, (60, 4, 4), dtype=np.uint8)
     np.savez(tmp_path / "data.npz", images=images, labels=np.arange(60) % 3)
@@ -192,8 +200,8 @@ def test_one_held_out_sample_has_no_frechet_distance(config, tmp_path):
     assert Comparison(replaced(config, held_out=1, quality_network="none"), tmp_path / "out").held_out_samples == 1
 
 
-def missing_network(name, device, dtype):
-    raise TeacherError(f"no network named {name}")
+def missing_network(name, kind, device, **options):
+    raise TeacherError(f"--features {name}: no such network")
 
 
 @pytest.mark.parametrize(
@@ -205,7 +213,9 @@ def missing_network(name, device, dtype):
         ({"methods": ("vanilla", "repa"), "align": {"teacher": "hub/nowhere:net"}}, TeacherError, "nowhere"),
         ({"dispersive": {"dispersive": 2}}, ConfigError, "--dispersive is in none of the --methods"),
         ({"methods": ("vanilla", "dispersive"), "dispersive": {"dispersive": 4}}, ConfigError, "has blocks 1 to 3"),
-        ({"quality_network": "nonsense"}, TeacherError, "no network named nonsense"),
+        ({"quality_network": "nonsense"}, TeacherError, "--quality-network nonsense: no such network; or leave the"),
+        ({"samples": 16}, ConfigError, "16 samples and 40 real ones for 16 dimensions: more are needed, at least 17"),
+        ({"reference": 16}, ConfigError, "20 samples and 16 real ones for 16 dimensions"),
     ],
 )
 def test_settings_that_fail_write_and_delete_nothing(config, tmp_path, monkeypatch, changes, error, message):
@@ -347,17 +357,20 @@ def test_summary_of_curves_worked_out_by_hand():
     assert "Fréchet" not in text
 
 
-def test_one_measurement_makes_no_curve():
-    """It says nothing of how soon a quality is reached, nor of equal seconds."""
+@pytest.mark.parametrize(
+    ("distances", "difference"), [((5, 5), "+0.000"), ((0.39612, 0.4), "+0.0039"), ((2570.4, 2389.6), "-181")]
+)
+def test_one_measurement_makes_no_curve(distances, difference):
+    """It says nothing of how soon a quality is reached, nor of equal seconds. The least distance has four figures."""
     runs = [run_of(method, 0, [1, 0.6, 0.4], 1) for method in "ab"]
-    for run in runs:
-        run["marks"][-1]["frechet"] = 5.0
+    for run, distance in zip(runs, distances, strict=True):
+        run["marks"][-1]["frechet"] = distance
     report = {"summary": summarise(runs, baseline="a", batch_size=3), "runs": runs, "seeds": [0], "baseline": "a"}
     text = markdown(
         report | {"memory": {"a": None, "b": None}, "plan": "", "primary": "validation_loss", "pairs": {}, "notes": []},
         "p.png",
     )
-    assert "| b | Fréchet distance | steps | +0.0 |" in text
+    assert f"| b | Fréchet distance | steps | {difference} |" in text
     assert text.count("| b | Fréchet distance |") == 1
 
 

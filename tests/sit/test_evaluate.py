@@ -23,34 +23,13 @@ from layersync_kernels.sit.evaluation.controls import disturbed
 from layersync_kernels.sit.evaluation.frechet import Gaussian, frechet_distance
 from layersync_kernels.sit.evaluation.metrics import inception_score
 from layersync_kernels.sit.evaluation.networks import FilmClassifier, FilmNetwork, ImageNetwork, InceptionNetwork
-from layersync_kernels.sit.teachers.base import IMAGENET_MEAN, IMAGENET_STD, Teacher
+from layersync_kernels.sit.teachers.base import IMAGENET_MEAN, IMAGENET_STD
 
 from .tiny import tiny_config
+from .tiny_samples import bodies, films, images, tiny_network, tones
 
 FAST = SamplingConfig(solver="euler", sampling_steps=2)
 CPU = torch.device("cpu")
-
-
-class Tiny(nn.Module):
-    """With the modules of EfficientNet-Lite0 that are looked for: 8x8 pixels to 2x2 places of 8, then 6 channels."""
-
-    def __init__(self):
-        super().__init__()
-        self._blocks = nn.Sequential(nn.Conv2d(3, 8, 4, stride=4), *[nn.Identity()] * 9, nn.ReLU())
-        self.last = nn.Conv2d(8, 6, 1)
-        self._fc = nn.Linear(6, 4)
-        generator = torch.Generator().manual_seed(1)
-        for own in self.parameters():
-            own.data.normal_(0, 0.4, generator=generator)
-
-    def forward(self, images):
-        return self.last(self._blocks(images)).relu()
-
-
-def tiny_network(name, *, size=None, weights=None, last=True):
-    assert last
-    network = Tiny()
-    return Teacher(name, network, network, size or 8)
 
 
 @pytest.fixture(autouse=True)
@@ -64,17 +43,6 @@ def train(folder, data, **model):
     config = tiny_config(data=data, model=model, optim={"steps": 2, "accumulate": 1}, log={"sample_every": 0})
     run_training(dataclasses.replace(config, sampling=FAST), folder / "run")
     return folder / "run"
-
-
-def images(count, seed=0):
-    """Stripes of two directions, uint8 (N, 8, 8, 1), and which."""
-    generator = np.random.default_rng(seed)
-    labels = np.arange(count) % 2
-    wave = 90 * np.sin(np.arange(8) * 1.6 + generator.uniform(0, 6, (count, 1)))[:, None, :] + 128
-    stripes = np.where(labels[:, None, None] == 1, wave, wave.transpose(0, 2, 1)) + generator.normal(
-        0, 8, (count, 8, 8)
-    )
-    return stripes.clip(0, 255).astype(np.uint8)[..., None], labels
 
 
 @pytest.fixture(scope="module")
@@ -249,7 +217,7 @@ def test_features_that_are_not_finite_are_refused(photos, tmp_path, monkeypatch)
         return teacher
 
     monkeypatch.setattr(networks, "load_teacher", broken)
-    with pytest.raises(TeacherError, match="--features efficientnet-lite0: the features of 120 of 120 real samples"):
+    with pytest.raises(TeacherError, match="the features by efficientnet-lite0 of 120 of 120 real samples"):
         evaluate(asked(photos, tmp_path))
     assert not list(tmp_path.glob("*.safetensors"))
 
@@ -328,10 +296,7 @@ def test_inception_has_the_maps_of_adm(tmp_path):
 def test_films_have_a_distance_of_looks_and_one_of_changes(tmp_path):
     """Films that stand still look like those that move, and do not change like them."""
     generator = np.random.default_rng(0)
-    start = generator.integers(0, 6, (80, 1, 1, 1))
-    place = (start + np.arange(4)[:, None, None]) % 8
-    moving = np.where(np.arange(8) == place, 255, 20) + generator.integers(0, 20, (80, 4, 8, 8)) * 0
-    moving = (moving - generator.integers(0, 15, (80, 4, 8, 8))).astype(np.uint8)[..., None]
+    moving = films(80, generator)
     np.savez(tmp_path / "data.npz", videos=moving, labels=np.arange(80) % 2)
     frames = VideoConfig(frames=4)
     run = train(tmp_path, DataConfig(data=str(tmp_path / "data.npz"), video=frames), patch_size=(2, 4, 4))
@@ -345,8 +310,8 @@ def test_films_have_a_distance_of_looks_and_one_of_changes(tmp_path):
     still = np.broadcast_to(moving[:, :1], moving.shape)
     shuffled = np.stack([film[generator.permutation(4)] for film in moving])
     found = {}
-    for name, films in (("real", moving), ("still", still), ("shuffled", shuffled)):
-        np.savez(tmp_path / f"{name}.npz", videos=films)
+    for name, own in (("real", moving), ("still", still), ("shuffled", shuffled)):
+        np.savez(tmp_path / f"{name}.npz", videos=own)
         found[name] = values(evaluate(asked(run, tmp_path, video=frames, samples_from=tmp_path / f"{name}.npz")))
     assert found["shuffled"]["FD"] == pytest.approx(found["real"]["FD"], abs=1e-3)
     assert found["still"]["FD of changes"] > 100 * abs(found["real"]["FD of changes"])
@@ -356,19 +321,6 @@ def test_films_have_a_distance_of_looks_and_one_of_changes(tmp_path):
 
 
 # Motion
-
-
-def bodies(path, count=80):
-    """Recordings of five joints that swing slowly or fast."""
-    generator = np.random.default_rng(0)
-    labels = np.arange(count) % 2
-    time = np.arange(16) / 16
-    swing = np.sin(2 * np.pi * np.where(labels == 1, 3, 1)[:, None] * time + generator.uniform(0, 6, (count, 1)))
-    rest = np.array([[0, 1, 0], [0.2, 0.9, 0], [-0.2, 0.9, 0], [0, 1.5, 0.1], [0, 0.1, 0.2]])
-    places = np.broadcast_to(rest, (count, 16, 5, 3)) + generator.normal(0, 0.01, (count, 16, 5, 3))
-    places[..., 3, 2] += 0.4 * swing
-    places[..., 2] += time[:, None]
-    np.savez(path, positions=places.astype(np.float32), labels=labels, parents=np.array([-1, 0, 0, 0, 0]), fps=16.0)
 
 
 @pytest.fixture(scope="module")
@@ -413,14 +365,7 @@ def test_motion_without_classes_is_refused(tmp_path):
 
 
 def test_sounds_are_heard_beside_their_representation(speech, tmp_path):
-    soundfile = pytest.importorskip("soundfile")
-    generator = np.random.default_rng(0)
-    for name, hertz in (("low", 300), ("high", 1500)):
-        (tmp_path / "data" / name).mkdir(parents=True)
-        for i in range(25):
-            time = np.arange(1200 + 20 * (i % 5)) / 8000
-            sound = 0.3 * np.sin(2 * np.pi * hertz * generator.uniform(0.8, 1.2) * time + generator.uniform(0, 6))
-            soundfile.write(tmp_path / "data" / name / f"{i}.wav", sound + generator.normal(0, 0.01, len(time)), 8000)
+    tones(tmp_path / "data", 25)
     audio = AudioConfig(mel_bins=20, window_ms=32.0, hop_ms=16.0)
     run = train(tmp_path, DataConfig(data=str(tmp_path / "data"), audio=audio), patch_size=1)
     report = evaluate(asked(run, tmp_path, audio=audio, directions=8, samples_to=tmp_path / "drawn.npz"))

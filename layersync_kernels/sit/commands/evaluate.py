@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from ...errors import ConfigError, DataError
-from ...runtime.cache import cache_folder
 from ..checkpoints.local import run_of
 from ..checkpoints.weights import find_weights
 from ..config import at_least, require
@@ -32,32 +31,18 @@ from ..evaluation.controls import Real, kept, see_real
 from ..evaluation.frechet import RealFeatures
 from ..evaluation.measure import Group, distance_names, measure, posteriors
 from ..evaluation.motion_classifier import CLASSIFIER, MotionNetwork
-from ..evaluation.networks import (
-    I3D,
-    INCEPTION,
-    FilmClassifier,
-    FilmNetwork,
-    ImageNetwork,
-    InceptionNetwork,
-    Network,
-    Seen,
-    SpeechFeatures,
-)
+from ..evaluation.networks import Network, Seen
 from ..evaluation.probes import linear_scores
-from ..evaluation.report import Evaluation
+from ..evaluation.registry import as_recorded, kept_in, load_network
+from ..evaluation.report import Evaluation, sampling_facts
 from ..files import write_json
-from ..modality.audio import Sound
 from ..sampling.load import Trained, load_trained
 from ..teachers.features import fingerprint
-from ..teachers.grids import SPEECH
 from .arguments import parse_of_run
 from .sample import SampleCommand, sample
 
 PROBED = 1500
 """Training sounds that the probe of classes is fitted to, at most."""
-_DEFAULTS = {"images": "efficientnet-lite0", "video": "efficientnet-lite0", "audio": SPEECH, "motion": CLASSIFIER}
-_FILM_SIZE = 64
-"""Side of the frames of films for efficientnet-lite0."""
 
 
 @dataclass(frozen=True)
@@ -134,11 +119,19 @@ def evaluate(command: EvaluateCommand) -> Evaluation:
     command.validate()
     device = resolve_device(command.device)
     trained = load_trained(command.source, which=command.weights)
-    folder = command.real_cache or cache_folder() / "evaluate"
+    folder = command.real_cache or kept_in()
     config, split = _real_config(command)
     real_set, represented = _real_set(config, trained)
     kind = kind_of(real_set.modality)
-    network = _network(command, kind, config, real_set, folder, device)
+    network = load_network(
+        command.features,
+        kind,
+        device,
+        splits=lambda: _splits(config, real_set),
+        folder=folder,
+        weights=command.features_weights,
+        size=command.features_size,
+    )
     source = f"--data {config.data}"
     real = see_real(network, real_set, command.reference, folder, source=source, represented=represented)
     if command.real_to is not None:
@@ -196,34 +189,17 @@ def _real_set(config: DataConfig, trained: Trained) -> tuple[SampleSet, SampleSe
         data = load_data(config)
     except DataError as error:
         raise DataError(f"{error}; give the data of real samples by --data") from error
-    if not isinstance(data.modality, Sound) or config.audio.sound == "waveform":
-        return data, None
-    plain = dataclasses.replace(config, audio=dataclasses.replace(config.audio, sound="waveform"))
-    return load_data(plain), data
+    plain = as_recorded(config, data.modality)
+    return (data, None) if plain is None else (load_data(plain), data)
 
 
-def _network(
-    command: EvaluateCommand, kind: str, config: DataConfig, real: SampleSet, folder: Path, device: torch.device
-) -> Network:
-    name, weights, size = command.features or _DEFAULTS[kind], command.features_weights, command.features_size
-    if kind == "images":
-        if name == INCEPTION:
-            return InceptionNetwork(device, weights)
-        return ImageNetwork(name, device, size=size, weights=weights)
-    if kind == "video":
-        if name == I3D:
-            return FilmClassifier(device, weights)
-        size = _FILM_SIZE if size is None and name == _DEFAULTS[kind] else size
-        return FilmNetwork(ImageNetwork(name, device, size=size, weights=weights))
-    if name != _DEFAULTS[kind]:
-        raise ConfigError(f"--features {name}: no such network of {kind}; expected {_DEFAULTS[kind]}")
-    if kind == "audio":
-        return SpeechFeatures(device)
+def _splits(config: DataConfig, real: SampleSet) -> tuple[SampleSet, SampleSet]:
+    """The training split, and the test split."""
     train, test = (
         real if split == config.split else load_data(dataclasses.replace(config, split=split))
         for split in ("train", "test")
     )
-    return MotionNetwork(train, test, folder)
+    return train, test
 
 
 def in_proportion(labels: Tensor, count: int) -> tuple[int, ...]:
@@ -246,12 +222,7 @@ def _samples(
     about: dict[str, Any] = {
         "checkpoint": str(find_weights(command.source)),
         "weights": command.weights,
-        "sampler": own.sampler,
-        "solver": own.solver,
-        "steps": None if own.solver == "dopri5" else own.sampling_steps,
-        "guidance": own.cfg_scale,
-        "guidance_interval": list(own.guidance_interval),
-        "diffusion": [own.diffusion_form, own.diffusion_norm] if own.sampler == "sde" else None,
+        **sampling_facts(own),
         "seed": command.seed,
     }
     settings = json.dumps([about, command.samples, classes, dataclasses.asdict(command.transport)])

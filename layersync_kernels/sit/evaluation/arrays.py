@@ -23,6 +23,7 @@ Arrays = Mapping[str, np.ndarray]
 """By name, with samples first; those without a dimension belong to all samples."""
 NAMES = {"images": "arr_0", "video": "videos", "audio": "waveforms", "motion": "positions"}
 """Of the samples themselves, by kind."""
+_ELSEWHERE = "decode samples elsewhere and give them by --samples-from, with --data of real ones"
 LEAST = 20
 """Samples below which nothing is measured."""
 
@@ -48,19 +49,20 @@ def joined(parts: Sequence[Arrays]) -> dict[str, np.ndarray]:
     return {name: own for name, own in found.items() if name != "parents"}
 
 
-def as_arrays(modality: Modality, samples: Tensor, lengths: Tensor | None, source: str) -> dict[str, np.ndarray]:
+def as_arrays(
+    modality: Modality, samples: Tensor, lengths: Tensor | None, source: str, *, otherwise: str = _ELSEWHERE
+) -> dict[str, np.ndarray]:
     """Samples (N, C, ...) as networks take them: those of an autoencoder decoded.
 
     Raises:
-        DataError: latents without an autoencoder here; `source` says of what.
+        DataError: latents without an autoencoder here; `source` says of what, `otherwise` what can be done then.
     """
     if isinstance(modality, Latents):
         decoded = modality.decoded(samples)
         if decoded is None:
             raise DataError(
                 f"{source} holds latents, and no network looks at those; their autoencoder, "
-                f"{modality.autoencoder or 'whose name is not known'}, is no folder here: fetch it, or decode samples "
-                "elsewhere and give them by --samples-from, with --data of real ones"
+                f"{modality.autoencoder or 'whose name is not known'}, is no folder here: fetch it, or {otherwise}"
             )
         modality, values = decoded
         if lengths is not None:

@@ -2,36 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..teachers.networks import load_teacher
 from .metrics import Estimate, bootstrap
-from .validation import CHUNK
-
-DIRECTIONS = 256
-"""Principal directions of the real features in which the Fréchet distance is taken: 1,000 samples cannot fill more."""
-
-FeatureNetwork = Callable[[Tensor], Tensor]
-"""Pixels in [-1, 1] (B, C, H, W) to features (B, F)."""
-
-
-def load_network(name: str, device: torch.device, autocast_dtype: torch.dtype | None) -> FeatureNetwork:
-    """The pretrained network of that name, see `load_teacher`; its last features are averaged over the image.
-
-    Raises:
-        TeacherError: unknown, or it cannot be loaded.
-    """
-    network = load_teacher(name, last=True).to(device)
-
-    def features(images: Tensor) -> Tensor:
-        with torch.autocast(device.type, autocast_dtype, enabled=autocast_dtype is not None):
-            return network(images).float().mean(1)
-
-    return features
 
 
 @dataclass(frozen=True)
@@ -65,7 +41,7 @@ class RealFeatures:
         directions: principal directions of these features in which the distance is taken; None: all F dimensions.
     """
 
-    def __init__(self, features: Tensor, directions: int | None = DIRECTIONS) -> None:
+    def __init__(self, features: Tensor, directions: int | None) -> None:
         self._basis: Tensor | None = None
         if directions is not None and directions < features.shape[1]:
             _, vectors = torch.linalg.eigh(torch.cov(features.double().T))
@@ -95,34 +71,16 @@ class RealFeatures:
         )
 
     def refusal(self, count: int) -> str | None:
-        """Why the distance of so many samples would say nothing; None where it does.
-
-        The covariance of N samples has at most rank N - 1: below the number of dimensions, the distance measures how
-        few there are.
-        """
-        least = min(count, len(self.seen))
-        if least > self.dimensions:
-            return None
-        return f"{count} samples and {len(self.seen)} real ones for {self.dimensions} dimensions: more are needed"
+        """Why the distance of so many samples would say nothing, see `refusal`; None where it does."""
+        return refusal(count, len(self.seen), self.dimensions)
 
 
-class RealSamples:
-    """Real samples as a network sees them.
+def refusal(count: int, real: int, dimensions: int) -> str | None:
+    """Why the distance of `count` samples to `real` ones would say nothing; None where it does.
 
-    Args:
-        images: pixels in [-1, 1] (N, C, H, W), N at least 2.
-        network: what gives the features.
-        device: where the network is.
+    The covariance of N samples has at most rank N - 1: below the number of dimensions, the distance measures how few
+    there are.
     """
-
-    def __init__(self, images: Tensor, network: FeatureNetwork, device: torch.device) -> None:
-        self._network, self._device = network, device
-        self._real = RealFeatures(self._features(images))
-
-    def distance(self, images: Tensor) -> float:
-        """The Fréchet distance of other samples (M, C, H, W), M at least 2, in the principal directions of the real."""
-        return self._real.distance(self._features(images))
-
-    @torch.no_grad()
-    def _features(self, images: Tensor) -> Tensor:
-        return torch.cat([self._network(chunk.to(self._device)) for chunk in images.split(CHUNK)])
+    if min(count, real) > dimensions:
+        return None
+    return f"{count} samples and {real} real ones for {dimensions} dimensions: more are needed"

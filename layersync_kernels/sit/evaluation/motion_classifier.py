@@ -153,9 +153,9 @@ class MotionNetwork(Network):
 
     def _train(self, train: MemorySet, test: MemorySet, path: Path) -> None:
         frames, lengths = self._frames(_arrays(train))
-        self._network = train_classifier(frames, lengths, train.labels, train.num_classes)
+        self._network = train_classifier(frames, lengths, train.labels.cpu(), train.num_classes)
         with torch.no_grad():
-            right = self._network(*self._frames(_arrays(test)))[1].argmax(1) == test.labels
+            right = self._network(*self._frames(_arrays(test)))[1].argmax(1) == test.labels.cpu()
         content = save(self._network.state_dict())
         known = ClassifierFacts(
             hashlib.sha256(content).hexdigest(), float(right.double().mean()), len(test), len(train)
@@ -165,7 +165,10 @@ class MotionNetwork(Network):
                 temporary.write_bytes(content)
             write_json(path.with_suffix(".json"), dataclasses.asdict(known))
         except OSError as error:
-            raise CheckpointError(f"cannot keep the network of motion: {error}; give another --real-cache") from error
+            raise CheckpointError(
+                f"cannot keep the network of motion: {error}; give `layersync evaluate` another --real-cache, or the "
+                "cache of the user another folder by XDG_CACHE_HOME"
+            ) from error
 
     def _frames(self, arrays: Arrays) -> tuple[Tensor, Tensor]:
         """Joints as the network takes them: (N, C, T) and lengths (N,)."""
@@ -191,7 +194,7 @@ def _read_facts(path: Path) -> ClassifierFacts:
 
 
 def _arrays(data: MemorySet) -> dict[str, np.ndarray]:
-    return data.modality.arrays(data.samples, data.lengths)
+    return data.modality.arrays(data.samples.cpu(), data.lengths)
 
 
 def _clips(arrays: Arrays) -> list[np.ndarray]:

@@ -75,7 +75,8 @@ class Network(ABC):
     Attributes:
         name: for the report.
         identity: what cached features have to be of: the name, and all that changes the features.
-        directions: principal directions in which Fréchet distances are taken by default; None: all dimensions.
+        directions: principal directions in which Fréchet distances are taken by default, so few that 1,000 samples
+            fill them; None: all dimensions.
         chunk: samples at a time.
     """
 
@@ -110,7 +111,7 @@ class Network(ABC):
             bad = int((~own.isfinite().flatten(1).all(1)).sum())
             if bad:
                 raise TeacherError(
-                    f"--features {self.name}: the features of {bad} of {count} {what} samples are not finite (NaN or "
+                    f"the features by {self.name} of {bad} of {count} {what} samples are not finite (NaN or "
                     "infinity), so no distance is taken; check the samples and the network's weights"
                 )
         return seen

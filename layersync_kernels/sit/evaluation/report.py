@@ -10,6 +10,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from ..config.sampling import SamplingConfig
 from ..console import console
 from .measure import Measured
 from .metrics import LEVEL
@@ -86,18 +87,32 @@ class Evaluation:
         return lines + refused + [f"note: {note}" for note in self.notes]
 
 
+def sampling_facts(config: SamplingConfig) -> dict[str, Any]:
+    """How samples are drawn, as JSON values."""
+    return {
+        "sampler": config.sampler,
+        "solver": config.solver,
+        "steps": None if config.solver == "dopri5" else config.sampling_steps,
+        "guidance": config.cfg_scale,
+        "guidance_interval": list(config.guidance_interval),
+        "diffusion": [config.diffusion_form, config.diffusion_norm] if config.sampler == "sde" else None,
+    }
+
+
+def sampling_text(facts: Mapping[str, Any]) -> str:
+    """`sampling_facts` in words."""
+    how = f"{facts['sampler']}, {facts['solver']}"
+    if facts["steps"] is not None:
+        how += f", {facts['steps']} steps"
+    low, high = facts["guidance_interval"]
+    within = "" if (low, high) == (0.0, 1.0) else f" within times {low:g} to {high:g}"
+    return f"{how}, guidance {facts['guidance']:g}{within}"
+
+
 def _drawn(given: Mapping[str, Any]) -> str:
     if "file" in given:
         return f"of {given['file']}, drawn one does not know how"
-    how = f"{given['sampler']}, {given['solver']}"
-    if given["steps"] is not None:
-        how += f", {given['steps']} steps"
-    low, high = given["guidance_interval"]
-    within = "" if (low, high) == (0.0, 1.0) else f" within times {low:g} to {high:g}"
-    return (
-        f"of {given['checkpoint']} ({given['weights']}), drawn by {how}, guidance {given['guidance']:g}{within}, seed "
-        f"{given['seed']}"
-    )
+    return f"of {given['checkpoint']} ({given['weights']}), drawn by {sampling_text(given)}, seed {given['seed']}"
 
 
 def _shown(own: Any) -> str:

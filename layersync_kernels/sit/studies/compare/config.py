@@ -12,6 +12,7 @@ from ....errors import ConfigError, DataError
 from ...config.run import StartingPoint, TrainConfig
 from ...data.base import SampleSet
 from ...data.registry import load_data
+from ...evaluation.networks import I3D, INCEPTION
 from ...evaluation.validation import hold_out
 from ..pair.config import MIN_SAMPLES
 from .arms import METHODS, Arm, arms, unused
@@ -20,7 +21,6 @@ SETTINGS = "compare.json"
 """Name of the settings file in the folder of a comparison."""
 MOST_HELD_OUT = 1000
 """Held-out samples where --held-out does not say how many."""
-_NETWORK = "efficientnet-lite0"
 
 
 @dataclass(frozen=True)
@@ -42,8 +42,9 @@ class CompareConfig:
     """Take the held-out samples from this .npz or .safetensors file, and train on all of --data."""
     validation_split: bool = False
     """Take the held-out samples from the test split of --data, of which --split train is trained on."""
-    quality_network: str = _NETWORK
-    """Network whose features the Fréchet distance compares; none: no Fréchet distance."""
+    quality_network: str = "auto"
+    """Network whose features the Fréchet distance compares, a name as --features of `layersync evaluate` has it; auto:
+    its default for images, films, sounds or motion; none: no Fréchet distance."""
     samples: int = 1000
     """Samples drawn for a Fréchet distance, by the solver of the sampling flags."""
     reference: int = 5000
@@ -69,6 +70,11 @@ class CompareConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
         if self.marks > self.train.optim.steps:
             raise ConfigError(f"--marks {self.marks}: there are only {self.train.optim.steps} steps")
+        if (name := self.quality_network) in (INCEPTION, I3D):
+            raise ConfigError(
+                f"--quality-network {name} takes a file of weights, for which there is no flag here: take another, and "
+                f"`layersync evaluate RUN --features {name} --features-weights FILE` for the runs of the comparison"
+            )
         if not 0 <= self.pilot <= 1:
             raise ConfigError(f"--pilot {self.pilot}: expected a share of --steps, from 0 to 1")
         if (message := unused(self.train, self.arms())) is not None:

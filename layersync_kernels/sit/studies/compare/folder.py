@@ -33,6 +33,7 @@ class Mark:
     validation_loss: float
     frechet: float | None
     frechet_floor: float | None = None
+    frechet_dimensions: int | None = None
     teacher: str | None = None
     teacher_share: float | None = None
     blocks: Any = None

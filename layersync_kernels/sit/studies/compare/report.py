@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from ...evaluation.frechet import DIRECTIONS
+from ...evaluation.measure import distance_names
+from ...evaluation.motion_classifier import CLASSIFIER
+from ...evaluation.registry import DEFAULTS
+from ...evaluation.report import sampling_facts, sampling_text
 from .config import CompareConfig
 from .plan import QUALITIES
 from .statistics import LEVEL
 from .summary import BLOCKS, curve
 
-_DIGITS = {"validation_loss": 4, "frechet": 1}
+_DIGITS = 4
+"""Decimals of the validation loss; figures of the least Fréchet distance, which may be 0.4 or 400."""
 
 
 def verdict(difference: Mapping[str, Any] | None) -> str:
@@ -42,14 +47,15 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
     others = {name: entry for name, entry in arms.items() if name != baseline}
     measured = [q for q in QUALITIES if any(entry[q]["at_steps"][0] is not None for entry in arms.values())]
     deciding = report["primary"]
+    decimals = {"validation_loss": _DIGITS, "frechet": _decimals(report["runs"])}
     lines = [f"# {', '.join(arms)} compared", "", "## What came of it", ""]
     lines += _table(
         ["arm", f"{QUALITIES[deciding]}, to {baseline}'s", f"{LEVEL:.0%}, t", "so it is", "sooner at that quality"],
         [
             [
                 name,
-                _mean(entry[deciding]["difference_steps"], deciding),
-                _edges(entry[deciding]["difference_steps"], "t_", deciding),
+                _mean(entry[deciding]["difference_steps"], decimals[deciding]),
+                _edges(entry[deciding]["difference_steps"], "t_", decimals[deciding]),
                 f"**{verdict(entry[deciding]['difference_steps'])}**",
                 _sooner(entry[deciding]["sooner_steps"]),
             ]
@@ -66,7 +72,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
         (f"After {summary['seconds']:.1f} s of training", "at_seconds"),
     ):
         lines += ["", f"## {title}", ""]
-        rows = [[name, *(_spread(entry[q][key], _DIGITS[q]) for q in measured)] for name, entry in arms.items()]
+        rows = [[name, *(_spread(entry[q][key], decimals[q]) for q in measured)] for name, entry in arms.items()]
         lines += _table(["arm", *(QUALITIES[q] for q in measured)], rows)
     followed = [q for q in measured if all(len(curve(run, q, "step")[0]) > 1 for run in report["runs"])]
     lines += ["", f"## Sooner at the last quality of {baseline}", ""]
@@ -83,7 +89,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
     lines += _table(
         ["arm", "quality", "after equal", *(f"seed {seed}" for seed in seeds), "mean", "bootstrap", "t", "better in"],
         [
-            [name, QUALITIES[q], axis, *_differences(entry[q][f"difference_{axis}"], q, len(seeds))]
+            [name, QUALITIES[q], axis, *_differences(entry[q][f"difference_{axis}"], decimals[q], len(seeds))]
             for name, entry in others.items()
             for q in measured
             for axis in ("steps", "seconds")
@@ -133,7 +139,7 @@ def _block_lines(report: Mapping[str, Any]) -> list[str]:
                     if arm == baseline
                     else [
                         _signed(entry["blocks"][name]["difference"]["mean"], 2),
-                        *(_edges(entry["blocks"][name]["difference"], kind, name) for kind in ("", "t_")),
+                        *(_edges(entry["blocks"][name]["difference"], kind, 2) for kind in ("", "t_")),
                     ]
                 ),
             ]
@@ -167,7 +173,13 @@ def _numbers(pair: str) -> tuple[int, int]:
 
 
 def notes(
-    config: CompareConfig, runs: Sequence[Mapping[str, Any]], device: torch.device, *, trained: int, held_out: int
+    config: CompareConfig,
+    runs: Sequence[Mapping[str, Any]],
+    device: torch.device,
+    *,
+    kind: str,
+    trained: int,
+    held_out: int,
 ) -> list[str]:
     """What a reader has to know to judge the numbers.
 
@@ -175,6 +187,7 @@ def notes(
         config: what was compared.
         runs: as for `summarise`.
         device: where.
+        kind: of the samples, see `kind_of`.
         trained: samples that the runs were trained on.
         held_out: samples behind the validation loss.
     """
@@ -191,13 +204,19 @@ def notes(
         + ("as CUDA's allocator counts it" if device.type == "cuda" else "in resident pages")
         + ", over a few steps in a process of its own.",
     ]
-    if config.quality_network != "none":
-        floor = f"{min(held_out, config.samples)} held-out ones are at {runs[0]['marks'][-1]['frechet_floor']:.1f}"
+    judge = DEFAULTS[kind] if config.quality_network == "auto" else config.quality_network
+    if judge != "none":
+        last = runs[0]["marks"][-1]
+        count, floor = min(held_out, config.samples), last["frechet_floor"]
+        others = "held-out ones are too few for that" if floor is None else f"held-out ones are at {floor:.{_DIGITS}g}"
+        known = last.get("frechet_dimensions")  # runs of before this was kept have none
+        within = "principal directions" if known is None else f"first {known} principal directions"
+        made = ", which was trained on the training set to name actions" if judge == CLASSIFIER else ""
         found.append(
-            f"Fréchet distance: {config.samples} samples, drawn from the same noise for all, against "
-            f"{min(config.reference, trained)} of the training set, in the first {DIRECTIONS} "
-            f"principal directions of the pooled features of {config.quality_network}; {floor}. Published "
-            "distances are of another network and more samples."
+            f"Fréchet distance ({distance_names(kind, judge)['features']}): {config.samples} samples, drawn by "
+            f"{sampling_text(sampling_facts(train.sampling))}, from the same noise for all, against "
+            f"{min(config.reference, trained)} of the training set, in the {within} of the averaged features of "
+            f"{judge}{made}; {count} {others}. Published distances are of another network and more samples."
         )
     taught = [run for run in runs if "teacher" in run["marks"][-1]]
     name = taught[0]["marks"][-1]["teacher"] if taught else None
@@ -207,7 +226,7 @@ def notes(
         found.append(
             f"{arms} learn from {name}, pretrained on other data; what that took is not on the clock, and {clock}."
         )
-        if config.quality_network == name:
+        if judge == name:
             found.append(
                 f"{name} is also the network that judges the samples: that favours the runs which learn from it. "
                 "Their validation loss is free of this."
@@ -240,6 +259,12 @@ def _spread(values: Sequence[float | None], digits: int) -> str:
     return mean if low == high else f"{mean} ({low} to {high})"
 
 
+def _decimals(runs: Sequence[Mapping[str, Any]]) -> int:
+    """With which the least Fréchet distance of the runs has `_DIGITS` figures."""
+    found = [y for run in runs for y in curve(run, "frechet", "step")[1] if y > 0]
+    return max(0, _DIGITS - 1 - math.floor(math.log10(min(found)))) if found else 0
+
+
 def _reached(entry: Mapping[str, Any], axis: str) -> list[str]:
     """Cells: how many times sooner, and in how many seeds at all."""
     ratios = entry[f"speedup_{axis}"]
@@ -259,27 +284,26 @@ def _signed(value: float, digits: int) -> str:
     return f"{value:+.{digits}f}"
 
 
-def _mean(difference: Mapping[str, Any] | None, quality: str) -> str:
-    return "-" if difference is None else _signed(difference["mean"], _DIGITS[quality])
+def _mean(difference: Mapping[str, Any] | None, digits: int) -> str:
+    return "-" if difference is None else _signed(difference["mean"], digits)
 
 
-def _edges(difference: Mapping[str, Any] | None, kind: str, quality: str) -> str:
+def _edges(difference: Mapping[str, Any] | None, kind: str, digits: int) -> str:
     """An interval: `kind` "t_" of Student, "" of the bootstrap."""
     if difference is None or difference[f"{kind}low"] is None:
         return "-"
-    digits = _DIGITS.get(quality, 2)
     return f"{_signed(difference[f'{kind}low'], digits)} to {_signed(difference[f'{kind}high'], digits)}"
 
 
-def _differences(difference: Mapping[str, Any] | None, quality: str, seeds: int) -> list[str]:
+def _differences(difference: Mapping[str, Any] | None, digits: int, seeds: int) -> list[str]:
     """Cells: the difference in each seed, their mean, its intervals, and in how many seeds it is less than 0."""
     if difference is None:
         return ["-"] * (seeds + 4)
     own = difference["seeds"]
     return [
-        *(_signed(value, _DIGITS[quality]) for value in own),
-        _mean(difference, quality),
-        _edges(difference, "", quality),
-        _edges(difference, "t_", quality),
+        *(_signed(value, digits) for value in own),
+        _mean(difference, digits),
+        _edges(difference, "", digits),
+        _edges(difference, "t_", digits),
         f"{sum(value < 0 for value in own)} of {len(own)}",
     ]

@@ -12,18 +12,21 @@ from typing import Any
 
 import torch
 
-from ....errors import CheckpointError, ConfigError, TrainingDiverged
+from ....errors import CheckpointError, ConfigError, TrainingDiverged, UserError
 from ...checkpoints.local import list_checkpoints
 from ...checkpoints.weights import warn_of_first_weights
 from ...config.paths import with_absolute_paths
 from ...console import console
+from ...data.base import SampleSet
+from ...data.registry import load_data
 from ...device import resolve_device, resolve_precision
 from ...diffusion.transport import build_transport
-from ...evaluation.frechet import FeatureNetwork, load_network
-from ...evaluation.judge import Judge
+from ...evaluation.arrays import kind_of
+from ...evaluation.judge import WITHOUT, Judge
+from ...evaluation.networks import Network
+from ...evaluation.registry import as_recorded, kept_in, load_network
 from ...evaluation.validation import CHUNK
 from ...files import atomic_path, write_json
-from ...modality.images import Images
 from ...teachers.clock import TeacherClock
 from ...training.folder import lock_folder, start_run
 from ...training.loop import Trainer
@@ -71,9 +74,6 @@ class Comparison:
         self.precision = resolve_precision(train.precision, self.device)
         self.train_set, self.held_out = load_sets(config, self.device)
         self.held_out_samples = min(config.held_out or MOST_HELD_OUT, len(self.held_out))
-        if not isinstance(self.train_set.modality, Images) and config.quality_network != "none":
-            kind = self.train_set.modality.kind
-            raise ConfigError(f"{train.data.data} holds {kind}, at which no network can look: --quality-network none")
         if self.held_out_samples < 2 and config.quality_network != "none":
             raise ConfigError(
                 "a Fréchet distance needs 2 held-out samples or more: --held-out 2, --quality-network none"
@@ -90,19 +90,47 @@ class Comparison:
         """Makes a trainer of each method and the network that judges, so that what cannot work shows at once.
 
         Raises:
-            UserError: a model, teacher or network that is unknown, missing or does not fit.
+            UserError: a model, teacher or network that is unknown, missing or does not fit, or too few samples for it.
         """
         _ = self._network
         warn_of_first_weights(self.config.train.optim, self.steps[-1])
         for run in reversed(self.runs[: len(self.config.methods)]):  # those with a teacher first
             Trainer(run.config, self.train_set, device=self.device)
+        _ = self._judge
         if self.device.type == "cuda":
             torch.cuda.empty_cache()  # memory is measured in another process
 
     @functools.cached_property
-    def _network(self) -> FeatureNetwork | None:
+    def _network(self) -> Network | None:
         name = self.config.quality_network
-        return None if name == "none" else load_network(name, self.device, self.precision)
+        if name == "none":
+            return None
+        try:
+            return load_network(
+                None if name == "auto" else name,
+                kind_of(self.train_set.modality),
+                self.device,
+                splits=self._splits,
+                folder=kept_in(),
+            )
+        except UserError as error:
+            text = str(error).replace("--features", "--quality-network", 1)
+            raise type(error)(f"{text}; or {WITHOUT}") from error
+
+    def _splits(self) -> tuple[SampleSet, SampleSet]:
+        """What the runs are trained on, and others: the test split where they are of the training split."""
+        data = self.config.train.data
+        if data.split != "train":
+            return self.train_set, self.held_out
+        return self.train_set, load_data(dataclasses.replace(data, split="test"))
+
+    def _recorded(self) -> tuple[SampleSet, SampleSet] | None:
+        """The samples of the runs and those held out as sounds, where the runs see spectrograms."""
+        plain = as_recorded(self.config.train.data, self.train_set.modality)
+        if plain is None:
+            return None
+        own = dataclasses.replace(self.config.train, data=plain)
+        return load_sets(dataclasses.replace(self.config, train=own, held_out=len(self.held_out)), self.device)
 
     @property
     def seeds(self) -> list[int]:
@@ -122,7 +150,7 @@ class Comparison:
             if self._is_past(run, number) or (seeds is not None and run.seed not in seeds):
                 continue
             if judge is None:  # a finished comparison needs none
-                judge = self._judge()
+                judge = self._judge
             if stop_asked() or not self._advance(run, number, judge, stop_asked):
                 return False
         return True
@@ -193,6 +221,7 @@ class Comparison:
             "validation_loss": judge.validation_loss(trainer.ema),
             "frechet": judge.frechet(trainer.ema) if with_frechet else None,
             "frechet_floor": judge.floor,
+            "frechet_dimensions": judge.dimensions,
             **trainer.meter.read(),
         }
         if self.config.probe_samples and (number == 0 or last):
@@ -227,28 +256,32 @@ class Comparison:
         mark, rate = run.marks[-1], ""
         if number > 0:
             rate = f", {images_per_second(run.marks, run.config.optim.batch_size)[-1]:.0f} images/s"
-        distance = "" if mark["frechet"] is None else f", Fréchet {mark['frechet']:.1f}"
+        distance = "" if mark["frechet"] is None else f", Fréchet {mark['frechet']:.4g}"
         console.print(
             f"seed {run.seed}  step {mark['step']}/{self.steps[-1]}  {run.arm}: validation loss "
             f"{mark['validation_loss']:.4f}{distance}{rate}",
             soft_wrap=True,
         )
 
+    @functools.cached_property
     def _judge(self) -> Judge:
-        config = self.config
-        if config.quality_network != "none":
-            console.print(f"{config.quality_network} looks at the real samples ...")
+        config, network = self.config, self._network
+        if network is not None:
+            console.print(f"{network.name} looks at the real samples ...")
         return Judge(
             self.train_set,
             self.held_out,
             self.device,
-            self._network,
+            network,
+            recorded=None if network is None else self._recorded(),
+            source=f"--data {config.train.data.data}",
             transport=build_transport(config.train.transport),
             sampling=config.train.sampling,
             autocast_dtype=self.precision,
             held_out_samples=self.held_out_samples,
             reference=config.reference,
             samples=config.samples,
+            folder=kept_in(),
         )
 
     def memory(self) -> dict[str, int | None]:
@@ -288,7 +321,14 @@ class Comparison:
             "memory": memory,
             "pairs": {run.arm: pairs_of(run.config) for run in self.runs},
             "summary": summarise(runs, baseline=config.baseline, batch_size=train.optim.batch_size),
-            "notes": notes(config, runs, self.device, trained=len(self.train_set), held_out=self.held_out_samples),
+            "notes": notes(
+                config,
+                runs,
+                self.device,
+                kind=kind_of(self.train_set.modality),
+                trained=len(self.train_set),
+                held_out=self.held_out_samples,
+            ),
             "settings": dataclasses.asdict(config),
             "runs": runs,
         }
