@@ -77,7 +77,7 @@ _CARD_STUDY = CompareConfig(
 )
 
 STUDIES: dict[str, CompareConfig] = {
-    "images": _small(_IMAGES, 2000),
+    "images": _small(_IMAGES, 1200),
     "motion": _small(PRESETS["motion"], 2000),
     "audio": _small(PRESETS["audio"], 2000),
     "video": _small(PRESETS["video"], 1000),
