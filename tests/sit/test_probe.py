@@ -361,7 +361,7 @@ def content(depth, times=(0.5,)):
     """A report of one half of everything."""
     values, matrix = [[0.5] * depth] * len(times), [[0.5] * depth] * depth
     accuracy = {"mean": values[0], "standard_error": values[0], "per_time": values, "chance": 0.1}
-    every = {key: matrix for key in ("cosine", "cka")} | {f"{key}_per_time": [matrix] * 2 for key in ("cosine", "cka")}
+    every = dict.fromkeys(("cosine", "cka"), matrix) | {f"{key}_per_time": [matrix] * 2 for key in ("cosine", "cka")}
     known = {"accuracy": accuracy, "neighbours": accuracy, "effective_rank": values, "teacher": None}
     return {"depth": depth, "pair": (1, 2), "times": list(times)} | known | every
 
