@@ -134,6 +134,18 @@ def test_commands_about_a_run_take_no_code_from_it(tmp_path, capsys, code, comma
     assert ("--data torchvision:LSUN" in capsys.readouterr().err) == (command == "probe")
 
 
+def test_probe_runs_the_code_of_a_network_that_is_named_for_it_alone(tmp_path, code):
+    data = [f"--data={tmp_path / 'data.npz'}", "--align=repa", f"--teacher={code}"]
+    for run in ("run", "other"):
+        assert train(tmp_path, *SIZE, *data, run=run) == 0
+    assert ran(tmp_path)
+    flags = ["probe", str(tmp_path / "run"), "--beside", str(tmp_path / "other"), "--samples=8", "--device=cpu"]
+    assert cli.main(flags) == 0
+    assert not ran(tmp_path)
+    assert cli.main([*flags, f"--teacher={code}", "--teacher-size=4"]) == 0
+    assert ran(tmp_path)
+
+
 def test_what_a_flag_names_is_not_taken_for_the_file_s(tmp_path, code):
     (tmp_path / CONFIG).write_text(json.dumps({"align": {"align": "repa", "teacher": code}}))
     default = TrainCommand(config=read_settings(tmp_path / CONFIG, TrainConfig))

@@ -56,7 +56,7 @@ def analyse(
     accuracy, neighbours, scores, notes = None, None, None, []
     at_noise = noised(times)
     if classes < 2:
-        notes.append("the data has one class only: no linear probe, similarities alone")
+        notes.append("the data has no labels, or one class only: no linear probe and no neighbours, similarities alone")
     else:
         if not null_label:
             notes.append("the model has no null label: it was told class 0 for every sample, which costs accuracy")

@@ -36,9 +36,10 @@ def probe(command: ProbeCommand) -> Path:
     device = resolve_device(command.device)
     sources = (command.source, *command.beside)
     names = names_of(sources)
-    trained = _load(command, command.source)
-    for other in command.beside:
-        check_same_data(command.source, trained, other, _load(command, other))
+    loaded = [_load(command, source) for source in sources]
+    trained, *others = loaded
+    for other, beside in zip(command.beside, others, strict=True):
+        check_same_data(command.source, trained, other, beside)
     data = _data(command, trained, device)
     taken: dict[str, Any] = {
         "samples": command.samples,
@@ -51,14 +52,12 @@ def probe(command: ProbeCommand) -> Path:
     seen = None
     if (teacher := teacher_of(command, data, trained.model)) is not None:
         seen = teacher_features(teacher, trained.model, data, **taken)
-        del teacher
     interpolant = build_transport(command.transport).interpolant
     reports: dict[str, Report] = {}
-    for name, source in zip(names, sources, strict=True):
-        own = trained if source == command.source else _load(command, source)
+    for name, source, own in zip(names, sources, loaded, strict=True):
         model = own.model.to(device)
         states = measure(model, interpolant, data, times=command.times, **taken)
-        model.cpu()
+        model.cpu()  # one at a time on the device
         reports[name] = analyse(
             states,
             times=command.times,
