@@ -18,6 +18,7 @@ from layersync_kernels.sit.distributed.shards import whole
 from layersync_kernels.sit.training.folder import start_run
 from layersync_kernels.sit.training.loop import Trainer
 from layersync_kernels.sit.training.runlog import read_records
+from layersync_kernels.sit.training.saver import Saver
 
 from ..integrate.distributed import run
 from .tiny import tiny_config, tiny_data
@@ -48,24 +49,32 @@ def assert_same(runs):
 
 
 def test_a_checkpoint_holds_what_there_was_when_it_was_asked_for(foreground, tmp_path, monkeypatch):
-    passed = threading.Event()
-    stage, copied = DefaultStager.stage, local.save_file
+    asked, went_on = threading.Event(), threading.Event()
+    stage, write, wait = DefaultStager.stage, local.save_file, Saver._wait
+
+    def waiting(saver, what):
+        if saver._thread is not None:
+            (went_on if saver._copied.done() else asked).set()
+        wait(saver, what)
 
     def slowly(stager, tensors):
-        passed.wait(0.2)  # forward and backward passes are long over
+        went_on.clear()
+        assert asked.wait(60)  # forward and backward passes are over, and the optimiser waits
+        asked.clear()
         return stage(stager, tensors)
 
     def later(*arguments):
-        passed.wait(0.2)  # and further steps
-        copied(*arguments)
+        assert went_on.wait(60)  # to a further step, or to the end
+        write(*arguments)
 
+    monkeypatch.setattr(Saver, "_wait", waiting)
     monkeypatch.setattr(DefaultStager, "stage", slowly)
     monkeypatch.setattr(local, "save_file", later)
     background = fitted(tmp_path / "run")
     assert_same((foreground, background))
     records = read_records(background)
     assert [record["step"] for record in records if "save_seconds" in record]  # of the first or second checkpoint
-    assert all(0.2 < record["save_wait"] < record["save_seconds"] for record in records if "save_wait" in record)
+    assert all(0 < record["save_wait"] < record["save_seconds"] for record in records if "save_wait" in record)
     assert not any("save_wait" in record for record in read_records(foreground))
 
 
