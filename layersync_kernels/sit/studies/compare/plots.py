@@ -19,10 +19,18 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
     colors = {name: f"C{i}" for i, name in enumerate(arms)}
     measured = [q for q in QUALITIES if any(mark[q] is not None for mark in report["runs"][0]["marks"])]
     with_blocks = all(entry["blocks"] is not None for entry in arms.values())
-    rows = len(measured) + with_blocks + 1
+    rows = len(measured) + with_blocks + 2
     figure = new_figure(11, 4.2 * rows)
     grid = figure.subplots(rows, 2)
-    for row, quality in zip(grid, measured, strict=False):
+    others = [name for name in arms if name != report["baseline"]]
+    for axes, axis in zip(grid[0], ("steps", "seconds"), strict=True):
+        found = {name: arms[name][report["primary"]][f"difference_{axis}"] for name in others}
+        _draw_differences(axes, found, colors)
+        axes.set(
+            xlabel=f"{QUALITIES[report['primary']]}, difference to {report['baseline']}; left is better",
+            title=f"After equal {axis}: seeds, mean, 95 % interval of t",
+        )
+    for row, quality in zip(grid[1:], measured, strict=False):
         for axes, axis, label in zip(row, ("step", "seconds"), ("step", "training time, s"), strict=True):
             for name, color in colors.items():
                 curves = [curve(run, quality, axis) for run in report["runs"] if run["arm"] == name]
@@ -38,11 +46,11 @@ def save_comparison(report: Mapping[str, Any], path: Path) -> Path:
     memory_axes.set(xlabel="MB", title="Peak memory")
     _draw_costs(rate_axes, {name: entry["relative_rate"] for name, entry in arms.items()}, colors)
     rate_axes.set(xlabel=f"samples per second, in those of {report['baseline']}", title="Throughput")
-    for axes in (memory_axes, rate_axes):
+    for axes in (*grid[0], memory_axes, rate_axes):
         plain_ticks(axes.xaxis)
     for axes in figure.axes:
         axes.grid(alpha=0.3)
-    for axes in (own for row in grid[:-1] for own in row):
+    for axes in (own for row in grid[1:-1] for own in row):
         plain_ticks(axes.yaxis)
     return save_figure(figure, path)
 
@@ -78,7 +86,7 @@ def _draw_blocks(row: Sequence[Any], report: Mapping[str, Any], colors: Mapping[
                     axes.plot(numbers, mean, color=color, linestyle=style, marker="o", markersize=3, label=label)
                 if style == "-":
                     axes.fill_between(numbers, np.min(values, axis=0), np.max(values, axis=0), color=color, alpha=0.2)
-    probe_axes.set(xlabel="block", ylabel="held-out accuracy, %", title="Linear probe, mean over the times")
+    probe_axes.set(xlabel="block", ylabel="held-out accuracy, %", title="Linear probe, mean over the noised times")
     rank_axes.set(xlabel="block", ylabel="effective rank", title="Effective rank of tokens, mean over the times")
     for axes in row:
         axes.xaxis.get_major_locator().set_params(integer=True)
@@ -94,12 +102,27 @@ def _rank(blocks: Mapping[str, Any]) -> Any:
     return np.mean(blocks["effective_rank"], axis=0)
 
 
-def _draw_costs(axes: Any, values: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
-    """A point for the mean of each arm, and a line over the range of its seeds: where differences are, not from 0."""
-    names = list(values)
-    for place, name in enumerate(names):
-        own = values[name]
-        axes.hlines(place, min(own), max(own), color=colors[name], linewidth=3, alpha=0.4)
-        axes.plot(sum(own) / len(own), place, "o", color=colors[name])
+def _draw_differences(axes: Any, found: Mapping[str, Any], colors: Mapping[str, str]) -> None:
+    """A point for each seed, and the mean with its interval."""
+    axes.axvline(0, color="grey", linewidth=1)
+    for place, (name, difference) in enumerate(found.items()):
+        if difference is None:
+            continue
+        axes.plot(difference["seeds"], [place] * len(difference["seeds"]), "o", color=colors[name], alpha=0.5)
+        axes.plot(difference["mean"], place, "D", color=colors[name])
+        if difference["t_low"] is not None:
+            axes.hlines(place, difference["t_low"], difference["t_high"], color=colors[name])
+    _name_rows(axes, list(found))
+
+
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
     axes.set_yticks(range(len(names)), names)
     axes.set_ylim(max(len(names), 1) - 0.5, -0.5)
+
+
+def _draw_costs(axes: Any, values: Mapping[str, Sequence[float]], colors: Mapping[str, str]) -> None:
+    """A point for the mean of each arm, and a line over the range of its seeds: where differences are, not from 0."""
+    for place, (name, own) in enumerate(values.items()):
+        axes.hlines(place, min(own), max(own), color=colors[name], linewidth=3, alpha=0.4)
+        axes.plot(sum(own) / len(own), place, "o", color=colors[name])
+    _name_rows(axes, list(values))

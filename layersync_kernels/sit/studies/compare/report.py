@@ -7,6 +7,7 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from ...evaluation.measure import distance_names
@@ -148,6 +149,14 @@ def _block_lines(report: Mapping[str, Any]) -> list[str]:
             if name in entry["blocks"]
         ],
     )
+    if "probe" in arms[baseline]["blocks"]:
+        lines += ["", f"Linear probe of each block at the end, %; in brackets the difference to {baseline}'s:", ""]
+        probes = {arm: np.mean(entry["blocks"]["probe"]["each"], axis=0) for arm, entry in arms.items()}
+        base = probes[baseline]
+        rows = [[baseline, *(f"{share:.1f}" for share in base)]]
+        for arm in (name for name in arms if name != baseline):
+            rows.append([arm, *(f"{a:.1f} ({a - b:+.1f})" for a, b in zip(probes[arm], base, strict=True))])
+        lines += _table(["arm", *map(str, range(1, len(base) + 1))], rows)
     pairs = sorted({pair for own in report["pairs"].values() for pair in own if ":" in pair}, key=_numbers)
     if pairs:
         lines += ["", "Cosine of equal tokens of each pair, averaged over the times and seeds:", ""]

@@ -109,15 +109,22 @@ BLOCKS = {
 
 
 def _blocks(own: Sequence[Mapping[str, Any]], base: Sequence[Mapping[str, Any]]) -> dict[str, Any] | None:
-    """By name in `BLOCKS` "start", "end" (lists over the seeds) and "difference" at the end (`Interval`)."""
+    """By name in `BLOCKS` "start", "end" (lists over the seeds) and "difference" at the end (`Interval`).
+
+    Of "probe" also "each": of each seed and block, at the end.
+    """
     if any(mark.get("blocks") is None for run in (*own, *base) for mark in (run["marks"][0], run["marks"][-1])):
         return None
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for name in BLOCKS:
         start, end = ([_of_blocks(run["marks"][i]["blocks"], name) for run in own] for i in (0, -1))
         base_end = [_of_blocks(run["marks"][-1]["blocks"], name) for run in base]
         if None not in start + end + base_end:
             found[name] = {"start": start, "end": end, "difference": _difference(end, base_end)}
+    if "probe" in found:
+        found["probe"]["each"] = [
+            [100 * share for share in run["marks"][-1]["blocks"]["accuracy"]["mean"]] for run in own
+        ]
     return found
 
 
