@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import io
 import json
 
 import numpy as np
 import pytest
 import torch
+from rich.console import Console
 
-from layersync_kernels.errors import CheckpointError
+from layersync_kernels.errors import CheckpointError, TeacherError
 from layersync_kernels.sit.batch import Condition
 from layersync_kernels.sit.data.memory import MemorySet
 from layersync_kernels.sit.diffusion.interpolants import LinearInterpolant
@@ -25,7 +27,7 @@ from layersync_kernels.sit.spec import SampleSpec
 from layersync_kernels.sit.studies.pair.measure import States
 from layersync_kernels.sit.studies.pair.report import cosine_note, pairs_in_range, teacher_range
 from layersync_kernels.sit.studies.pair.run import analyse, measure
-from layersync_kernels.sit.studies.pair.teacher import TeacherFeatures
+from layersync_kernels.sit.studies.pair.teacher import TeacherFeatures, teacher_features
 
 TIMES = (0.4, 1.0)
 
@@ -166,7 +168,34 @@ def test_large_mean_of_the_tokens_takes_nothing_from_their_rank():
     torch.testing.assert_close(states.effective_rank[0, 0], rank_by_svd(tokens), rtol=1e-4, atol=0)
 
 
-def test_probe_is_quiet_repeats_itself_and_leaves_random_numbers_alone(capsys):
+def test_network_is_averaged_over_tokens_that_are_there():
+    class Network(torch.nn.Module):
+        name = "net"
+
+        def width(self, samples, lengths):
+            return 3
+
+        def forward(self, samples, lengths):
+            tokens = samples.unfold(2, 2, 2).permute(0, 2, 1, 3).flatten(2)[..., :3]
+            beyond = 2 * torch.arange(5) >= lengths[:, None]
+            return tokens.masked_fill(beyond[..., None], 1e6)
+
+    data = sequences()
+    options = {"samples": 14, "batch_size": 4, "seed": 3, "device": torch.device("cpu")}
+    found = teacher_features(Network(), lively(input_size=(10,), patch_size=2), data, **options)
+    batch = next(data.batches(14, seed=3))
+    for own, sample, length in zip(found.features, batch.samples, batch.condition.lengths.tolist(), strict=True):
+        tokens = torch.stack([torch.cat([sample[0, i : i + 2], sample[1, i : i + 1]]) for i in range(0, length, 2)])
+        torch.testing.assert_close(own, tokens.mean(0))
+    with pytest.raises(
+        TeacherError, match="the teacher net gives 5 tokens, the model has 10: which of them are padding"
+    ):
+        teacher_features(Network(), lively(input_size=(10,), patch_size=1), data, **options)
+
+
+def test_probe_is_quiet_repeats_itself_and_leaves_random_numbers_alone(monkeypatch):
+    terminal = Console(file=io.StringIO(), force_terminal=True)
+    monkeypatch.setattr("layersync_kernels.sit.studies.pair.measure.console", terminal)
     model, data = lively(input_size=(10,), patch_size=2), sequences()
     torch.manual_seed(5)
     before, contents = torch.get_rng_state(), []
@@ -175,7 +204,9 @@ def test_probe_is_quiet_repeats_itself_and_leaves_random_numbers_alone(capsys):
         contents.append(json.dumps(dataclasses.asdict(report), allow_nan=False))
     assert contents[0] == contents[1]
     assert torch.equal(torch.get_rng_state(), before)
-    assert capsys.readouterr() == ("", "")
+    assert terminal.file.getvalue() == ""
+    run(model, data, progress=True)
+    assert "t = 0.4" in terminal.file.getvalue()
 
 
 # The report

@@ -164,6 +164,7 @@ def test_runs_of_other_depths_share_an_axis_of_fractions(figures, tmp_path):
 
 def test_names_are_as_long_as_they_have_to_be():
     assert names_of([Path("/x/a"), Path("/x/b")]) == ["a", "b"]
+    assert names_of([Path("/x/a/run"), Path("/x/b/run")]) == ["a/run", "b/run"]
     assert names_of([Path("/x/a/run"), Path("/x/b/run"), Path("/y/b/run")]) == ["x/a/run", "x/b/run", "y/b/run"]
     with pytest.raises(ConfigError, match="--beside: /x/a is given twice; name each run once"):
         names_of([Path("/x/a"), Path("/x/b/../a")])

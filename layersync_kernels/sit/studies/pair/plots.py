@@ -74,7 +74,7 @@ def save_probe(reports: Mapping[str, Content], path: Path) -> Path:
     named = [pair for axes in panels for pair in zip(*axes.get_legend_handles_labels(), strict=True)]
     handles = {label: handle for handle, label in reversed(named)}  # each of them once
     labels = sorted(handles, key=[label for _, label in named].index)
-    above.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=8, fontsize="small")
+    above.legend([handles[label] for label in labels], labels, loc="outside lower center", ncols=6, fontsize="small")
     # One range for all times and runs; equal blocks, as before training, have none of their own.
     lows: dict[str, float] = {}
     for matrix in matrices:
