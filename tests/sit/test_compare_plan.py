@@ -71,10 +71,14 @@ def test_the_plan_is_there_before_the_first_step_and_stays(config, tmp_path, mon
     ):
         assert line in plan
     assert plan.strip() in (out / "report.md").read_text()
+    assert "Written before the first step" in plan
     (out / PLAN).write_text("## The plan\n\nas it was\n")
     compare(CompareCommand(config, out))
     assert "as it was" in (out / "report.md").read_text()
-    assert len(seen) == 3  # no second pilot
+    (out / PLAN).unlink()
+    compare(CompareCommand(config, out))
+    assert "Written when steps had been trained already" in (out / "report.md").read_text()
+    assert [name for name, *_ in seen] == [PILOT, "out", "out", "out"]  # no second pilot
 
 
 def test_a_pilot_is_short_and_shares_no_seed_with_the_study(config, tmp_path):

@@ -75,11 +75,12 @@ def _when(schedule: object) -> str:
     return said + (f", every {every} steps" if every > 1 else "")
 
 
-def plan_text(config: CompareConfig, subject: str, pilot: Pilot | None) -> str:
-    """The text of a plan."""
+def plan_text(config: CompareConfig, subject: str, pilot: Pilot | None, *, late: bool) -> str:
+    """The text of a plan; `late`: there are steps already, as of a comparison that was begun by an earlier version."""
     arms, baseline, quality = config.arms(), config.baseline, QUALITIES[primary(config)]
     others = len(arms) - 1
-    lines = ["## The plan", "", "Written before the first step, and not changed since.", "", subject, ""]
+    when = "Written when steps had been trained already: this is no plan." if late else "Written before the first step."
+    lines = ["## The plan", "", when, "", subject, ""]
     lines += arm_lines(arms)
     lines += [
         "",

@@ -297,13 +297,18 @@ class Comparison:
             write_json(path, found)
         return found
 
+    @property
+    def begun(self) -> bool:
+        """Whether a run has been trained already."""
+        return any(list_checkpoints(run.folder) for run in self.runs)
+
     def plan(self, pilot: Pilot | None) -> str:
         """What is going to be done and how it will be read; written once, before the first step of any run."""
         path = self.out / PLAN
         if not path.is_file():
             subject = describe(self.config, self.train_set, self.device, held_out=self.held_out_samples)
             with writing(), atomic_path(path) as temporary:
-                temporary.write_text(plan_text(self.config, subject, pilot), encoding="utf-8")
+                temporary.write_text(plan_text(self.config, subject, pilot, late=self.begun), encoding="utf-8")
         try:
             return path.read_text(encoding="utf-8")
         except OSError as error:
@@ -377,7 +382,7 @@ def compare(command: CompareCommand) -> Path | None:
         memory = comparison.memory()
         with stop_signals() as stop_asked:
             pilot = None
-            if not (command.out / PLAN).is_file() and comparison.config.pilot:
+            if not (command.out / PLAN).is_file() and comparison.config.pilot and not comparison.begun:
                 console.print("the pilot: how many seeds would it take?")
                 small = Comparison(pilot_config(comparison.config), command.out / PILOT)
                 if not train_on(small, devices, stop_asked):
