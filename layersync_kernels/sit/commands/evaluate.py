@@ -65,10 +65,10 @@ class EvaluateCommand(OfRun):
     """Also write all numbers, and what they depend on, into this file."""
     features: str | None = None
     """Network that sees the samples; of images and films: efficientnet-lite0, timm/NAME, dinov2-vitb14 and what else
-    --teacher takes, inception of images, i3d of films; of sounds: resemblyzer; of motion: motion-classifier, which is
-    trained here. Default: the one that needs no download."""
+    --teacher takes, inception of images, i3d of films; of sounds: resemblyzer, clap; of motion: motion-classifier,
+    which is trained here. Default: the one that needs no download."""
     features_weights: Path | None = None
-    """File of that network's weights."""
+    """File of that network's weights; of clap, its folder."""
     features_size: int | None = None
     """Side of the images that the network gets; None: its own, and 64 of films."""
     directions: int | None = None

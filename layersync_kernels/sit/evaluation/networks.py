@@ -17,13 +17,14 @@ from ...errors import CheckpointError, ConfigError, TeacherError, UserError, fir
 from ..console import console
 from ..extras import optional_module
 from ..files import sha256
+from ..modality.audio import resampled
 from ..modality.images import pixels_to_unit
 from ..teachers.grids import SPEECH, SpeechNetwork
 from ..teachers.networks import load_teacher
 from .arrays import Arrays
 from .validation import CHUNK
 
-INCEPTION, I3D = "inception", "i3d"
+INCEPTION, I3D, CLAP = "inception", "i3d", "clap"
 SPATIAL_CHANNELS = 7
 """Channels of a feature map that sFID compares place by place: Nash et al. 2021 (arXiv:2103.03841), and ADM's suite."""
 PARTS = 8
@@ -304,6 +305,57 @@ class SpeechFeatures(Network):
             means.append(states.mean(0))
             rows.append(torch.cat([part.mean(0) for part in torch.tensor_split(states, PARTS)]).nan_to_num())
         return Seen({"features": torch.stack(means), "parts": torch.stack(rows)})
+
+
+class ClapFeatures(Network):
+    """The audio embedding of CLAP (Wu et al. 2023, arXiv:2211.06687), by transformers; of music and sounds of any kind.
+
+    Of sounds longer than its window (10 s), the mean over windows. "parts", for a probe, are the same.
+
+    Args:
+        device: where it runs.
+        folder: of a model of transformers, such as a copy of laion/clap-htsat-unfused, as safetensors.
+
+    Raises:
+        ConfigError: no folder, or transformers is missing.
+        CheckpointError: the folder is not of such a model.
+    """
+
+    name = CLAP
+    directions = 64
+
+    def __init__(self, device: torch.device, folder: Path | None) -> None:
+        module = optional_module("transformers", f"--features {CLAP}", "layersync_kernels[integrations]")
+        if folder is None:
+            raise ConfigError(
+                f"--features {CLAP} needs the network itself: a folder of transformers such as a copy of "
+                f"laion/clap-htsat-unfused, by --features-weights; or take --features {SPEECH}, which pip brings"
+            )
+        try:
+            self._extractor = module.ClapFeatureExtractor.from_pretrained(str(folder), local_files_only=True)
+            network, facts = module.ClapAudioModelWithProjection.from_pretrained(
+                str(folder), local_files_only=True, use_safetensors=True, output_loading_info=True
+            )
+        except Exception as error:  # whatever a folder makes of it
+            raise CheckpointError(f"--features-weights {folder} is no CLAP: {first_line(error)}") from error
+        if missing := sorted(facts["missing_keys"]):  # which transformers fills with random numbers
+            raise CheckpointError(f"--features-weights {folder} lacks {len(missing)} tensors, such as {missing[0]}")
+        self._network = network.to(device).eval()
+        own = sorted(folder.glob("*.safetensors"))
+        self.identity, self._device = f"{CLAP}, {' '.join(map(_checksum, own))}", device
+
+    def see(self, arrays: Arrays) -> Seen:
+        """Of waveforms float32 (N, L), their "lengths" and "sample_rate"."""
+        rate, window = self._extractor.sampling_rate, self._extractor.nb_max_samples
+        rows = []
+        for sound, length in zip(arrays["waveforms"], arrays["lengths"].tolist(), strict=True):
+            wide = resampled(sound[:length], int(arrays["sample_rate"]), rate)
+            parts = [wide[start : start + window] for start in range(0, len(wide), window)]
+            given = self._extractor(parts, sampling_rate=rate, return_tensors="pt", truncation="rand_trunc")
+            embeds = self._network(input_features=given["input_features"].to(self._device)).audio_embeds
+            rows.append(embeds.float().mean(0).cpu())
+        features = torch.stack(rows)
+        return Seen({"features": features, "parts": features})
 
 
 def _checksum(path: Path | None) -> str:

@@ -17,8 +17,10 @@ from ..modality.base import Modality
 from ..teachers.grids import SPEECH
 from .motion_classifier import CLASSIFIER, MotionNetwork
 from .networks import (
+    CLAP,
     I3D,
     INCEPTION,
+    ClapFeatures,
     FilmClassifier,
     FilmNetwork,
     ImageNetwork,
@@ -75,8 +77,11 @@ def load_network(
             return FilmClassifier(device, weights)
         size = _FILM_SIZE if size is None and name == DEFAULTS[kind] else size
         return FilmNetwork(ImageNetwork(name, device, size=size, weights=weights))
+    if kind == "audio" and name == CLAP:
+        return ClapFeatures(device, weights)
     if name != DEFAULTS[kind]:
-        raise ConfigError(f"--features {name}: no such network of {kind}; expected {DEFAULTS[kind]}")
+        known = f"{DEFAULTS[kind]} or {CLAP}" if kind == "audio" else DEFAULTS[kind]
+        raise ConfigError(f"--features {name}: no such network of {kind}; expected {known}")
     return SpeechFeatures(device) if kind == "audio" else MotionNetwork(*splits(), folder)
 
 

@@ -12,7 +12,7 @@ from ....errors import ConfigError, DataError
 from ...config.run import StartingPoint, TrainConfig
 from ...data.base import SampleSet
 from ...data.registry import load_data
-from ...evaluation.networks import I3D, INCEPTION
+from ...evaluation.networks import CLAP, I3D, INCEPTION
 from ...evaluation.validation import hold_out
 from ..pair.config import MIN_SAMPLES
 from .arms import METHODS, Arm, arms, unused
@@ -70,7 +70,7 @@ class CompareConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {value}: expected at least {least}")
         if self.marks > self.train.optim.steps:
             raise ConfigError(f"--marks {self.marks}: there are only {self.train.optim.steps} steps")
-        if (name := self.quality_network) in (INCEPTION, I3D):
+        if (name := self.quality_network) in (INCEPTION, I3D, CLAP):
             raise ConfigError(
                 f"--quality-network {name} takes a file of weights, for which there is no flag here: take another, and "
                 f"`layersync evaluate RUN --features {name} --features-weights FILE` for the runs of the comparison"
