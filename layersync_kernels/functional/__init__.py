@@ -16,6 +16,7 @@ from .seam import (
     modulated_rms_norm,
 )
 from .spatial_norm import spatial_norm
+from .swiglu import swiglu, swiglu_mlp
 
 __all__ = [
     "Seam",
@@ -34,4 +35,6 @@ __all__ = [
     "projected_alignment_loss",
     "self_attention",
     "spatial_norm",
+    "swiglu",
+    "swiglu_mlp",
 ]

@@ -10,6 +10,7 @@
 #include "../../csrc/gated_residual_norm/cuda.cuh"
 #include "../../csrc/gelu/cuda.cuh"
 #include "../../csrc/spatial_norm/cuda.cuh"
+#include "../../csrc/swiglu/cuda.cuh"
 
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -145,6 +146,22 @@ int main(int argc, char** argv) {
     params.tiles = plan.tiles;
     print_line(plan.kernel, groups * plan.tiles, kSpatialThreads, params,
                parts(width, plan.tiles, kSpatialLanes * (type == 0 ? 4 : 8)));
+  } else if (op == "swiglu") {
+    const SwigluForwardParams forward{rows_of(1, 2 * int64_t(width)), tensor(2), rows, width};
+    const SwigluForwardPlan plan = swiglu_forward_plan(forward, false, false, type);
+    print_line(plan.kernel, plan.blocks, kSwigluThreads, forward);
+    SwigluBackwardParams backward{rows_of(1, width),
+                                  rows_of(2, 2 * int64_t(width)),
+                                  tensor(3),
+                                  tensor(4),
+                                  tensor<float>(111),
+                                  rows,
+                                  width,
+                                  swiglu_row_runs(rows, width),
+                                  swiglu_tiles(width)};
+    print_runs(swiglu_backward_kernel_for(backward, false, false, type), backward.runs.per_group * backward.tiles,
+               kSwigluThreads, backward, kSwigluBytes / (kSwigluColumns * (type == 0 ? 4 : 2)),
+               parts(width, backward.tiles, kSwigluTile));
   } else {
     return 1;
   }
