@@ -37,6 +37,8 @@ TENSORS = {
     "projected_alignment_loss": {"hidden": TOKENS, "weight": (D, D), "bias": (D,), "teacher": TOKENS, **ROWS},
     "self_attention": {"qkv": (2, 4, 3 * D), "lengths": torch.tensor([4, 2])},
     "spatial_norm": {"x": TOKENS},
+    "swiglu": {"x12": TOKENS},
+    "swiglu_mlp": {"x": TOKENS, "weight12": (2 * D, D), "bias12": (2 * D,), "weight3": (D, D), "bias3": (D,)},
 }
 OPTIONS = {"self_attention": {"num_heads": 2}}
 

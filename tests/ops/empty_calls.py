@@ -75,6 +75,8 @@ CALLS = {
     "linear_gelu": lambda b: F.linear_gelu(no_samples(*TOKENS), weight(), None, backend=b),
     "gelu_mlp": lambda b: F.gelu_mlp(no_samples(*TOKENS), weight(), None, weight(5)[:, :4], None, backend=b),
     "spatial_norm": lambda b: F.spatial_norm(no_samples(*TOKENS).detach(), backend=b),
+    "swiglu": lambda b: F.swiglu(no_samples(*TOKENS), backend=b),
+    "swiglu_mlp": lambda b: F.swiglu_mlp(no_samples(*TOKENS), weight(), None, weight(5)[:, :2], None, backend=b),
 }
 
 
@@ -101,6 +103,8 @@ RAW_CALLS = {
     "gelu_backward": lambda op: op(no_samples(D).detach(), no_samples(D).detach(), True, True),
     "gram_alignment_strip": lambda op: op(x(), 3, 0.0, 0, x()),
     "spatial_norm": lambda op: op(x(), 1.0, 1e-6),
+    "swiglu_forward": lambda op: op(x(), False, True),
+    "swiglu_backward": lambda op: op(x()[..., :3], x(), True, False, True, True),
 }
 
 

@@ -61,6 +61,11 @@ def mlp(x, other, backend):
     return functional.gelu_mlp(x, weight, None, weight.t(), None, backend=backend)
 
 
+def gated_mlp(x, other, backend):
+    weight = other.reshape(-1, WIDTH)
+    return functional.swiglu_mlp(x, weight, None, weight.t()[:, ::2], None, backend=backend)
+
+
 FUNCTIONS = {
     "layersync_loss": lambda x, other, backend: layersync_loss(
         x, other, mask=torch.ones(x.shape[:-1]) > 0, backend=backend
@@ -75,6 +80,8 @@ FUNCTIONS = {
     ),
     "gelu_mlp": mlp,
     "spatial_norm": lambda x, other, backend: functional.spatial_norm(x * other, backend=backend),
+    "swiglu": lambda x, other, backend: functional.swiglu(x * other, backend=backend),
+    "swiglu_mlp": gated_mlp,
 }
 
 

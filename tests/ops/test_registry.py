@@ -63,6 +63,10 @@ SCHEMAS = {
         "int reduction, bool hidden_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
     "spatial_norm": "(Tensor x, float alpha, float eps) -> Tensor",
+    "swiglu_forward": "(Tensor x12, bool gelu, bool interleaved) -> Tensor",
+    "swiglu_backward": (
+        "(Tensor grad, Tensor x12, bool gelu, bool interleaved, bool output, bool bias) -> (Tensor, Tensor, Tensor)"
+    ),
 }
 """What the compiled libraries register kernels for: a change here is a change of every kernel's signature."""
 

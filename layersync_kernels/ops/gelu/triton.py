@@ -1,5 +1,5 @@
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
-# ruff: noqa: ANN001, ANN201, ANN202, D103
+# ruff: noqa: ANN001, ANN201, D103
 """tanh-GELU in Triton: one pass forward, one backward, with the sums over rows for the bias."""
 
 from __future__ import annotations
@@ -10,7 +10,17 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import gelu_sigmoid
-from ..tiles import MULTIPROCESSORS, add_partials, column_tile_for, device_of, load_tile, operand, runs_of, store_sums, store_tile
+from ..tiles import (
+    MULTIPROCESSORS,
+    add_partials,
+    column_tile_for,
+    device_of,
+    load_tile,
+    operand,
+    runs_of,
+    store_sums,
+    store_tile,
+)
 
 _RESIDENT_PROGRAMS = 7 * MULTIPROCESSORS  # of the backward pass, by its registers
 _FORWARD_BLOCK = 2048  # 16 values per thread: 64 KiB in flight on a multiprocessor full of threads of a half type

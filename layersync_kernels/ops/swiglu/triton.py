@@ -24,11 +24,13 @@ from ..tiles import (
     store_tile,
 )
 
-_RESIDENT_PROGRAMS = 5 * MULTIPROCESSORS  # of the backward pass, by its registers
+_RESIDENT_PROGRAMS = 4 * MULTIPROCESSORS  # of the backward pass, by its registers
 
 
 @triton.jit
-def load_halves(starts, live, first, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+def load_halves(
+    starts, live, first, WIDTH: tl.constexpr, INTERLEAVED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
     # Channels first to first + BLOCK of both halves.
     if INTERLEAVED:
         pairs = load_tile(starts, live, 2 * first, 2 * WIDTH, 2 * BLOCK)
