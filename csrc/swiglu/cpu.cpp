@@ -14,12 +14,6 @@
 namespace layersync {
 namespace {
 
-Tensor large_output(const Tensor& like, const std::vector<int64_t>& sizes, bool wanted = true) {
-  Tensor out = new_output(like, sizes, wanted);
-  advise_large_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
-  return out;
-}
-
 Tensor forward(const Tensor& x12, bool gelu, bool interleaved) {
   const int64_t width = check_halves(x12);
   const Rows rows = as_rows(x12);
@@ -37,7 +31,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x1
   const int64_t width = check_halves(x12);
   const Rows rows = as_rows(x12), gradient = as_rows(grad);
   const Parts parts = parts_of(1, rows.count);
-  Tensor d_x12 = large_output(x12, {x12.sizes().begin(), x12.sizes().end()});
+  Tensor d_x12 = large_output_like(x12);
   Tensor out = large_output(x12, sizes_of_half(x12), output);
   Tensor sums = float_output(x12, {parts.count, 2 * width}, bias);
   if (rows.count == 0) torch::stable::zero_(sums);

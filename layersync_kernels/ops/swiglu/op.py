@@ -35,7 +35,8 @@ def _fake_backward(
     )
 
 
-# x12: (..., 2·H) at any stride, [x1, x2] or, interleaved, pairs of their values. Returns f(x1)·x2, (..., H), contiguous.
+# x12: (..., 2·H) at any stride, [x1, x2] or, interleaved, pairs of their values. Returns f(x1)·x2, (..., H),
+# contiguous.
 FORWARD = raw_op.declare("swiglu_forward", _fake_forward, kind="rows", python={"triton": "triton:forward"})
 # grad: (..., H) of x12's dtype, at any stride. Returns, contiguous: the gradient of x12, laid out as that is; the
 # product, or (0,) where not wanted; the column sums of that gradient, unrounded, in float32, or (0,) where not wanted.
