@@ -49,17 +49,18 @@ inline QkShape check_packed(const Tensor& qkv, int64_t heads) {
   return {qkv.size(0), qkv.size(1), heads, qkv.size(2) / (3 * heads)};
 }
 
-// Gradients of (B, H, N, E), whose channels lie side by side.
-struct HeadRows {
-  Tensor owner;
-  const void* data;
-  int64_t batch_stride, head_stride, position_stride;  // elements
+// Rows of (B, N, ..) or (B, H, N, E) at any stride, whose channels lie side by side.
+struct TokenRows {
+  std::optional<Tensor> owner;  // keeps the memory alive when a copy had to be made
+  const void* data = nullptr;
+  int64_t batch_stride = 0, head_stride = 0, position_stride = 0;  // elements
 };
 
-inline HeadRows head_rows(const Tensor& gradient) {
-  if (gradient.numel() > 0 && gradient.size(3) > 1 && gradient.stride(3) != 1)
-    return head_rows(torch::stable::contiguous(gradient));
-  return {gradient, gradient.data_ptr(), gradient.stride(0), gradient.stride(1), gradient.stride(2)};
+inline TokenRows token_rows(const Tensor& tensor) {
+  const int64_t last = tensor.dim() - 1;
+  if (tensor.numel() > 0 && tensor.size(last) > 1 && tensor.stride(last) != 1)
+    return token_rows(torch::stable::contiguous(tensor));
+  return {tensor, tensor.data_ptr(), tensor.stride(0), last == 3 ? tensor.stride(1) : 0, tensor.stride(last - 1)};
 }
 
 inline QkShape check_head_gradients(const Tensor& d_q, const Tensor& d_k, const Tensor& d_v,

@@ -62,7 +62,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(const Tensor& d_q, const Tensor& d_k
   const Parts parts = parts_of(1, shape.tokens());
   const Tensor weight_sums = float_output(d_q, {2 * parts.count * shape.heads, shape.width}, weights);
   const Tensor bias_sums = float_output(d_q, {parts.count, all}, bias);
-  const HeadRows gradients[3] = {head_rows(d_q), head_rows(d_k), head_rows(d_v)};
+  const TokenRows gradients[3] = {token_rows(d_q), token_rows(d_k), token_rows(d_v)};
   QkBackwardArgs args{};
   args.head = head;
   for (int kind = 0; kind < 3; ++kind)

@@ -176,8 +176,7 @@ void backward_parts_as(const QkBackwardArgs& args, int64_t first_part, int64_t l
           for (int64_t i = 0; i < width; ++i) g.value[i] = rstd * (g.value[i] - x.value[i] * projected - mean);
         }
         if (bias_sums != nullptr) add_to(bias_sums + slot * width, g, width);
-        for_each_vector(width,
-                        [&](int64_t i, int64_t count) { put_some<T, streaming>(out + i, at(g, i), count); });
+        for_each_vector(width, [&](int64_t i, int64_t count) { put_some<T, streaming>(out + i, at(g, i), count); });
       }
     }
   }

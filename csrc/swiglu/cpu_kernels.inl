@@ -1,6 +1,6 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/cpu/vec_exp.inl"
 #include "../common/cpu/activations.inl"
+#include "../common/cpu/vec_exp.inl"
 #include "../common/cpu/vec_put.inl"
 #include "../common/cpu/vec_tail.inl"
 
@@ -106,8 +106,7 @@ void backward_range(const SwigluBackwardArgs& args, int64_t first_part, int64_t 
                                                                load_first(g + i, rest));
         const auto put_rest = [&](int64_t at, Vec value, int64_t count) {
           store_first(d_x12 + at, value, count);
-          if (sums != nullptr)
-            store_first(sums + at, fresh ? value : add(load_first(sums + at, count), value), count);
+          if (sums != nullptr) store_first(sums + at, fresh ? value : add(load_first(sums + at, count), value), count);
         };
         put_rest(first_of<interleaved>(i), r.gradient.first, first_rest<interleaved>(rest));
         put_rest(second_of<interleaved>(i, width), r.gradient.second, second_rest<interleaved>(rest));
@@ -124,12 +123,15 @@ void backward_parts(const SwigluBackwardArgs& args, int64_t first_part, int64_t 
                   : backward_range<T, gelu_gate, interleaved, false>)(args, first_part, last_part);
 }
 
-#define LAYERSYNC_OF_TYPES(function, gelu_gate, interleaved)                                   \
+#define LAYERSYNC_OF_TYPES(function, gelu_gate, interleaved)                        \
   {function<float, gelu_gate, interleaved>, function<bf16, gelu_gate, interleaved>, \
    function<fp16, gelu_gate, interleaved>}
-#define LAYERSYNC_OF_LAYOUTS(function)                                                                \
-  {{LAYERSYNC_OF_TYPES(function, false, false), LAYERSYNC_OF_TYPES(function, true, false)}, \
-   {LAYERSYNC_OF_TYPES(function, false, true), LAYERSYNC_OF_TYPES(function, true, true)}}
+#define LAYERSYNC_OF_LAYOUTS(function)                                                         \
+  {                                                                                            \
+    {LAYERSYNC_OF_TYPES(function, false, false), LAYERSYNC_OF_TYPES(function, true, false)}, { \
+      LAYERSYNC_OF_TYPES(function, false, true), LAYERSYNC_OF_TYPES(function, true, true)      \
+    }                                                                                          \
+  }
 
 constexpr SwigluKernels kernels = {LAYERSYNC_OF_LAYOUTS(forward_rows), LAYERSYNC_OF_LAYOUTS(backward_parts)};
 

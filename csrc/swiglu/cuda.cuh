@@ -190,11 +190,9 @@ inline SwigluForwardPlan swiglu_forward_plan(const SwigluForwardParams& p, bool 
   const bool vectors = p.width % values == 0 && p.x12.aligned(size);
   const int64_t packs = p.rows * (vectors ? p.width / values : p.width);
   const int steps = kSwigluBytes / size / (vectors ? values : 1);
-  const auto kernel =
-      swiglu_kernel(vectors, gelu, interleaved, type, [](auto t, auto values, auto gate, auto layout) {
-        return static_cast<SwigluForwardKernel>(
-            swiglu_forward_kernel<decltype(t), values(), gate(), layout()>);
-      });
+  const auto kernel = swiglu_kernel(vectors, gelu, interleaved, type, [](auto t, auto values, auto gate, auto layout) {
+    return static_cast<SwigluForwardKernel>(swiglu_forward_kernel<decltype(t), values(), gate(), layout()>);
+  });
   return {kernel, packs, (packs - 1) / (kSwigluThreads * steps) + 1};
 }
 
@@ -203,8 +201,7 @@ inline SwigluBackwardKernel swiglu_backward_kernel_for(const SwigluBackwardParam
   const int size = type == 0 ? 4 : 2;
   const bool vectors = p.width % (16 / size) == 0 && p.x12.aligned(size) && p.grad.aligned(size);
   return swiglu_kernel(vectors, gelu, interleaved, type, [](auto t, auto values, auto gate, auto layout) {
-    return static_cast<SwigluBackwardKernel>(
-        swiglu_backward_kernel<decltype(t), values(), gate(), layout()>);
+    return static_cast<SwigluBackwardKernel>(swiglu_backward_kernel<decltype(t), values(), gate(), layout()>);
   });
 }
 

@@ -82,13 +82,13 @@ def qk_norm_rope(
     _check_pair("cos", cos, "sin", sin, "rotation")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
-            _check_constant(name, weight, qkv, (width,), "one value for each channel of a head")
+            _check_vector(name, weight, qkv, (width,), "one value for each channel of a head")
     for name, table in (("cos", cos), ("sin", sin)):
         if table is None:
             continue
         _check_table(name, table, qkv, width)
     if bias is not None:
-        _check_constant("bias", bias, qkv, (qkv.shape[-1],), "the bias of the projection that made qkv")
+        _check_vector("bias", bias, qkv, (qkv.shape[-1],), "the bias of the projection that made qkv")
     if q_weight is None and cos is None and bias is None and transform() is None:
         views: tuple[Tensor, Tensor, Tensor] = UnpackHeads.run(qkv, num_heads)
         return views
@@ -112,7 +112,7 @@ def _check_pair(name: str, tensor: Tensor | None, other_name: str, other: Tensor
         raise ValueError(f"{_OP}: {missing} is missing; give both {name} and {other_name}, or neither for no {what}")
 
 
-def _check_constant(name: str, tensor: Tensor, qkv: Tensor, shape: tuple[int, ...], what: str) -> None:
+def _check_vector(name: str, tensor: Tensor, qkv: Tensor, shape: tuple[int, ...], what: str) -> None:
     check_tokens(_OP, name, tensor, qkv, "qkv")
     if tensor.shape != shape:
         raise ValueError(f"{_OP}: {name} {tuple(tensor.shape)} must have the shape {tuple(shape)}, {what}")
