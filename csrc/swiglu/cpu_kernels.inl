@@ -1,6 +1,5 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
 #include "../common/cpu/activations.inl"
-#include "../common/cpu/vec_exp.inl"
 #include "../common/cpu/vec_put.inl"
 #include "../common/cpu/vec_tail.inl"
 

@@ -103,7 +103,9 @@ def qk_norm_rope(
         )
     if cos is not None and sin is not None:
         cos, sin = cos.contiguous(), sin.contiguous()
-    return _qk_norm_rope(qkv, q_weight, k_weight, cos, sin, bias, num_heads, float(eps), norm == "layer", interleaved, name)
+    return _qk_norm_rope(
+        qkv, q_weight, k_weight, cos, sin, bias, num_heads, float(eps), norm == "layer", interleaved, name
+    )
 
 
 def _check_pair(name: str, tensor: Tensor | None, other_name: str, other: Tensor | None, what: str) -> None:
@@ -128,8 +130,8 @@ def _check_table(name: str, table: Tensor, qkv: Tensor, width: int) -> None:
         raise ValueError(f"{_OP}: heads of {width} channels; a rotation takes pairs of them: an even number")
     if table.shape != (qkv.shape[1], width):
         raise ValueError(
-            f"{_OP}: {name} {tuple(table.shape)} must have the shape ({qkv.shape[1]}, {width}): one row for each token, "
-            "one value for each channel of a head"
+            f"{_OP}: {name} {tuple(table.shape)} must have the shape ({qkv.shape[1]}, {width}): one row for each "
+            "token, one value for each channel of a head"
         )
     if table.device != qkv.device:
         raise ValueError(f"{_OP}: {name} is on {table.device} and qkv on {qkv.device}; move one of them")

@@ -79,6 +79,9 @@ FUNCTIONS = {
         x, other.reshape(-1, WIDTH), other.reshape(-1, WIDTH)[:, 0], backend=backend
     ),
     "gelu_mlp": mlp,
+    "qk_norm_rope": lambda x, other, backend: functional.qk_norm_rope(
+        torch.cat([x, other, x * other], dim=-1), torch.ones(8), torch.ones(8), None, None, 2, backend=backend
+    ),
     "spatial_norm": lambda x, other, backend: functional.spatial_norm(x * other, backend=backend),
     "swiglu": lambda x, other, backend: functional.swiglu(x * other, backend=backend),
     "swiglu_mlp": gated_mlp,

@@ -1,5 +1,5 @@
-// tanh-GELU and SiLU, u * sigmoid(z), with their derivatives over Vec; after vec_exp.inl. No include guard: see
-// vec_generic.h.
+// tanh-GELU and SiLU, u * sigmoid(z), with their derivatives over Vec. No include guard: see vec_generic.h.
+#include "vec_exp.inl"
 
 constexpr float kGeluBeta = 0.7978845608028654f;  // sqrt(2 / pi)
 constexpr float kGeluKappa = 0.044715f;

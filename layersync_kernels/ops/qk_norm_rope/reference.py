@@ -36,7 +36,7 @@ def qk_norm_rope_reference(
         q, k and v, each (B, H, N, E).
     """
     if bias is not None:
-        qkv = qkv + (bias - bias.detach())
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
     wide = torch.promote_types(qkv.dtype, torch.float32)
     q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     results = []

@@ -35,9 +35,7 @@ def load_pairs(starts, live, WIDTH: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.
 
 
 @triton.jit
-def store_pairs(
-    starts, a, b, live, WIDTH: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
-):
+def store_pairs(starts, a, b, live, WIDTH: tl.constexpr, PAIRS: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
     if PAIRS:
         column = tl.arange(0, 2 * BLOCK)[None, :]
         both = tl.reshape(tl.join(a, b), (ROWS, 2 * BLOCK))

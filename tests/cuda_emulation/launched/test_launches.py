@@ -13,6 +13,7 @@ from layersync_kernels.ops.cosine_alignment import op as cosine
 from layersync_kernels.ops.gated_residual_norm import op as seam
 from layersync_kernels.ops.gelu import op as gelu
 from layersync_kernels.ops.gram_alignment import op as gram
+from layersync_kernels.ops.qk_norm_rope import op as qk
 from layersync_kernels.ops.spatial_norm import op as spatial
 from layersync_kernels.ops.swiglu import op as swiglu
 
@@ -43,6 +44,8 @@ def _guards_are_given_back():
 
 X, HALF_X = rows_of(4, 32, 64), rows_of(4, 32, 64, dtype=BF16)
 MODULATION = rows_of(4, 64, dtype=BF16)
+HEADS = [rows_of(4, 2, 32, 8)] * 3
+UNIT, ANGLES = [rows_of(8)] * 2, [rows_of(32, 8)] * 2
 
 
 @pytest.mark.parametrize(
@@ -57,6 +60,10 @@ MODULATION = rows_of(4, 64, dtype=BF16)
         (lambda: gelu.BACKWARD["cuda"](X.flatten(0, 1), X.flatten(0, 1), True, True), 2),  # and the sums of runs
         (lambda: gram.STRIP["cuda"](X.clone(), 3, 0.1, 0, None), 1),
         (lambda: spatial.SPATIAL_NORM["cuda"](X, 1.0, 1e-6), 1),
+        (lambda: qk.FORWARD["cuda"](X[..., :48], None, None, *ANGLES, 2, 1e-6, False, True), 1),
+        (lambda: qk.BACKWARD["cuda"](*HEADS, None, None, None, *ANGLES, 1e-6, False, True, False, False), 1),
+        # And the sums of runs, and those of heads.
+        (lambda: qk.BACKWARD["cuda"](*HEADS, X[..., :48], *UNIT, *ANGLES, 1e-6, False, True, True, True), 3),
         (lambda: swiglu.FORWARD["cuda"](X, False, False), 1),
         (lambda: swiglu.BACKWARD["cuda"](X[..., :32], X, False, False, True, False), 1),
         (lambda: swiglu.BACKWARD["cuda"](X[..., :32], X, False, False, True, True), 2),  # and the sums of runs
@@ -71,6 +78,9 @@ MODULATION = rows_of(4, 64, dtype=BF16)
         "gelu-sums",
         "gram",
         "spatial",
+        "qk",
+        "qk-rope",
+        "qk-sums",
         "swiglu",
         "swiglu-no-bias",
         "swiglu-sums",
