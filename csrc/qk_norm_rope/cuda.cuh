@@ -52,7 +52,6 @@ struct QkBackwardParams {
 constexpr int kQkThreads = 128;
 constexpr int kQkWarps = kQkThreads / kWarpThreads;
 
-
 // The lanes of a head. kParts: values of an item lie in one pack, whose neighbours may turn, or in two, which turn
 // against each other. Lanes without an item, or without a head, do the work of another one beside it, and neither count
 // in sums nor write.
@@ -60,7 +59,9 @@ template <class T, int kValues_, int kLanes, int kSteps_, int kParts_>
 struct QkGroup {
   using Type = T;
   static constexpr int kValues = kValues_, kSteps = kSteps_, kParts = kParts_;
-  static constexpr int kHeads = kWarpThreads / kLanes;        // of a warp
+  static constexpr int kHeads = kWarpThreads / kLanes;  // of a warp
+  // Of the backward pass on a multiprocessor; 0: as the compiler has it, which for 9 lanes would spill on sm_80.
+  static constexpr int kLeastBlocks = kLanes == 9 && kValues * kSteps * kParts <= 8 ? 4 : 0;
   static constexpr bool kTurns = kParts == 2 || kValues > 1;  // has pairs
   using Values = float[kSteps][kParts][kValues];
   using Packs = Pack<T, kValues>[kSteps][kParts];
@@ -232,7 +233,7 @@ struct QkWalk {
 // A warp takes a run of tokens and a few of their heads, of queries and keys or of values; the tokens one by one, and
 // reads the next one meanwhile.
 template <class Group>
-__global__ void __launch_bounds__(kQkThreads) qk_backward_kernel(QkBackwardParams p) {
+__global__ void __launch_bounds__(kQkThreads, Group::kLeastBlocks) qk_backward_kernel(QkBackwardParams p) {
   using T = typename Group::Type;
   const QkHead& h = p.head;
   const Group group(h);
