@@ -27,6 +27,7 @@ OPS = {
     "gated_residual_norm": "gated_",
     "gelu": "gelu_",
     "gram_alignment": "gram_",
+    "qk_norm_rope": "qk_",
     "spatial_norm": "spatial_",
     "swiglu": "swiglu_",
 }
@@ -86,6 +87,7 @@ class TestBlockKernels:
             ("gelu", 3 * 4),
             ("gram_alignment", 3 * 2),
             ("swiglu", 3 * 16),
+            ("qk_norm_rope", 2 * (3 * (6 + 4) + 2 * 2)),  # cuts of a head, and those of packs of 8 bytes
         ):
             assert len(cuda_kernels(op, capability)) == count
             for kernel in cuda_kernels(op, capability):
