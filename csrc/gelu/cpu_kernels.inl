@@ -1,21 +1,7 @@
 // The loops, written once over Vec and compiled once per instruction set inside the namespace of the includer.
-#include "../common/cpu/vec_exp.inl"
+#include "../common/cpu/activations.inl"
 #include "../common/cpu/vec_put.inl"
 #include "../common/cpu/vec_tail.inl"
-
-constexpr float kBeta = 0.7978845608028654f;  // sqrt(2 / pi)
-constexpr float kKappa = 0.044715f;
-
-// exp(-2 z), z = beta (u + kappa u^3). Its sigmoid s = 1 / (1 + exp(-2 z)) is (1 + tanh(z)) / 2 without the cancellation
-// of that for negative u, and 1 - s = exp(-2 z) s is without that of the difference.
-inline Vec gelu_decay(Vec u, Vec u2) {
-  return exp(mul(u, fma(u2, broadcast(-2 * kBeta * kKappa), broadcast(-2 * kBeta))));
-}
-
-inline Vec gelu_sigmoid(Vec decay) { return div(broadcast(1), add(broadcast(1), decay)); }
-
-// u^2, bounded where GELU is u or 0 to all digits: an infinite slope times the 0 that 1 - s is there would be a NaN.
-inline Vec gelu_square(Vec u) { return min(broadcast(1e30f), mul(u, u)); }
 
 template <class T, bool streaming>
 void forward_range(const GeluForwardArgs& args, int64_t first_row, int64_t last_row) {
@@ -23,7 +9,6 @@ void forward_range(const GeluForwardArgs& args, int64_t first_row, int64_t last_
   T* out = static_cast<T*>(args.activation);
   int64_t i = first_row * args.width;
   const int64_t end = last_row * args.width;
-  const auto gelu = [](Vec u) { return mul(u, gelu_sigmoid(gelu_decay(u, gelu_square(u)))); };
   for (; i + Vec::size <= end; i += Vec::size) put<streaming>(out + i, gelu(load(in + i)));
   if (i < end) store_first(out + i, gelu(load_first(in + i, end - i)), end - i);
   if constexpr (streaming) stream_fence();
@@ -39,10 +24,8 @@ struct GeluGradient {
 };
 
 inline GeluGradient gelu_gradient(Vec u, Vec g) {
-  const Vec u2 = gelu_square(u), decay = gelu_decay(u, u2), s = gelu_sigmoid(decay), activation = mul(u, s);
-  const Vec rest = mul(min(broadcast(1e38f), decay), s);                           // 1 - s, where that is not 1
-  const Vec slope = fma(u2, broadcast(6 * kBeta * kKappa), broadcast(2 * kBeta));  // of 2 z
-  return {activation, mul(g, fma(mul(activation, rest), slope, s))};
+  const Activated a = gelu_and_slope(u);
+  return {a.value, mul(g, a.slope)};
 }
 
 template <class T, bool activated, bool streaming>

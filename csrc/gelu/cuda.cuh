@@ -1,6 +1,7 @@
 // tanh-GELU on the GPU: the kernels, free of torch, so that the tests compile them for the host too.
 #pragma once
 
+#include "../common/cuda/activations.cuh"
 #include "../common/cuda/column_sum.cuh"
 
 namespace layersync {
@@ -22,31 +23,6 @@ struct GeluBackwardParams {
   RowRuns runs;
   int tiles;  // blocks that share a run of rows, each with its columns
 };
-
-// exp(−2z) for the z of gelu(u) = u·(1 + tanh z)/2 = u/(1 + exp(−2z)), z = √(2/π)·(u + 0.044715·u³): with expf this form
-// is exact to a few ulp also where 1 + tanh z cancels. The square is cut where both tails are flat long since, so that
-// no magnitude of u overflows on the way; infinities and NaN go the way that they go in PyTorch.
-constexpr float kGeluCubic = 0.044715f, kGeluTwiceBeta = 1.5957691216057308f;
-
-__device__ inline float gelu_square(float u) { return fminf(u * u, 400.f); }
-
-__device__ inline float gelu_exponential(float u, float square) {
-  return expf(-kGeluTwiceBeta * u * fmaf(kGeluCubic, square, 1.f));
-}
-
-__device__ inline float gelu(float u) { return __fdividef(u, 1.f + gelu_exponential(u, gelu_square(u))); }
-
-struct GeluAndSlope {
-  float value, slope;
-};
-
-__device__ inline GeluAndSlope gelu_and_slope(float u) {
-  const float square = gelu_square(u), exponential = gelu_exponential(u, square);
-  const float sigmoid = __fdividef(1.f, 1.f + exponential);
-  const float rest = u < 0 ? 1.f - sigmoid : exponential * sigmoid;  // 1 − sigmoid, without cancellation
-  const float inner = kGeluTwiceBeta * fmaf(3 * kGeluCubic, square, 1.f);
-  return {u * sigmoid, fmaf(u * sigmoid * rest, inner, sigmoid)};
-}
 
 constexpr int kGeluThreads = 128;
 constexpr int kGeluBytes = 64;  // of a thread's loads
@@ -114,7 +90,7 @@ __global__ void __launch_bounds__(kGeluThreads) gelu_backward_kernel(GeluBackwar
       unpack(preactivation[r][step], u);
 #pragma unroll
       for (int k = 0; k < kValues; ++k) {
-        const GeluAndSlope gelu = gelu_and_slope(u[k]);
+        const Activated gelu = gelu_and_slope(u[k]);
         d[k] *= gelu.slope;
         u[k] = gelu.value;
         d_bias[step][k] += d[k];

@@ -6,6 +6,7 @@ from .dispersive import dispersive_loss
 from .gelu import gelu_mlp, linear_gelu
 from .gram import gram_alignment_loss
 from .projected import projected_alignment_loss
+from .qk import qk_norm_rope
 from .seam import (
     Seam,
     Tap,
@@ -16,6 +17,7 @@ from .seam import (
     modulated_rms_norm,
 )
 from .spatial_norm import spatial_norm
+from .swiglu import swiglu, swiglu_mlp
 
 __all__ = [
     "Seam",
@@ -32,6 +34,9 @@ __all__ = [
     "modulated_layer_norm",
     "modulated_rms_norm",
     "projected_alignment_loss",
+    "qk_norm_rope",
     "self_attention",
     "spatial_norm",
+    "swiglu",
+    "swiglu_mlp",
 ]

@@ -228,6 +228,8 @@ def linear_inputs(
     biases: tuple[Tensor | None, ...],
     backend: str,
     name: str = "x",
+    suffixes: Sequence[str] = (),
+    gated: bool = False,
 ) -> tuple[Tensor, tuple[Tensor, ...], tuple[Tensor | None, ...], str]:
     """Check the inputs of a chain of linear layers, cast them as autocast does, and choose the backend.
 
@@ -238,6 +240,8 @@ def linear_inputs(
         biases: of each layer (out,), or None.
         backend: what the caller asked for.
         name: what the caller's argument for x is called.
+        suffixes: of the names of the weights and biases, where those are not numbered from 1.
+        gated: whether a gated linear unit makes one channel of two, behind every layer but the last.
 
     Returns:
         x, weights, biases, the backend's name.
@@ -249,8 +253,8 @@ def linear_inputs(
     """
     check_tokens(op, name, x)
     width = x.shape[-1]
-    for number, (weight, bias) in enumerate(zip(weights, biases, strict=True), start=1):
-        suffix = "" if len(weights) == 1 else str(number)
+    suffixes = suffixes or [""] * (len(weights) == 1) or [str(number + 1) for number in range(len(weights))]
+    for place, (suffix, weight, bias) in enumerate(zip(suffixes, weights, biases, strict=True)):
         check_tokens(op, f"weight{suffix}", weight, x, name)
         if weight.dim() != 2 or weight.shape[1] != width:
             raise ValueError(
@@ -258,10 +262,14 @@ def linear_inputs(
                 f"its input has {width} channels"
             )
         width = weight.shape[0]
+        halved = gated and place < len(weights) - 1
+        if halved and width % 2:
+            raise ValueError(f"{op}: weight{suffix} {tuple(weight.shape)} must have two halves of rows, (2·H, in)")
         if bias is not None:
             check_tokens(op, f"bias{suffix}", bias, x, name)
             if bias.shape != (width,):
                 raise ValueError(f"{op}: bias{suffix} {tuple(bias.shape)} must have the shape ({width},)")
+        width //= 2 if halved else 1
     device = x.device.type
     dtype = autocast_dtype(device)
     if dtype is not None:

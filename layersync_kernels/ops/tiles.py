@@ -94,6 +94,12 @@ def tile_for(width: int) -> Tile:
     return Tile(1, max(2048, triton.next_power_of_2(triton.cdiv(width, 32))), 8)
 
 
+def column_tile_for(width: int) -> Tile:
+    """The tile of a pass that sums columns over rows: 8 values per thread, 256 channels where there are."""
+    block = min(triton.next_power_of_2(width), 256)
+    return Tile(min(1024 // block, 64), block, 4)
+
+
 def device_of(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 

@@ -27,7 +27,9 @@ OPS = {
     "gated_residual_norm": "gated_",
     "gelu": "gelu_",
     "gram_alignment": "gram_",
+    "qk_norm_rope": "qk_",
     "spatial_norm": "spatial_",
+    "swiglu": "swiglu_",
 }
 """Op → how the names of its kernels begin."""
 
@@ -80,7 +82,13 @@ def test_cosine_kernels_neither_spill_nor_use_narrow_accesses(cuda_kernels, capa
 @pytest.mark.parametrize("capability", CAPABILITIES)
 class TestBlockKernels:
     def test_spill_nothing(self, cuda_kernels, capability):
-        for op, count in (("gated_residual_norm", 5 * 8), ("gelu", 3 * 4), ("gram_alignment", 3 * 2)):
+        for op, count in (
+            ("gated_residual_norm", 5 * 8),
+            ("gelu", 3 * 4),
+            ("gram_alignment", 3 * 2),
+            ("swiglu", 3 * 16),
+            ("qk_norm_rope", 2 * (3 * (6 + 4) + 2 * 2)),  # cuts of a head, and those of packs of 8 bytes
+        ):
             assert len(cuda_kernels(op, capability)) == count
             for kernel in cuda_kernels(op, capability):
                 assert kernel.spills == 0, kernel
@@ -118,6 +126,14 @@ class TestBlockKernels:
             assert sum(count for bits, count in kernel.loads.items() if bits != 128) == (1 if forward else 0), kernel
             assert sum(count for bits, count in kernel.stores.items() if bits != 128) == (1 if forward else 0), kernel
 
+    def test_swiglu_moves_16_bytes_an_access(self, cuda_kernels, capability):
+        vectors = [k for k in cuda_kernels("swiglu", capability) if re.search(r"Li[48]E", k.name)]
+        assert len(vectors) == 3 * 2 * 4
+        for kernel in vectors:
+            assert set(kernel.loads) == set(kernel.stores) == {128}, kernel
+            # 32 bytes of the result for each thread: as much of each half, and backward of the gradient.
+            assert kernel.batch == (6 if "backward" in kernel.name else 4), kernel
+
     def test_gram_moves_16_bytes_an_access(self, cuda_kernels, capability):
         vectors = [k for k in cuda_kernels("gram_alignment", capability) if re.search(r"Li[48]E", k.name)]
         assert len(vectors) == 3
@@ -153,13 +169,18 @@ SPATIAL_CASES = [
     ["spatial_norm", capability, dtype, 768] for capability, dtype in ((90, BF16), (90, FP32), (100, BF16))
 ]
 MODEL_CASES = [occupancy.triton_case(op, 90, BF16, width) for op in occupancy.OPS for width in launches.WIDTHS]
+SWIGLU_CASES = [
+    [op, capability, dtype, 3072]
+    for op in ("swiglu", "swiglu_of_pairs")
+    for capability, dtype in ((80, BF16), (90, BF16), (90, FP32), (100, BF16))
+]
 PROJECTED_CASES = [["projected_alignment", capability, BF16, 1152] for capability in CAPABILITIES]
 GRAM_CASES = [
     ["gram_alignment", capability, dtype, 1920] for capability, dtype in ((80, FP16), (90, FP32), (100, FP16))
 ]
 
 
-CHECKED_CASES = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *GRAM_CASES, *PROJECTED_CASES, *SPATIAL_CASES]
+CHECKED_CASES = [*COSINE_CASES, *NORM_CASES, *GELU_CASES, *GRAM_CASES, *PROJECTED_CASES, *SPATIAL_CASES, *SWIGLU_CASES]
 
 
 @pytest.fixture(scope="module")
@@ -241,6 +262,20 @@ def test_triton_gelu_kernels_neither_spill_nor_use_narrow_accesses(triton_kernel
     assert backward.loads == {128: 4 * sixteen_byte_values(dtype)}, backward  # of this step and of the next
     assert backward.stores[128] == 2 * sixteen_byte_values(dtype), backward
     assert narrow(backward.stores) == 1, backward  # the sums, once
+
+
+@needs_cuobjdump
+@pytest.mark.parametrize("case", SWIGLU_CASES, ids=name_of)
+def test_triton_swiglu_kernels_neither_spill_nor_use_narrow_accesses(triton_kernels, case):
+    dtype = case[2]
+    forward, backward = kernels_of(triton_kernels, case)
+    assert forward.spills == backward.spills == 0, (forward, backward)
+    assert forward.loads == {128: 2 * sixteen_byte_values(dtype)}, forward
+    assert forward.stores == {128: sixteen_byte_values(dtype)}, forward
+    assert backward.loads == {128: 6 * sixteen_byte_values(dtype)}, backward  # of this step and of the next
+    sums = sum(backward.stores.values()) - 3 * sixteen_byte_values(dtype)  # once, of both halves
+    assert 0 < sums <= 2, backward
+    assert narrow(backward.stores) <= sums, backward
 
 
 @needs_cuobjdump

@@ -25,6 +25,9 @@ struct float2 {
 struct alignas(16) uint4 {
   uint32_t x, y, z, w;
 };
+struct alignas(8) uint2 {
+  uint32_t x, y;
+};
 struct __nv_bfloat162 {
   __nv_bfloat16 x, y;
 };
@@ -32,7 +35,9 @@ struct __half2 {
   __half x, y;
 };
 inline float __fdividef(float x, float y) { return x / y; }
+inline float rsqrtf(float x) { return 1 / std::sqrt(x); }
 inline void __stwb(uint4* p, uint4 value) { *p = value; }
+inline void __stwb(uint2* p, uint2 value) { *p = value; }
 
 inline float __uint_as_float(uint32_t bits) { return layersync::bits_to_float(bits); }
 inline uint32_t __float_as_uint(float value) { return layersync::float_to_bits(value); }
@@ -79,11 +84,21 @@ uint32_t shuffle(const char* name, unsigned mask, uint32_t value, unsigned lane)
 inline void __syncthreads() { emulation::barrier(); }
 
 template <class T>
-T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+T emulated_shuffle(const char* name, unsigned mask, T value, unsigned lane) {
   static_assert(sizeof(T) == 4);
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
-  bits = emulation::shuffle("__shfl_xor_sync", mask, bits, (threadIdx.x % emulation::kLanes) ^ unsigned(lanes));
+  bits = emulation::shuffle(name, mask, bits, lane % emulation::kLanes);
   std::memcpy(&value, &bits, 4);
   return value;
+}
+
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return emulated_shuffle("__shfl_xor_sync", mask, value, (threadIdx.x % emulation::kLanes) ^ unsigned(lanes));
+}
+
+template <class T>
+T __shfl_sync(unsigned mask, T value, int lane) {
+  return emulated_shuffle("__shfl_sync", mask, value, unsigned(lane));
 }

@@ -35,10 +35,20 @@ TENSORS = {
     "modulated_layer_norm": MODULATED,
     "modulated_rms_norm": MODULATED,
     "projected_alignment_loss": {"hidden": TOKENS, "weight": (D, D), "bias": (D,), "teacher": TOKENS, **ROWS},
+    "qk_norm_rope": {
+        "qkv": (2, 4, 3 * D),
+        "q_weight": (4,),
+        "k_weight": (4,),
+        "cos": (4, 4),
+        "sin": (4, 4),
+        "bias": (3 * D,),
+    },
     "self_attention": {"qkv": (2, 4, 3 * D), "lengths": torch.tensor([4, 2])},
     "spatial_norm": {"x": TOKENS},
+    "swiglu": {"x12": TOKENS},
+    "swiglu_mlp": {"x": TOKENS, "weight12": (2 * D, D), "bias12": (2 * D,), "weight3": (D, D), "bias3": (D,)},
 }
-OPTIONS = {"self_attention": {"num_heads": 2}}
+OPTIONS = {"self_attention": {"num_heads": 2}, "qk_norm_rope": {"num_heads": 2}}
 
 
 def inputs_of(op):

@@ -14,6 +14,7 @@ from layersync_kernels.functional import (
     modulated_layer_norm,
     modulated_rms_norm,
     projected_alignment_loss,
+    swiglu_mlp,
 )
 
 from ..support.backends import FUSED, device_of
@@ -71,6 +72,11 @@ CASES = {
         (TOKENS, (12, 8), (12,), BIAS),
         (0, 1, 2, 1, 3),
         lambda x, w1, b1, w2, b2, backend: gelu_mlp(x, w1, b1, w2.t(), b2, backend=backend),
+    ),
+    "swiglu_mlp, x is the second weight": (
+        (SQUARE, (16, 8), (16,), BIAS),
+        (0, 1, 2, 0, 3),
+        swiglu_mlp,
     ),
 }
 

@@ -36,6 +36,10 @@ def modulation():
     return torch.randn(D, requires_grad=True)
 
 
+def head():
+    return torch.randn(D // 3, requires_grad=True)
+
+
 def weight(rows=4):
     return torch.randn(rows, D, requires_grad=True)
 
@@ -72,9 +76,14 @@ CALLS = {
     ),
     "aligned_residual_norm": lambda b: aligned(no_samples(*TOKENS), no_samples(*TOKENS), b),
     "self_attention": lambda b: F.self_attention(no_samples(3, 3 * D), 2, backend=b),
+    "qk_norm_rope": lambda b: F.qk_norm_rope(
+        no_samples(3, 3 * D), head(), head(), *2 * [torch.ones(3, D // 3)], 3, bias=torch.ones(3 * D), backend=b
+    ),
     "linear_gelu": lambda b: F.linear_gelu(no_samples(*TOKENS), weight(), None, backend=b),
     "gelu_mlp": lambda b: F.gelu_mlp(no_samples(*TOKENS), weight(), None, weight(5)[:, :4], None, backend=b),
     "spatial_norm": lambda b: F.spatial_norm(no_samples(*TOKENS).detach(), backend=b),
+    "swiglu": lambda b: F.swiglu(no_samples(*TOKENS), backend=b),
+    "swiglu_mlp": lambda b: F.swiglu_mlp(no_samples(*TOKENS), weight(), None, weight(5)[:, :2], None, backend=b),
 }
 
 
@@ -99,8 +108,26 @@ RAW_CALLS = {
     "gated_residual_norm_backward": lambda op: op(x(), x(), x(), x(), None, None, floats(2, 0), None, None, False, 0),
     "gelu_forward": lambda op: op(no_samples(D).detach()),
     "gelu_backward": lambda op: op(no_samples(D).detach(), no_samples(D).detach(), True, True),
+    "qk_norm_rope_forward": lambda op: op(
+        no_samples(3, 3 * D).detach(), floats(2), floats(2), floats(3, 2), floats(3, 2), 3, 1e-6, True, False
+    ),
+    "qk_norm_rope_backward": lambda op: op(
+        *3 * [no_samples(3, 3, 2).detach()],
+        no_samples(3, 3 * D).detach(),
+        floats(2),
+        floats(2),
+        None,
+        None,
+        1e-6,
+        False,
+        True,
+        True,
+        True,
+    ),
     "gram_alignment_strip": lambda op: op(x(), 3, 0.0, 0, x()),
     "spatial_norm": lambda op: op(x(), 1.0, 1e-6),
+    "swiglu_forward": lambda op: op(x(), False, True),
+    "swiglu_backward": lambda op: op(x()[..., :3], x(), True, False, True, True),
 }
 
 

@@ -63,7 +63,7 @@ def test_neither_batch_nor_tokens_nor_strides_recompile(tmp_path):
 
 
 @pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("tile_for", [gated_residual_norm.run_tile_for, gelu.tile_for], ids=["norm", "gelu"])
+@pytest.mark.parametrize("tile_for", [gated_residual_norm.run_tile_for, shared.column_tile_for], ids=["norm", "gelu"])
 def test_tile_covers_the_width_within_bounds(tile_for, width):
     tile = tile_for(width)
     assert tile.rows * tile.block <= 1024 or tile.rows == 1

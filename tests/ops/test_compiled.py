@@ -61,6 +61,11 @@ def mlp(x, other, backend):
     return functional.gelu_mlp(x, weight, None, weight.t(), None, backend=backend)
 
 
+def gated_mlp(x, other, backend):
+    weight = other.reshape(-1, WIDTH)
+    return functional.swiglu_mlp(x, weight, None, weight.t()[:, ::2], None, backend=backend)
+
+
 FUNCTIONS = {
     "layersync_loss": lambda x, other, backend: layersync_loss(
         x, other, mask=torch.ones(x.shape[:-1]) > 0, backend=backend
@@ -74,7 +79,12 @@ FUNCTIONS = {
         x, other.reshape(-1, WIDTH), other.reshape(-1, WIDTH)[:, 0], backend=backend
     ),
     "gelu_mlp": mlp,
+    "qk_norm_rope": lambda x, other, backend: functional.qk_norm_rope(
+        torch.cat([x, other, x * other], dim=-1), torch.ones(8), torch.ones(8), None, None, 2, backend=backend
+    ),
     "spatial_norm": lambda x, other, backend: functional.spatial_norm(x * other, backend=backend),
+    "swiglu": lambda x, other, backend: functional.swiglu(x * other, backend=backend),
+    "swiglu_mlp": gated_mlp,
 }
 
 

@@ -62,7 +62,19 @@ SCHEMAS = {
         "(Tensor hidden, Tensor weight, Tensor? bias, Tensor teacher, Tensor? row_weight, Tensor? grad, float eps, "
         "int reduction, bool hidden_grad, bool weight_grad, bool bias_grad) -> (Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
+    "qk_norm_rope_forward": (
+        "(Tensor qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, Tensor? sin, int heads, float eps, "
+        "bool centred, bool interleaved) -> Tensor"
+    ),
+    "qk_norm_rope_backward": (
+        "(Tensor d_q, Tensor d_k, Tensor d_v, Tensor? qkv, Tensor? q_weight, Tensor? k_weight, Tensor? cos, "
+        "Tensor? sin, float eps, bool centred, bool interleaved, bool weights, bool bias) -> (Tensor, Tensor, Tensor)"
+    ),
     "spatial_norm": "(Tensor x, float alpha, float eps) -> Tensor",
+    "swiglu_forward": "(Tensor x12, bool gelu, bool interleaved) -> Tensor",
+    "swiglu_backward": (
+        "(Tensor grad, Tensor x12, bool gelu, bool interleaved, bool output, bool bias) -> (Tensor, Tensor, Tensor)"
+    ),
 }
 """What the compiled libraries register kernels for: a change here is a change of every kernel's signature."""
 

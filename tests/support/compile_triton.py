@@ -27,6 +27,7 @@ from layersync_kernels.ops.gram_alignment import strips
 from layersync_kernels.ops.gram_alignment import triton as gram_alignment
 from layersync_kernels.ops.projected_alignment import triton as projected_alignment
 from layersync_kernels.ops.spatial_norm import triton as spatial_norm
+from layersync_kernels.ops.swiglu import triton as swiglu
 
 from .launches import ROWS, STREAMED, TOKENS, WIDTHS, Launch, run
 from .sass import inspect
@@ -36,7 +37,7 @@ POINTERS = {torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp
 
 
 PASSES = ("forward_kernel", "backward_kernel", "project_kernel", "strip_kernel")
-MODELLED = ("cosine_alignment", "gated_residual_norm", "gelu", "spatial_norm")
+MODELLED = ("cosine_alignment", "gated_residual_norm", "gelu", "spatial_norm", "swiglu")
 SMALL = ("grad", "weight", "gate", "shift", "scale", "d_gate", "d_shift", "d_scale", "sums")
 """Arguments that stay in the caches while the others stream by."""
 
@@ -156,6 +157,16 @@ def run_gelu(dtype, width, groups):
     gelu.backward(preactivation, preactivation, True, True)
 
 
+def run_swiglu(dtype, width, groups, interleaved=False):
+    x12, grad = tokens(2 * width, dtype), tokens(width, dtype)
+    swiglu.forward(x12, False, interleaved)
+    swiglu.backward(grad, x12, False, interleaved, True, True)
+
+
+def run_swiglu_of_pairs(dtype, width, groups):
+    run_swiglu(dtype, width, groups, interleaved=True)
+
+
 def run_spatial_norm(dtype, width, groups):
     samples = torch.empty(ROWS // TOKENS, TOKENS + 1, width, dtype=dtype, device="meta")
     spatial_norm.spatial_norm(samples[:, 1:], 1.0, 1e-6)
@@ -180,6 +191,8 @@ CASES = {
     "gated_residual_norm_aligned": (gated_residual_norm, run_gated_residual_norm_aligned),
     "gelu": (gelu, run_gelu),
     "spatial_norm": (spatial_norm, run_spatial_norm),
+    "swiglu": (swiglu, run_swiglu),
+    "swiglu_of_pairs": (swiglu, run_swiglu_of_pairs),
     "projected_alignment": (projected_alignment, run_projected_alignment),
     "gram_alignment": (gram_alignment, run_gram_alignment),
 }

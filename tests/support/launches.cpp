@@ -9,7 +9,9 @@
 #include "../../csrc/cosine_alignment/cuda.cuh"
 #include "../../csrc/gated_residual_norm/cuda.cuh"
 #include "../../csrc/gelu/cuda.cuh"
+#include "../../csrc/qk_norm_rope/cuda.cuh"
 #include "../../csrc/spatial_norm/cuda.cuh"
+#include "../../csrc/swiglu/cuda.cuh"
 
 #include <cxxabi.h>
 #include <dlfcn.h>
@@ -145,6 +147,51 @@ int main(int argc, char** argv) {
     params.tiles = plan.tiles;
     print_line(plan.kernel, groups * plan.tiles, kSpatialThreads, params,
                parts(width, plan.tiles, kSpatialLanes * (type == 0 ? 4 : 8)));
+  } else if (op.rfind("qk_norm_rope", 0) == 0) {  // width: of a head; rows: tokens
+    const int heads = 16;
+    const bool interleaved = op == "qk_norm_rope";
+    const QkHead head{{tensor<float>(101), tensor<float>(102)},
+                      tensor<float>(103),
+                      tensor<float>(104),
+                      heads,
+                      width,
+                      int(rows / groups),
+                      1e-6f,
+                      false,
+                      0,
+                      0,
+                      0};
+    const int64_t wide = 3 * heads * int64_t(width);
+    QkForwardParams forward{head, {tensor(1), rows / groups * wide, 0, wide}, tensor(2), rows * 2 * heads};
+    const QkForwardPlan plan = qk_forward_plan(forward, interleaved, type);
+    print_line(plan.kernel, plan.blocks, kQkThreads, forward);
+    QkBackwardParams backward{};
+    backward.head = head;
+    for (int kind = 0; kind < 3; ++kind)
+      backward.gradient[kind] = {tensor(1 + kind), rows / groups * heads * width, width, int64_t(heads) * width};
+    backward.qkv = {tensor(4), rows / groups * wide, 0, wide};
+    backward.d_qkv = tensor(5);
+    backward.d_weight = tensor<float>(111);
+    backward.d_bias = tensor<float>(112);
+    backward.tokens = rows;
+    const QkBackwardPlan back = qk_backward_plan(backward, interleaved, type);
+    print_runs(back.kernel, back.blocks, kQkThreads, backward, 1, (backward.tiles - 1) / kQkWarps + 1);
+  } else if (op == "swiglu") {
+    const SwigluForwardParams forward{rows_of(1, 2 * int64_t(width)), tensor(2), rows, width};
+    const SwigluForwardPlan plan = swiglu_forward_plan(forward, false, false, type);
+    print_line(plan.kernel, plan.blocks, kSwigluThreads, forward);
+    SwigluBackwardParams backward{rows_of(1, width),
+                                  rows_of(2, 2 * int64_t(width)),
+                                  tensor(3),
+                                  tensor(4),
+                                  tensor<float>(111),
+                                  rows,
+                                  width,
+                                  swiglu_row_runs(rows, width),
+                                  swiglu_tiles(width)};
+    print_runs(swiglu_backward_kernel_for(backward, false, false, type), backward.runs.per_group * backward.tiles,
+               kSwigluThreads, backward, kSwigluBytes / (kSwigluColumns * (type == 0 ? 4 : 2)),
+               parts(width, backward.tiles, kSwigluTile));
   } else {
     return 1;
   }

@@ -9,11 +9,16 @@
 
 namespace layersync {
 
-inline Tensor large_output_like(const Tensor& like, bool wanted = true,
-                                std::optional<ScalarType> dtype = std::nullopt) {
-  Tensor out = output_like(like, wanted, dtype);
+inline Tensor large_output(const Tensor& like, const std::vector<int64_t>& sizes, bool wanted = true,
+                           std::optional<ScalarType> dtype = std::nullopt) {
+  Tensor out = new_output(like, sizes, wanted, dtype);
   advise_large_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
   return out;
+}
+
+inline Tensor large_output_like(const Tensor& like, bool wanted = true,
+                                std::optional<ScalarType> dtype = std::nullopt) {
+  return large_output(like, {like.sizes().begin(), like.sizes().end()}, wanted, dtype);
 }
 
 // Whether a kernel writes these outputs, of rows of `width`, past the cache: where they would flush it. Streaming stores

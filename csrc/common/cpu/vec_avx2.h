@@ -91,3 +91,20 @@ inline float sum(Vec v) {
   r = _mm_add_ps(r, _mm_movehl_ps(r, r));
   return _mm_cvtss_f32(_mm_add_ss(r, _mm_movehdup_ps(r)));
 }
+
+struct VecPair {
+  Vec first, second;
+};
+
+// The even and the odd ones of the values of two vectors.
+inline VecPair deinterleave(Vec a, Vec b) {
+  const __m256d even = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0x88));  // a0 a2 b0 b2 a4 a6 b4 b6
+  const __m256d odd = _mm256_castps_pd(_mm256_shuffle_ps(a.v, b.v, 0xdd));
+  return {{_mm256_castpd_ps(_mm256_permute4x64_pd(even, 0xd8))}, {_mm256_castpd_ps(_mm256_permute4x64_pd(odd, 0xd8))}};
+}
+
+// Two vectors of values that alternate between those of even and odd.
+inline VecPair interleave(Vec even, Vec odd) {
+  const __m256 low = _mm256_unpacklo_ps(even.v, odd.v), high = _mm256_unpackhi_ps(even.v, odd.v);
+  return {{_mm256_permute2f128_ps(low, high, 0x20)}, {_mm256_permute2f128_ps(low, high, 0x31)}};
+}

@@ -77,3 +77,21 @@ inline Vec scale_by_power(Vec v, Vec n) { return {_mm512_scalef_ps(v.v, n.v)}; }
 inline float max(Vec v) { return _mm512_reduce_max_ps(v.v); }
 
 inline float sum(Vec v) { return _mm512_reduce_add_ps(v.v); }
+
+struct VecPair {
+  Vec first, second;
+};
+
+// The even and the odd ones of the values of two vectors.
+inline VecPair deinterleave(Vec a, Vec b) {
+  const __m512i even = _mm512_setr_epi32(0, 2, 4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24, 26, 28, 30);
+  const __m512i odd = _mm512_add_epi32(even, _mm512_set1_epi32(1));
+  return {{_mm512_permutex2var_ps(a.v, even, b.v)}, {_mm512_permutex2var_ps(a.v, odd, b.v)}};
+}
+
+// Two vectors of values that alternate between those of even and odd.
+inline VecPair interleave(Vec even, Vec odd) {
+  const __m512i low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+  const __m512i high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+  return {{_mm512_permutex2var_ps(even.v, low, odd.v)}, {_mm512_permutex2var_ps(even.v, high, odd.v)}};
+}

@@ -116,3 +116,27 @@ inline float max(const Vec& v) {
 inline float sum(const Vec& v) {
   return ((v.lane[0] + v.lane[4]) + (v.lane[2] + v.lane[6])) + ((v.lane[1] + v.lane[5]) + (v.lane[3] + v.lane[7]));
 }
+
+struct VecPair {
+  Vec first, second;
+};
+
+// The even and the odd ones of the values of two vectors.
+inline VecPair deinterleave(const Vec& a, const Vec& b) {
+  VecPair r;
+  for (int i = 0; i < 4; ++i) {
+    r.first.lane[i] = a.lane[2 * i], r.first.lane[i + 4] = b.lane[2 * i];
+    r.second.lane[i] = a.lane[2 * i + 1], r.second.lane[i + 4] = b.lane[2 * i + 1];
+  }
+  return r;
+}
+
+// Two vectors of values that alternate between those of even and odd.
+inline VecPair interleave(const Vec& even, const Vec& odd) {
+  VecPair r;
+  for (int i = 0; i < 4; ++i) {
+    r.first.lane[2 * i] = even.lane[i], r.second.lane[2 * i] = even.lane[i + 4];
+    r.first.lane[2 * i + 1] = odd.lane[i], r.second.lane[2 * i + 1] = odd.lane[i + 4];
+  }
+  return r;
+}

@@ -29,13 +29,14 @@ auto with_type(int type, Visit visit) {
   return type == 0 ? visit(float{}) : type == 1 ? visit(__nv_bfloat16{}) : visit(__half{});
 }
 
-// kValues neighbours of a row, moved by accesses of 16 bytes; or a single value, for rows that are not aligned.
+// kValues neighbours of a row, moved by accesses of 16 bytes, or by one of 8; or a single value, for rows that are not
+// aligned.
 template <class T, int kValues>
 struct Pack {
   using Type = T;
-  static constexpr int kQuads = kValues * int(sizeof(T)) / 16;
-  static_assert(kQuads * 16 == kValues * int(sizeof(T)));
-  uint32_t word[4 * kQuads];
+  static constexpr int kWords = kValues * int(sizeof(T)) / 4, kQuads = kWords / 4;
+  static_assert(kWords * 4 == kValues * int(sizeof(T)) && (kWords % 4 == 0 || kWords == 2));
+  uint32_t word[kWords];
 };
 
 template <class T>
@@ -50,6 +51,11 @@ __device__ inline Pack<T, kValues> load(const T* p) {
     return {*p};
   } else {
     Pack<T, kValues> pack;
+    if constexpr (pack.kQuads == 0) {
+      const uint2 pair = *reinterpret_cast<const uint2*>(p);
+      pack.word[0] = pair.x;
+      pack.word[1] = pair.y;
+    }
 #pragma unroll
     for (int q = 0; q < pack.kQuads; ++q) {
       const uint4 quad = reinterpret_cast<const uint4*>(p)[q];
@@ -68,6 +74,7 @@ __device__ inline void store(T* p, const Pack<T, kValues>& pack) {
     *p = pack.value;
   } else {
     // By the intrinsic of a plain store: nvcc splits some assignments of a uint4 into four stores of 4 bytes.
+    if constexpr (pack.kQuads == 0) __stwb(reinterpret_cast<uint2*>(p), {pack.word[0], pack.word[1]});
 #pragma unroll
     for (int q = 0; q < pack.kQuads; ++q)
       __stwb(reinterpret_cast<uint4*>(p) + q,

@@ -13,7 +13,9 @@ from layersync_kernels.ops.cosine_alignment import op as cosine
 from layersync_kernels.ops.gated_residual_norm import op as seam
 from layersync_kernels.ops.gelu import op as gelu
 from layersync_kernels.ops.gram_alignment import op as gram
+from layersync_kernels.ops.qk_norm_rope import op as qk
 from layersync_kernels.ops.spatial_norm import op as spatial
+from layersync_kernels.ops.swiglu import op as swiglu
 
 from .. import launchers
 from .harness import BF16, rows_of
@@ -42,6 +44,8 @@ def _guards_are_given_back():
 
 X, HALF_X = rows_of(4, 32, 64), rows_of(4, 32, 64, dtype=BF16)
 MODULATION = rows_of(4, 64, dtype=BF16)
+HEADS = [rows_of(4, 2, 32, 8)] * 3
+UNIT, ANGLES = [rows_of(8)] * 2, [rows_of(32, 8)] * 2
 
 
 @pytest.mark.parametrize(
@@ -56,8 +60,31 @@ MODULATION = rows_of(4, 64, dtype=BF16)
         (lambda: gelu.BACKWARD["cuda"](X.flatten(0, 1), X.flatten(0, 1), True, True), 2),  # and the sums of runs
         (lambda: gram.STRIP["cuda"](X.clone(), 3, 0.1, 0, None), 1),
         (lambda: spatial.SPATIAL_NORM["cuda"](X, 1.0, 1e-6), 1),
+        (lambda: qk.FORWARD["cuda"](X[..., :48], None, None, *ANGLES, 2, 1e-6, False, True), 1),
+        (lambda: qk.BACKWARD["cuda"](*HEADS, None, None, None, *ANGLES, 1e-6, False, True, False, False), 1),
+        # And the sums of runs, and those of heads.
+        (lambda: qk.BACKWARD["cuda"](*HEADS, X[..., :48], *UNIT, *ANGLES, 1e-6, False, True, True, True), 3),
+        (lambda: swiglu.FORWARD["cuda"](X, False, False), 1),
+        (lambda: swiglu.BACKWARD["cuda"](X[..., :32], X, False, False, True, False), 1),
+        (lambda: swiglu.BACKWARD["cuda"](X[..., :32], X, False, False, True, True), 2),  # and the sums of runs
     ],
-    ids=["cosine", "cosine-none", "seam", "gelu", "gelu-bias", "gelu-no-bias", "gelu-sums", "gram", "spatial"],
+    ids=[
+        "cosine",
+        "cosine-none",
+        "seam",
+        "gelu",
+        "gelu-bias",
+        "gelu-no-bias",
+        "gelu-sums",
+        "gram",
+        "spatial",
+        "qk",
+        "qk-rope",
+        "qk-sums",
+        "swiglu",
+        "swiglu-no-bias",
+        "swiglu-sums",
+    ],
 )
 def test_kernels_of_a_raw_op(call, count):
     assert launches(call) == count
@@ -70,8 +97,9 @@ def test_kernels_of_a_raw_op(call, count):
         (lambda x: F.gated_residual_norm(x, X, *[MODULATION.float()] * 3, backend="cuda")[1], 1, 1),
         (lambda x: F.modulated_layer_norm(x, MODULATION.float(), None, backend="cuda"), 1, 1),
         (lambda x: F.linear_gelu(x, X[0], None, backend="cuda"), 1, 1),
+        (lambda x: F.swiglu(x, backend="cuda"), 1, 1),
     ],
-    ids=["layersync_loss", "gated_residual_norm", "modulated_layer_norm", "linear_gelu"],
+    ids=["layersync_loss", "gated_residual_norm", "modulated_layer_norm", "linear_gelu", "swiglu"],
 )
 def test_kernels_of_a_function_and_its_gradient(function, forward, backward):
     leaf = X.clone().requires_grad_()
@@ -86,6 +114,7 @@ def test_nothing_is_launched_for_no_elements():
     assert launches(lambda: spatial.SPATIAL_NORM["cuda"](nothing, 1.0, 1e-6)) == 0
     assert launches(lambda: gelu.FORWARD["cuda"](nothing.flatten(0, 1))) == 0
     assert launches(lambda: gelu.BACKWARD["cuda"](nothing.flatten(0, 1), nothing.flatten(0, 1), True, True)) == 0
+    assert launches(lambda: swiglu.BACKWARD["cuda"](nothing[..., :32], nothing, False, False, True, True)) == 0
     assert launches(lambda: gram.STRIP["cuda"](nothing, 3, 0.1, 0, None)) == 0
     call = seam.FORWARD["cuda"]
     assert launches(lambda: call(nothing, nothing, *[None] * 3, nothing, True, False, 1e-6, 1e-6, torch.float32)) == 0
