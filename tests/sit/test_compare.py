@@ -20,10 +20,11 @@ from layersync_kernels.sit.config.sampling import SamplingConfig
 from layersync_kernels.sit.evaluation.frechet import Gaussian, frechet_distance
 from layersync_kernels.sit.evaluation.networks import Network, Seen
 from layersync_kernels.sit.studies.compare import run as compare_module
+from layersync_kernels.sit.studies.compare.command import compare, prepare
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig, load_sets
 from layersync_kernels.sit.studies.compare.memory import measure_memory
 from layersync_kernels.sit.studies.compare.report import markdown
-from layersync_kernels.sit.studies.compare.run import Comparison, compare
+from layersync_kernels.sit.studies.compare.run import Comparison
 from layersync_kernels.sit.studies.compare.statistics import first_at
 from layersync_kernels.sit.studies.compare.summary import summarise, value_at
 from layersync_kernels.sit.training.loop import Trainer
@@ -86,7 +87,7 @@ class StopAt:
 def test_stopped_and_resumed_comparison_reports_the_same(config, tmp_path, monkeypatch):
     whole, parts, save = tmp_path / "whole", tmp_path / "parts", Trainer.save
     compare(CompareCommand(config, whole))
-    compare_module.prepare(config, parts)
+    prepare(config, parts)
     for calls in (3, 17, 12):  # between runs, and between two marks
         assert not Comparison(config, parts).train(StopAt(calls))
     with monkeypatch.context() as patch:
@@ -236,17 +237,17 @@ def test_settings_that_fail_write_and_delete_nothing(config, tmp_path, monkeypat
 
 def test_overwriting_begins_anew_and_deletes_comparisons_only(config, tmp_path):
     out, other = tmp_path / "out", replaced(config, marks=3)
-    compare_module.prepare(config, out)
+    prepare(config, out)
     (out / "vanilla").mkdir()
     with pytest.raises(ConfigError, match=r"--marks was 2, now 3; .*--overwrite"):
-        compare_module.prepare(other, out)
+        prepare(other, out)
     with pytest.raises(ConfigError, match="exclude"):
-        compare_module.prepare(other, out, resume=True, overwrite=True)
-    compare_module.prepare(other, out, overwrite=True)
+        prepare(other, out, resume=True, overwrite=True)
+    prepare(other, out, overwrite=True)
     assert [path.name for path in out.iterdir()] == ["compare.json"]
-    compare_module.prepare(other, out)
+    prepare(other, out)
     with pytest.raises(ConfigError, match="is not a comparison"):
-        compare_module.prepare(other, tmp_path, overwrite=True)
+        prepare(other, tmp_path, overwrite=True)
     assert (tmp_path / "data.npz").is_file()
 
 
@@ -266,26 +267,26 @@ def test_comparison_goes_on_from_before_a_damaged_checkpoint(config, tmp_path, c
 
 
 def test_other_settings_are_refused_and_more_seeds_are_not(config, tmp_path):
-    compare_module.prepare(config, tmp_path / "out")
+    prepare(config, tmp_path / "out")
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, precision="bf16"), marks=3)
     with pytest.raises(ConfigError, match=r"--precision was fp32, now bf16; --marks was 2, now 3"):
-        compare_module.prepare(other, tmp_path / "out")
+        prepare(other, tmp_path / "out")
     align = dataclasses.replace(config.train.align, align_when=AlignScheduleConfig(every=2))
     other = dataclasses.replace(config, train=dataclasses.replace(config.train, align=align))
     with pytest.raises(ConfigError, match="settings: --align-every was 1, now 2"):
-        compare_module.prepare(other, tmp_path / "out")
-    compare_module.prepare(dataclasses.replace(config, seeds=3), tmp_path / "out")
+        prepare(other, tmp_path / "out")
+    prepare(dataclasses.replace(config, seeds=3), tmp_path / "out")
     with pytest.raises(ConfigError, match="--seeds was 3, now 2"):
-        compare_module.prepare(config, tmp_path / "out")
+        prepare(config, tmp_path / "out")
 
 
 def test_folders_that_cannot_be_used_are_named(config, tmp_path):
     with pytest.raises(ConfigError, match=r"is not a comparison \(it has no compare.json\)"):
-        compare_module.prepare(config, tmp_path)  # the data lies in it
+        prepare(config, tmp_path)  # the data lies in it
     with pytest.raises(ConfigError, match="not a comparison to resume"):
-        compare_module.prepare(config, tmp_path / "out", resume=True)
+        prepare(config, tmp_path / "out", resume=True)
     with pytest.raises(CheckpointError, match="cannot write the comparison"):
-        compare_module.prepare(config, tmp_path / "data.npz" / "out")
+        prepare(config, tmp_path / "data.npz" / "out")
 
 
 def test_time_limit_ends_a_run_where_it_is_measured(config, tmp_path, monkeypatch):

@@ -13,12 +13,13 @@ from layersync_kernels.errors import ConfigError, TrainingDiverged
 from layersync_kernels.sit.checkpoints.local import list_checkpoints
 from layersync_kernels.sit.config.data import DataConfig
 from layersync_kernels.sit.studies.compare import run as compare_module
+from layersync_kernels.sit.studies.compare.command import compare
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig
 from layersync_kernels.sit.studies.compare.devices import Call, side_by_side
 from layersync_kernels.sit.studies.compare.pilot import Pilot, Spread, pilot_config, power_lines
 from layersync_kernels.sit.studies.compare.plan import QUALITIES
 from layersync_kernels.sit.studies.compare.report import verdict
-from layersync_kernels.sit.studies.compare.run import PILOT, PLAN, Comparison, compare
+from layersync_kernels.sit.studies.compare.run import PILOT, PLAN, Comparison
 from layersync_kernels.sit.studies.compare.statistics import paired_interval
 
 from .tiny import tiny_config

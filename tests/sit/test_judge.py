@@ -22,8 +22,9 @@ from layersync_kernels.sit.modality.images import Images, unit_to_pixels
 from layersync_kernels.sit.modality.latents import Latents
 from layersync_kernels.sit.sampling.draw import draw
 from layersync_kernels.sit.studies.compare import run as compare_module
+from layersync_kernels.sit.studies.compare.command import compare
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig
-from layersync_kernels.sit.studies.compare.run import Comparison, compare
+from layersync_kernels.sit.studies.compare.run import Comparison
 
 from .tiny import tiny_config
 from .tiny_samples import bodies, films, images, tiny_network, tones

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from ...errors import ConfigError
 from ..console import console, start_logging
+from ..studies.compare.command import compare
 from ..studies.compare.config import SETTINGS, CompareCommand, CompareConfig
 from ..studies.compare.presets import STUDIES
-from ..studies.compare.run import compare
 from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings, starting_point
 
 

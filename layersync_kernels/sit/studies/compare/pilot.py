@@ -7,16 +7,14 @@ import math
 import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.table import Table
 
 from ...console import console
 from .config import CompareConfig
+from .folder import Run
 from .statistics import MOST_SEEDS, POWER, seeds_needed, smallest_effect
-
-if TYPE_CHECKING:
-    from .run import Comparison
 
 SEEDS = 2
 """Of a pilot."""
@@ -89,13 +87,13 @@ def pilot_config(config: CompareConfig) -> CompareConfig:
     )
 
 
-def estimate(comparison: Comparison, seeds: int) -> Pilot:
-    """What a pilot that has run says of a study of so many `seeds`."""
-    base, other = (arm.name for arm in comparison.config.arms())
-    runs: dict[str, list[_Marks]] = {base: [], other: []}
-    for run in comparison.runs:
-        runs[run.arm].append(run.marks)
-    return Pilot((base, other), seeds, tuple(_spreads(runs[base], runs[other])))
+def estimate(config: CompareConfig, runs: Sequence[Run], seeds: int) -> Pilot:
+    """What the runs of a pilot say of a study of so many `seeds`."""
+    base, other = (arm.name for arm in config.arms())
+    marks: dict[str, list[_Marks]] = {base: [], other: []}
+    for run in runs:
+        marks[run.arm].append(run.marks)
+    return Pilot((base, other), seeds, tuple(_spreads(marks[base], marks[other])))
 
 
 def _spreads(base: Sequence[_Marks], other: Sequence[_Marks]) -> Iterator[Spread]:
