@@ -107,8 +107,8 @@ def test_what_the_library_has_no_plan_for_is_its_plain_product_and_our_pass(libr
     offset = rows_of(HIDDEN, dtype=BF16, seed=2) if bias else None
     for _ in range(2):
         activation, preactivation = cublaslt.FORWARD(x, weight, offset)
-        d_u, d_bias = cublaslt.BACKWARD(x, weight.t().contiguous(), u)
-    assert library.questions == questions + 2
+    assert library.questions == questions + 1
+    d_u, d_bias = cublaslt.BACKWARD(x, weight.t().contiguous(), u)
     assert library.products == products
     expected = F.linear(x, weight, offset)
     assert torch.equal(preactivation, expected)
