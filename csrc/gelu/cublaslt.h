@@ -13,6 +13,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
@@ -191,23 +192,26 @@ class Context {
  public:
   Context(const Api& functions, Handle device_handle) : api(functions), handle(device_handle) {}
 
-  // `allocate` takes a number of bytes, at least one, and gives memory to work in.
+  // False, and nothing done, where the library has no plan for it. `allocate` takes a number of bytes, at least one, and
+  // gives memory to work in.
   template <class Allocate>
-  void run(const Gemm& gemm, void* stream, Allocate allocate) {
+  bool run(const Gemm& gemm, void* stream, Allocate allocate) {
     const Problem problem(api, gemm);
-    const Plan plan = plan_for(gemm, problem);
-    void* workspace = plan.workspace == 0 ? nullptr : allocate(plan.workspace);
+    const std::optional<Plan> plan = plan_for(gemm, problem);
+    if (!plan.has_value()) return false;
+    void* workspace = plan->workspace == 0 ? nullptr : allocate(plan->workspace);
     const float one = 1, zero = 0;
     check(api.multiply(handle, problem.operation.get(), &one, gemm.a, problem.a.get(), gemm.b, problem.b.get(), &zero,
-                       gemm.d, problem.d.get(), gemm.d, problem.d.get(), &plan.algorithm, workspace, plan.workspace,
+                       gemm.d, problem.d.get(), gemm.d, problem.d.get(), &plan->algorithm, workspace, plan->workspace,
                        stream),
           "cublasLtMatmul", gemm);
+    return true;
   }
 
  private:
   using Key = std::array<int64_t, 12>;
 
-  Plan plan_for(const Gemm& gemm, const Problem& problem) {
+  std::optional<Plan> plan_for(const Gemm& gemm, const Problem& problem) {
     const Key key{gemm.type,
                   gemm.epilogue,
                   gemm.rows,
@@ -234,19 +238,18 @@ class Context {
     set(kAlignmentD, alignment(gemm.d));
     Plan plan{};
     int found = 0;
-    check(api.find_plans(handle, problem.operation.get(), problem.a.get(), problem.b.get(), problem.d.get(),
-                         problem.d.get(), preference.get(), 1, &plan, &found),
-          "cublasLtMatmulAlgoGetHeuristic", gemm);
-    check(found == 0 ? kNotSupported : plan.status, "cublasLtMatmulAlgoGetHeuristic", gemm);
+    Status status = api.find_plans(handle, problem.operation.get(), problem.a.get(), problem.b.get(), problem.d.get(),
+                                   problem.d.get(), preference.get(), 1, &plan, &found);
+    if (status == kSuccess) status = found == 0 ? kNotSupported : plan.status;
+    if (status != kNotSupported) check(status, "cublasLtMatmulAlgoGetHeuristic", gemm);
     if (plans.size() == kMaxPlans) plans.clear();
-    plans.emplace(key, plan);
-    return plan;
+    return plans.emplace(key, status == kSuccess ? std::optional(plan) : std::nullopt).first->second;
   }
 
   const Api& api;
   const Handle handle;
   std::mutex mutex;
-  std::map<Key, Plan> plans;
+  std::map<Key, std::optional<Plan>> plans;  // without a value: there is none
 };
 
 }  // namespace layersync::cublaslt

@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <array>
 #include <optional>
 #include <tuple>
 
@@ -70,12 +71,40 @@ void check_inner(const Tensor& rows, int64_t depth, const Tensor& weight, int64_
                   "): widths must fit, and be multiples of 8");
 }
 
-void run(const cublaslt::Gemm& gemm, const Tensor& like) {
+// False where the library has no plan.
+bool run(const cublaslt::Gemm& gemm, const Tensor& like) {
   std::optional<Tensor> workspace;
-  context(like.get_device_index()).run(gemm, current_stream(like), [&](size_t bytes) {
+  return context(like.get_device_index()).run(gemm, current_stream(like), [&](size_t bytes) {
     workspace = new_output(like, {int64_t(bytes)}, true, ScalarType::Byte);
     return workspace->data_ptr();
   });
+}
+
+template <size_t kCount>
+void call(const char* op, std::array<StableIValue, kCount>& stack) {
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(op, "", stack.data(), TORCH_ABI_VERSION));
+}
+
+// The library's product and our pass, where cuBLASLt has no plan with the epilogue.
+std::tuple<Tensor, Tensor> plain_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  std::array<StableIValue, 3> linear{from(x), from(weight), from(bias)};
+  call("aten::linear", linear);
+  const Tensor preactivation = to<Tensor>(linear[0]);
+  std::array<StableIValue, 1> pass{from(preactivation)};
+  call("layersync_cuda::gelu_forward", pass);
+  return {to<Tensor>(pass[0]), preactivation};
+}
+
+std::tuple<Tensor, Tensor> plain_backward(const Tensor& d_output, const Tensor& weight, const Tensor& preactivation) {
+  using torch::stable::detail::from, torch::stable::detail::to;
+  std::array<StableIValue, 4> pass{from(torch::stable::matmul(d_output, weight)), from(preactivation), from(false),
+                                   from(true)};
+  call("layersync_cuda::gelu_backward", pass);
+  const Tensor d_preactivation = to<Tensor>(pass[0]), unused = to<Tensor>(pass[1]), sums = to<Tensor>(pass[2]);
+  Tensor d_bias = new_output(preactivation, {preactivation.size(1)});
+  torch::stable::copy_(d_bias, sums);
+  return {d_preactivation, d_bias};
 }
 
 std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
@@ -97,10 +126,10 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& weight, const 
   const Tensor a = aligned(weight), b = aligned(x);
   std::optional<Tensor> offset;
   if (bias.has_value()) offset = aligned(*bias);
-  run(cublaslt::forward_gemm(type, rows, x.size(1), outputs, b.data_ptr(), b.stride(0), a.data_ptr(), a.stride(0),
-                             offset.has_value() ? offset->data_ptr() : nullptr, activation.data_ptr(),
-                             preactivation.data_ptr()),
-      x);
+  const auto gemm = cublaslt::forward_gemm(type, rows, x.size(1), outputs, b.data_ptr(), b.stride(0), a.data_ptr(),
+                                           a.stride(0), offset.has_value() ? offset->data_ptr() : nullptr,
+                                           activation.data_ptr(), preactivation.data_ptr());
+  if (!run(gemm, x)) return plain_forward(x, weight, bias);
   return {activation, preactivation};
 }
 
@@ -119,9 +148,10 @@ std::tuple<Tensor, Tensor> backward(const Tensor& d_output, const Tensor& weight
   Tensor d_preactivation = new_output(preactivation, {rows, hidden});
   Tensor d_bias = new_output(preactivation, {hidden});
   const Tensor a = aligned(weight), b = aligned(d_output), u = aligned(preactivation);
-  run(cublaslt::backward_gemm(type, rows, d_output.size(1), hidden, b.data_ptr(), b.stride(0), a.data_ptr(),
-                              a.stride(0), u.data_ptr(), d_preactivation.data_ptr(), d_bias.data_ptr()),
-      preactivation);
+  const auto gemm =
+      cublaslt::backward_gemm(type, rows, d_output.size(1), hidden, b.data_ptr(), b.stride(0), a.data_ptr(),
+                              a.stride(0), u.data_ptr(), d_preactivation.data_ptr(), d_bias.data_ptr());
+  if (!run(gemm, preactivation)) return plain_backward(d_output, weight, preactivation);
   return {d_preactivation, d_bias};
 }
 

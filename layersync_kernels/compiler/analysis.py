@@ -8,7 +8,7 @@ between the passes is what is alive there of all that the forward pass made, whi
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -224,7 +224,13 @@ class OpCounter(TorchDispatchMode):
     def counted(
         self, op: Op, moved: Moved, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
-        """An op was called and moved something."""
+        """An op was called and moved something. What an epilogue moves beside its product is of a kind of its own."""
+        raw = registry.find_raw(op.name)
+        if raw is not None and raw.beside is not None:
+            beside = moved_beside(raw, func, args, kwargs, output)
+            extra = Op(raw.beside.kind, op.name)
+            self.ops[extra] = _added(self.ops.get(extra, Moved()), beside)
+            moved = _added(moved, beside, -1)
         self.ops[op] = _added(self.ops.get(op, Moved()), moved)
 
     def _count(
@@ -283,6 +289,16 @@ class OpCounter(TorchDispatchMode):
                 self.weight_bytes += nbytes
             else:
                 self.saved_bytes += nbytes
+
+
+def moved_beside(raw: registry.RawOp, func: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any) -> Moved:
+    """What the epilogue of a product moves beside the product, in a call of it."""
+    if raw.beside is None:
+        return Moved()
+    names = [argument.name for argument in func._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    read = [tensor for name in raw.beside.arguments for tensor in tensors_in(given[name])]
+    return Moved(0, _bytes(read), _bytes([output[place] for place in raw.beside.results]))
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:

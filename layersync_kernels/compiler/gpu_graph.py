@@ -23,11 +23,11 @@ from torch.utils.flop_counter import flop_registry
 from ..errors import UserError
 from ..ops import registry
 from . import pretended_gpu
-from .analysis import PRODUCTS, Moved, Op, OpCounter, tensors_in
+from .analysis import PRODUCTS, Moved, Op, OpCounter, moved_beside, tensors_in
 from .cards import CARDS, Card
 
 GROUPS = {
-    "gemm": "matrix products and convolutions",
+    "gemm": "matrix products and convolutions, with their epilogues",
     "attention": "scaled dot-product attention",
     "ours": "the fused ops of this package, layersync_*::",
     "other": "the rest: Inductor's kernels, or those of PyTorch op by op",
@@ -45,6 +45,7 @@ class Kernel(NamedTuple):
         bytes: that it reads and writes.
         flops: of matrix products and attention, else 0.
         dtype: in which it multiplies matrices, e.g. torch.bfloat16; None where it does not.
+        beside: of the bytes of a matrix product, those that its epilogue moves beside the product.
     """
 
     phase: str
@@ -53,6 +54,7 @@ class Kernel(NamedTuple):
     bytes: int
     flops: int = 0
     dtype: torch.dtype | None = None
+    beside: int = 0
 
 
 @dataclass(frozen=True)
@@ -101,8 +103,8 @@ class GpuStep:
 
     @property
     def outside(self) -> int:
-        """Bytes outside of matrix products and attention."""
-        return self.bytes("ours", "other")
+        """Bytes outside of matrix products and attention, and those that epilogues of products move beside them."""
+        return self.bytes("ours", "other") + sum(count * k.beside for k, count in self.kernels.items())
 
 
 Part = Tensor | tuple[Tensor, ...]
@@ -236,8 +238,7 @@ class _Kernels(OpCounter):
         self, op: Op, moved: Moved, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
     ) -> None:
         """A kernel, with what it multiplies."""
-        flops, dtype = _products(func, args, kwargs, output)
-        self.kernels.append(Kernel(self.phase, _group(op.name), op.name, moved.total, flops, dtype))
+        self.kernels.append(_kernel(self.phase, op.name, moved.total, func, args, kwargs, output))
 
 
 def _compiled(make: Callable[[], Callable[[], Part]], card: Card, backend: str) -> GpuStep:
@@ -289,9 +290,17 @@ def _kernels_of(launches: Iterable[pretended_gpu.Launch], phase: str) -> list[Ke
                 func(*args, **kwargs)  # type: ignore[operator]
             found += counter.kernels
         else:
-            flops, dtype = _products(func, args, kwargs, launch.node.meta.get("val"))
-            found.append(Kernel(phase, _group(name), name, launch.bytes, flops, dtype))
+            found.append(_kernel(phase, name, launch.bytes, func, args, kwargs, launch.node.meta.get("val")))
     return found
+
+
+def _kernel(
+    phase: str, name: str, nbytes: int, func: Any, args: Sequence[Any], kwargs: dict[str, Any], output: Any
+) -> Kernel:
+    flops, dtype = _products(func, args, kwargs, output)
+    raw = registry.find_raw(name)
+    beside = 0 if raw is None else moved_beside(raw, func, args, kwargs, output).total
+    return Kernel(phase, _group(name), name, nbytes, flops, dtype, beside)
 
 
 def _value(node: Any) -> Any:
@@ -300,7 +309,8 @@ def _value(node: Any) -> Any:
 
 def _group(name: str) -> str:
     if name.startswith("layersync"):
-        return "ours"
+        raw = registry.find_raw(name)
+        return "gemm" if raw is not None and raw.beside is not None else "ours"
     if "dot_product" in name:
         return "attention"
     return "gemm" if name.rpartition("::")[2].partition(".")[0].removesuffix("_") in PRODUCTS else "other"

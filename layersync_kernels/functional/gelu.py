@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from torch import Tensor
 
 from ..ops import compiled, dispatch
@@ -9,6 +11,8 @@ from ..ops.gelu import gelu_mlp as _gelu_mlp
 from ..ops.gelu import gelu_mlp_reference, linear_gelu_reference
 from ..ops.gelu import linear_gelu as _linear_gelu
 from .checks import linear_inputs
+
+_KEPT = ("preactivation", "activation")
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backend: str = "auto") -> Tensor:
@@ -20,8 +24,10 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None, *, backen
         x: (..., I).
         weight: (O, I).
         bias: (O,) or None.
-        backend: "auto", "reference", "cpp", "triton", "cuda", "compile" (the reference under torch.compile), or
-            "cublaslt": "cuda" with the activation in the epilogue of cuBLASLt's GEMM, in half precision.
+        backend: "auto", "reference", "cpp", "triton", "cuda", "compile" (the reference under torch.compile), or a
+            library whose GEMM has the activation in its epilogue, in half precision: "cublaslt" (beside "cuda") or
+            "quack" (beside "triton"; Hopper and Blackwell, the extra `quack`). What that cannot take (widths or strides
+            that are no multiples of 8) goes the plain way.
 
     Returns:
         (..., O), of the dtype of the inputs; under autocast of the autocast dtype, as `F.linear`.
@@ -47,12 +53,14 @@ def gelu_mlp(
     weight2: Tensor,
     bias2: Tensor | None,
     *,
+    keep: Literal["preactivation", "activation"] = "preactivation",
     backend: str = "auto",
 ) -> Tensor:
     """Linear, tanh-GELU, linear: the MLP of a DiT block, which keeps its pre-activation but not its activation.
 
     Backward computes the activation again in the pass that multiplies by the derivative of GELU: (M, H) less memory for
-    one more write, where H is the inner width. Results and errors as `linear_gelu`.
+    one more write, where H is the inner width. Results and errors as `linear_gelu`, and ValueError for an unknown
+    `keep`.
 
     Args:
         x: (..., I).
@@ -60,12 +68,18 @@ def gelu_mlp(
         bias1: (H,) or None.
         weight2: (O, H).
         bias2: (O,) or None.
-        backend: "auto", "reference", "cpp", "triton", "cuda", "compile" (the reference under torch.compile), or
-            "cublaslt": "cuda" with the activation in the epilogue of cuBLASLt's GEMM, in half precision.
+        keep: "activation" keeps the activation too, which is faster where it would be computed again; "quack" has it
+            anyway and keeps none. "reference" and "compile" keep what autograd keeps.
+        backend: "auto", "reference", "cpp", "triton", "cuda", "compile" (the reference under torch.compile), or a
+            library whose GEMM has the activation in its epilogue, in half precision: "cublaslt" (beside "cuda") or
+            "quack" (beside "triton"; Hopper and Blackwell, the extra `quack`). What that cannot take (widths or strides
+            that are no multiples of 8) goes the plain way.
 
     Returns:
         (..., O).
     """
+    if keep not in _KEPT:
+        raise ValueError(f"gelu_mlp: unknown keep={keep!r}; expected {' or '.join(map(repr, _KEPT))}")
     x, (weight1, weight2), (bias1, bias2), name = linear_inputs(
         "gelu_mlp", x, (weight1, weight2), (bias1, bias2), backend
     )
@@ -73,4 +87,6 @@ def gelu_mlp(
         reference = compiled.plain("gelu_mlp", name, gelu_mlp_reference, x.shape[-1])
         return reference(x, weight1, bias1, weight2, bias2)
     rows = x.reshape(-1, x.shape[-1])
-    return _gelu_mlp(rows, weight1, bias1, weight2, bias2, name).view(*x.shape[:-1], weight2.shape[0])
+    return _gelu_mlp(rows, weight1, bias1, weight2, bias2, name, keep == "activation").view(
+        *x.shape[:-1], weight2.shape[0]
+    )

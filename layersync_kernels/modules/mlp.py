@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -9,10 +11,19 @@ from ..functional.gelu import gelu_mlp
 
 
 class GeluMlp(nn.Module):
-    """Linear, tanh-GELU, linear; the activation is not kept for the backward pass."""
+    """Linear, tanh-GELU, linear.
 
-    def __init__(self, hidden_size: int, inner_size: int) -> None:
+    Args:
+        hidden_size: channels of the tokens.
+        inner_size: channels in between.
+        keep: as `functional.gelu_mlp` takes it: by default the activation is not kept for the backward pass.
+    """
+
+    def __init__(
+        self, hidden_size: int, inner_size: int, keep: Literal["preactivation", "activation"] = "preactivation"
+    ) -> None:
         super().__init__()
+        self.keep = keep
         self.fc1 = nn.Linear(hidden_size, inner_size)
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
@@ -21,7 +32,7 @@ class GeluMlp(nn.Module):
         if type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear:
             # LoRA, quantised or sharded layers in their place: there is more to them than a weight and a bias.
             return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, keep=self.keep)
 
 
 class SwiGluMlp(nn.Module):

@@ -1,9 +1,9 @@
 """Declares what a kernel computes once for every backend.
 
-Each backend has a dispatcher namespace of its own (layersync_cpp, layersync_cuda, layersync_triton) with the same
-schema and the same fake, so a compiled graph records which kernel it calls and a missing one explains itself. What the
-library computes on every device is in the namespace layersync. The raw ops carry no autograd formula and are not
-public: each op's `autograd.Function` stands outside.
+Each backend has a dispatcher namespace of its own (layersync_cpp, layersync_cuda, layersync_triton, and layersync_quack
+for that library's products) with the same schema and the same fake, so a compiled graph records which kernel it calls
+and a missing one explains itself. What the library computes on every device is in the namespace layersync. The raw ops
+carry no autograd formula and are not public: each op's `autograd.Function` stands outside.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from .registry import FUSED_BACKENDS, RawOp, register_raw
+from .registry import FUSED_BACKENDS, Beside, RawOp, register_raw
 
 LIBRARY = "library"
 # The CPU kernel of Triton's is its interpreter's: with TRITON_INTERPRET=1 the same source runs on host tensors.
@@ -24,6 +24,7 @@ _DISPATCH_KEYS = {
     "cpp": ("CPU",),
     "cuda": ("CUDA",),
     "triton": ("CPU", "CUDA"),
+    "quack": ("CUDA",),
     LIBRARY: ("CompositeExplicitAutograd",),
 }
 
@@ -48,6 +49,7 @@ def declare(
     kept: bool = False,
     mutates: Collection[str] = (),
     symbolic: Collection[str] = (),
+    beside: Beside | None = None,
 ) -> dict[str, Any]:
     """Define `layersync_<backend>::<name>` for every fused backend, or for those given, and enter it in the registry.
 
@@ -62,6 +64,7 @@ def declare(
         kept: see `RawOp`.
         mutates: the arguments that it writes to.
         symbolic: the ints that follow from the shapes of tensors.
+        beside: see `RawOp`.
 
     Returns:
         backend name → callable overload.
@@ -74,7 +77,7 @@ def declare(
         torch.library.define(f"{namespace}::{name}", schema)
         torch.library.register_fake(f"{namespace}::{name}", fake)
         overloads[backend] = getattr(getattr(torch.ops, namespace), name).default
-    raw = register_raw(RawOp(name, op, schema, overloads, kind, kept, python))
+    raw = register_raw(RawOp(name, op, schema, overloads, kind, kept, python, beside))
     for backend in python:
         for key in _DISPATCH_KEYS[backend]:
             torch.library.impl(overloads[backend].name(), key)(_by_name(raw, backend))

@@ -10,7 +10,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,6 +18,20 @@ FUSED_BACKENDS = ("cpp", "cuda", "triton")
 COMPOSITE = "composite"
 
 _PACKAGE = __package__
+
+
+class Beside(NamedTuple):
+    """What the epilogue of a matrix product moves beside the product's own operands and result.
+
+    Attributes:
+        kind: what the traffic ledger counts it as, a key of `compiler.analysis.KINDS`.
+        arguments: the names of tensors that it reads.
+        results: the places of the results that it writes.
+    """
+
+    kind: str
+    arguments: tuple[str, ...] = ()
+    results: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -33,6 +47,7 @@ class RawOp:
             other ops, which are counted in its place.
         kept: whether `recompute="light"` keeps its results, as those of matrix products.
         python: backend → "module:function" below the op's folder, for what is no compiled kernel.
+        beside: of a matrix product that has more than that in its epilogue.
     """
 
     name: str
@@ -42,6 +57,7 @@ class RawOp:
     kind: str
     kept: bool = False
     python: Mapping[str, str] = field(default_factory=dict)
+    beside: Beside | None = None
 
     def implementation(self, backend: str) -> Callable[..., Any]:
         """The Python function behind a backend; imports its module."""

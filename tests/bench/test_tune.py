@@ -12,6 +12,7 @@ from layersync_kernels.bench import candidates, engine, tune
 from layersync_kernels.bench.candidates import Candidate, Entry, Shape, decide
 from layersync_kernels.bench.cases import OPS, Case, cases
 from layersync_kernels.ops import compiled, dispatch, native, tuning
+from layersync_kernels.runtime import machine
 
 from ..support.tables import read, table
 
@@ -274,11 +275,14 @@ def test_a_gpu_that_is_not_there_is_told(monkeypatch, capsys):
         assert f"--device cuda: torch {torch.__version__} {message}" in " ".join(capsys.readouterr().err.split())
 
 
-def test_on_a_gpu_the_epilogue_is_a_candidate_of_gelu_in_half_precision(monkeypatch):
+def test_on_a_gpu_the_epilogues_are_candidates_of_gelu_in_half_precision(monkeypatch):
     monkeypatch.setattr(native, "cuda", lambda: native.Library(True, "built"))
+    monkeypatch.setattr(machine, "version_of", lambda package, missing="none": missing)
     found = candidates.candidates_of(Case("gelu_mlp", 256, 64, torch.bfloat16, "cuda"))
-    assert list(found) == ["triton", "cuda", "compile", "cublaslt"]
+    assert list(found) == ["triton", "cuda", "compile", "cublaslt", "quack"]
     assert found["cuda"] is found["cublaslt"] is None
+    if found["triton"] is None:
+        assert found["quack"] == "quack-kernels is not installed; pip install 'layersync_kernels[quack]'"
     found = candidates.candidates_of(Case("gelu_mlp", 256, 64, torch.float32, "cuda"))
     assert "half precision" in found["cublaslt"]
     assert "cublaslt" not in candidates.candidates_of(Case("spatial_norm", 256, 64, torch.bfloat16, "cuda"))

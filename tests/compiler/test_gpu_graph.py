@@ -1,5 +1,6 @@
 """A step counted on the graphs of a GPU that is not there: figures known by hand, and nothing left of the pretence."""
 
+import dataclasses
 import json
 import os
 import re
@@ -22,6 +23,7 @@ from layersync_kernels.errors import UserError
 from layersync_kernels.modules.block import AdaLNZeroBlock
 from layersync_kernels.modules.norm import Stream
 from layersync_kernels.ops import dispatch, native
+from layersync_kernels.ops.gelu import epilogue, quack
 from layersync_kernels.runtime.machine import find_tool
 
 lowers = pytest.mark.skipif(pretended_gpu.obstacle() is not None, reason=f"{pretended_gpu.obstacle()}")
@@ -121,6 +123,54 @@ def test_fused_blocks_compiled_around_move_no_more_than_they_did(two_blocks):
     assert ours + other < 36.1 * 1.005, f"a block moves {ours + other:.2f} MD outside of products, not 36.1:\n{listing}"
     assert ours == pytest.approx(28.1, abs=0.1)
     assert other == pytest.approx(8.0, abs=0.1)
+
+
+def mlp_of_a_block(backend, keep="preactivation", bias=True):
+    """The MLP of a block in bf16, without the bias of its second layer, whose sum is of no pass of ours."""
+
+    def make():
+        shapes = [(BATCH * TOKENS, WIDTH), (4 * WIDTH, WIDTH), (4 * WIDTH,), (WIDTH, 4 * WIDTH)]
+        x, weight1, bias1, weight2 = (torch.randn(s, dtype=torch.bfloat16, requires_grad=True) for s in shapes)
+        bias1 = bias1 if bias else None
+        return lambda: functional.gelu_mlp(x, weight1, bias1, weight2, None, keep=keep, backend=backend)
+
+    return make
+
+
+@pytest.fixture
+def quack_installed(monkeypatch):
+    monkeypatch.setitem(epilogue.ROUTES, "quack", dataclasses.replace(quack.ROUTE, obstacle=lambda dtype: None))
+    monkeypatch.setitem(dispatch._OBSTACLES, "triton", lambda device: None)
+
+
+# The passes read the pre-activation and write the activation, read its gradient and the pre-activation, and write the
+# latter's gradient and the activation: 2 MD each. An epilogue writes or reads one of these beside the product.
+ROUTES_OF_THE_MLP = {  # (backend, keep, bias) → MD outside of products and beside them, MD kept
+    ("cuda", "preactivation", True): (12, 2),
+    ("cuda", "activation", True): (10, 4),
+    ("cublaslt", "preactivation", True): (8, 2),  # forward 2, backward 2, and the activation's own pass: 4
+    ("cublaslt", "activation", True): (4, 4),
+    ("quack", "preactivation", False): (6, 2),  # forward 2, backward 4
+    ("quack", "preactivation", True): (8, 2),  # and the sums for the bias over the gradient
+    ("quack", "activation", True): (8, 2),
+}
+
+
+@pytest.mark.parametrize("route", ROUTES_OF_THE_MLP, ids=lambda route: "-".join(map(str, route)))
+def test_the_mlp_moves_and_keeps_on_each_route_what_is_known_by_hand(route, quack_installed):
+    moved, kept = ROUTES_OF_THE_MLP[route]
+    step = count_gpu_step(mlp_of_a_block(*route))
+    assert step.outside / MD == pytest.approx(moved, abs=0.01), large(step)
+    assert step.saved_bytes / MD - 0.5 == pytest.approx(kept, abs=0.01)  # without the gradient from outside
+    beside = sum(times * kernel.beside for kernel, times in step.kernels.items())
+    assert (step.bytes("gemm") - beside) / MD == pytest.approx(6 * 2.5 + 0.2, abs=0.05)  # six products, and weights
+
+
+@lowers
+@pytest.mark.parametrize(("backend", "moved"), [("cublaslt", 8), ("quack", 8)])
+def test_a_compiled_mlp_moves_no_more_on_a_route(backend, moved, quack_installed):
+    step = count_gpu_step(mlp_of_a_block(backend), compiled=True)
+    assert step.outside / MD == pytest.approx(moved, abs=0.01), large(step)
 
 
 @lowers

@@ -286,6 +286,29 @@ def test_keeps_the_preactivation_but_not_the_activation(backend, name):
     assert output.data_ptr() not in saved
 
 
+@pytest.mark.parametrize("backend", FUSED)
+def test_the_activation_is_kept_where_it_is_told_to(backend):
+    inputs = {n: t.to(device_of(backend)) for n, t in tensors("gelu_mlp", (50, 8), 64).items()}
+    results, kept = {}, {}
+    for keep in ("preactivation", "activation"):
+        leaves = [t.clone().requires_grad_() for t in inputs.values()]
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, saved=saved: saved.append(t) or t, lambda t: t):
+            output = gelu_mlp(*leaves, keep=keep, backend=backend)
+        kept[keep] = [t for t in saved if t.shape == (50, 64)]
+        results[keep] = (output, *torch.autograd.grad(output, leaves, torch.ones_like(output)))
+    (preactivation,) = kept["preactivation"]
+    assert torch.equal(kept["activation"][0], preactivation)
+    torch.testing.assert_close(kept["activation"][1], F.gelu(preactivation, approximate="tanh"))
+    for one, other in zip(*results.values(), strict=True):
+        torch.testing.assert_close(one, other)
+
+
+def test_an_unknown_keep_is_refused():
+    with pytest.raises(ValueError, match="gelu_mlp: unknown keep='all'; expected 'preactivation' or 'activation'"):
+        gelu_mlp(*tensors("gelu_mlp").values(), keep="all")
+
+
 WEIGHTS = torch.linspace(-1, 1, 128).view(16, 8), torch.linspace(1, -1, 64).view(4, 16)
 CALLS = {
     "linear_gelu": lambda x, backend: linear_gelu(x, WEIGHTS[0].to(x.dtype), backend=backend),

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from layersync_kernels.ops import dispatch, native, registry, tuning
-from layersync_kernels.ops.gelu import cublaslt, op
+from layersync_kernels.ops.gelu import cublaslt, epilogue, op
 from layersync_kernels.runtime import environment
 
 BF16 = torch.bfloat16
@@ -71,11 +71,11 @@ def inputs(dtype=BF16, rows=6, width=16, hidden=24, out=8, bias=True):
     return [None if t is None else t.requires_grad_() for t in made]
 
 
-def step(function, arguments, d_output=None):
-    """Output and gradients by the backend "cuda"."""
-    output, _ = function.run(*arguments, "cuda")
+def step(function, arguments, backend="cuda", keep=False):
+    """Output and gradients."""
+    output, *_ = function.run(*arguments, backend, *([keep] if function is op.GeluMlp else []))
     leaves = [t for t in arguments if t is not None]
-    return [output, *torch.autograd.grad(output, leaves, torch.ones_like(output) if d_output is None else d_output)]
+    return [output, *torch.autograd.grad(output, leaves, torch.ones_like(output))]
 
 
 FUNCTIONS = pytest.mark.parametrize(("function", "count"), [(op.LinearGelu, 3), (op.GeluMlp, 5)], ids=["linear", "mlp"])
@@ -98,14 +98,24 @@ def test_both_paths_agree(function, count, bias, dtype, calls, monkeypatch):
         torch.testing.assert_close(one, other, rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
+def test_an_activation_that_is_kept_is_not_computed_again(calls):
+    arguments = inputs()
+    expected = step(op.GeluMlp, arguments)
+    calls.clear()
+    found = step(op.GeluMlp, arguments, keep=True)
+    assert calls == ["linear_gelu_gemm", "gelu_mlp_gemm_backward"]
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=4 * torch.finfo(BF16).eps, atol=4 * torch.finfo(BF16).eps)
+
+
 def test_a_gradient_that_nobody_wants_is_not_computed(calls):
     x, weight1, bias1, weight2, bias2 = inputs()
-    output, _ = op.GeluMlp.run(x, weight1, bias1, weight2.detach(), bias2, "cuda")
+    output, _ = op.GeluMlp.run(x, weight1, bias1, weight2.detach(), bias2, "cuda", False)
     calls.clear()
     output.sum().backward()
     # The gradient of a sum is expanded, with rows on top of each other: a pass of its own.
     assert calls == ["gelu_backward"]
-    output, _ = op.GeluMlp.run(x, weight1, bias1, weight2.detach(), bias2, "cuda")
+    output, _ = op.GeluMlp.run(x, weight1, bias1, weight2.detach(), bias2, "cuda", False)
     calls.clear()
     output.backward(torch.ones_like(output))
     assert calls == ["gelu_mlp_gemm_backward"]
@@ -130,7 +140,7 @@ UNSUPPORTED = {
 def test_what_the_library_cannot_take_goes_the_plain_way(change, calls):
     with torch.no_grad():
         x, weight, bias = (t.detach() for t in inputs()[:3])
-        assert cublaslt.supports("cuda", x, weight, bias)
+        assert epilogue.serving("cuda", x, weight, bias)
         x, weight, bias = change(x, weight, bias)
         output, _ = op.LinearGelu.run(x, weight, bias, "cuda")
     assert calls == ["gelu_forward"]
@@ -142,10 +152,10 @@ def test_other_backends_and_the_default_leave_it_alone(monkeypatch):
     x, weight, bias = inputs()[:3]
     assert environment.CUBLASLT.default == "auto"
     monkeypatch.setattr(cublaslt, "ENABLED", False)
-    assert not cublaslt.supports("cuda", x, weight, bias)
+    assert not epilogue.serving("cuda", x, weight, bias)
     monkeypatch.setattr(cublaslt, "ENABLED", True)
-    assert not cublaslt.supports("triton", x, weight, bias)
-    assert not cublaslt.supports("cpp", x, weight, bias)
+    assert not epilogue.serving("triton", x, weight, bias)
+    assert not epilogue.serving("cpp", x, weight, bias)
 
 
 def test_the_environment_switches_it_on():
@@ -162,8 +172,7 @@ def test_as_a_route_it_is_what_the_environment_switches_on(function, count, call
     ran = list(calls)
     calls.clear()
     monkeypatch.setattr(cublaslt, "ENABLED", False)
-    output, _ = function.run(*arguments, "cublaslt")
-    found = [output, *torch.autograd.grad(output, arguments, torch.ones_like(output))]
+    found = step(function, arguments, "cublaslt")
     assert calls == ran
     for one, other in zip(found, expected, strict=True):
         assert torch.equal(one, other)
@@ -225,7 +234,9 @@ def test_compiles_in_one_graph_for_any_number_of_rows(calls):
         graphs.append(graph)
         return graph
 
-    compiled = torch.compile(lambda *a: op.GeluMlp.run(*a, "cuda")[0], backend=backend, fullgraph=True, dynamic=True)
+    compiled = torch.compile(
+        lambda *a: op.GeluMlp.run(*a, "cuda", False)[0], backend=backend, fullgraph=True, dynamic=True
+    )
     for rows in (6, 10, 12):
         arguments = inputs(rows=rows)
         calls.clear()

@@ -51,6 +51,7 @@ SCHEMAS = {
     ),
     "linear_gelu_gemm": "(Tensor x, Tensor weight, Tensor? bias) -> (Tensor, Tensor)",
     "gelu_mlp_gemm_backward": "(Tensor d_output, Tensor weight2, Tensor preactivation) -> (Tensor, Tensor)",
+    "gelu_mlp_gemm_recompute": "(Tensor d_output, Tensor weight2, Tensor preactivation) -> (Tensor, Tensor)",
     "gram_alignment": (
         "(Tensor student, Tensor teacher, Tensor? mask, float margin, int kind, float eps, bool gradient) "
         "-> (Tensor, Tensor)"
@@ -87,7 +88,7 @@ def each(entries):
 def test_an_op_has_a_reference_and_kernels_for_each_of_its_backends(op):
     assert inspect.getdoc(op.reference)
     having = {backend for raw in op.raw_ops for backend in raw.overloads}
-    assert having == set(op.backends or (raw_op.LIBRARY,))
+    assert having - set(op.routes) == set(op.backends or (raw_op.LIBRARY,))
     assert registry.find(op.name) is op
 
 

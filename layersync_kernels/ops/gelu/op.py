@@ -1,11 +1,12 @@
 """Linear layers with tanh-GELU: the GEMMs are the library's, the activation is one pass forward and one backward.
 
-On the route "cublaslt", and where LAYERSYNC_CUBLASLT=1 asks for it, the pass behind a GEMM rides in that GEMM's
-epilogue (cublaslt.py).
+On the routes "cublaslt" and "quack", and where LAYERSYNC_CUBLASLT=1 asks for the former, the pass behind a GEMM rides
+in that GEMM's epilogue (epilogue.py).
 
-Story of the op: forward keeps the pre-activation u alone. Backward reads the gradient of the activation and u, and
-writes the gradient of u, with the sum over rows for the bias, and where the second linear layer needs it, the
-activation once more: recomputing it there costs one write, and saves the largest tensor of the block.
+Story of the op: forward keeps the pre-activation u, and the activation only where it is told to. Backward reads the
+gradient of the activation and u, and writes the gradient of u, with the sum over rows for the bias, and where the
+second linear layer needs it, the activation once more: recomputing it there costs one write, and saves the largest
+tensor of the block.
 """
 
 from __future__ import annotations
@@ -15,42 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
 from ..registry import Op, register
-from . import cublaslt
+from . import epilogue
+from .raw import BACKWARD, FORWARD
 from .reference import linear_gelu_reference
 
-register(
-    Op("gelu", ("linear_gelu", "gelu_mlp"), linear_gelu_reference, uncompiled=None, routes={"cublaslt": cublaslt.ROUTE})
-)
-
-
-def _fake_forward(preactivation: Tensor) -> Tensor:
-    return preactivation.new_empty(preactivation.shape)
-
-
-def _fake_backward(
-    d_activation: Tensor, preactivation: Tensor, activation: bool, bias: bool
-) -> tuple[Tensor, Tensor, Tensor]:
-    shape, width = preactivation.shape, preactivation.shape[-1]
-    return (
-        preactivation.new_empty(shape),
-        preactivation.new_empty(shape if activation else (0,)),
-        preactivation.new_empty((width if bias else 0,), dtype=torch.float32),
-    )
-
-
-# preactivation: (M, W) contiguous. Returns its tanh-GELU.
-FORWARD = cublaslt.with_route(
-    raw_op.declare("gelu_forward", _fake_forward, kind="gelu", python={"triton": "triton:forward"})
-)
-# d_activation: (M, W) of preactivation's dtype, at any row stride. Returns, contiguous: the gradient of the
-# preactivation; the activation, or (0,) where not wanted; the column sums of that gradient, unrounded, in float32, or
-# (0,) where not wanted.
-BACKWARD = cublaslt.with_route(
-    raw_op.declare("gelu_backward", _fake_backward, kind="gelu", python={"triton": "triton:backward"})
-)
+register(Op("gelu", ("linear_gelu", "gelu_mlp"), linear_gelu_reference, uncompiled=None, routes=epilogue.ROUTES))
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -59,10 +31,11 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> tuple[Tensor, Tensor]:
     """(activation, pre-activation)."""
-    if cublaslt.supports(backend, x, weight, bias):
-        return cublaslt.FORWARD(x, weight, bias)
+    library = epilogue.serving(backend, x, weight, bias)
+    if library is not None:
+        return library.forward(x, weight, bias)
     preactivation = _linear(x, weight, bias)
-    return FORWARD[backend](preactivation), preactivation
+    return FORWARD[epilogue.kernels_of(backend)](preactivation), preactivation
 
 
 class LinearGelu(FusedFunction):
@@ -90,7 +63,7 @@ class LinearGelu(FusedFunction):
             return (None,) * 4
         x, weight, preactivation = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        d_pre, _, d_bias = BACKWARD[ctx.backend](d_activation, preactivation, False, wanted[2])
+        d_pre, _, d_bias = BACKWARD[epilogue.kernels_of(ctx.backend)](d_activation, preactivation, False, wanted[2])
         gradients = (
             torch.mm(d_pre, weight) if wanted[0] else None,
             torch.mm(d_pre.t(), x) if wanted[1] else None,
@@ -101,39 +74,49 @@ class LinearGelu(FusedFunction):
 
 
 class GeluMlp(FusedFunction):
-    """Linear, GELU, linear for x (M, I). Saves x, both weights and the pre-activation, but not the activation."""
+    """Linear, GELU, linear for x (M, I). Saves x, both weights, the pre-activation, and the activation if told to."""
 
     @staticmethod
     def forward(
-        x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, backend: str
-    ) -> tuple[Tensor, Tensor]:
-        """(output (M, O), pre-activation (M, H))."""
+        x: Tensor,
+        weight1: Tensor,
+        bias1: Tensor | None,
+        weight2: Tensor,
+        bias2: Tensor | None,
+        backend: str,
+        keep: bool,
+    ) -> tuple[Tensor, ...]:
+        """(output (M, O), pre-activation (M, H)), and to keep it the activation (M, H)."""
         activation, preactivation = _linear_gelu(x, weight1, bias1, backend)
-        return _linear(activation, weight2, bias2), preactivation
+        output = _linear(activation, weight2, bias2)
+        return (output, preactivation, activation) if keep else (output, preactivation)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         """Keep what the backward pass reads."""
-        x, weight1, bias1, weight2, bias2, backend = inputs
-        ctx.mark_non_differentiable(output[1])
+        x, weight1, bias1, weight2, bias2, backend, _ = inputs
+        ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(x, weight1, weight2, output[1])
+        ctx.save_for_backward(x, weight1, weight2, *output[1:])
         ctx.bias_dtypes = tuple(None if bias is None else bias.dtype for bias in (bias1, bias2))
         ctx.backend = backend
 
     @staticmethod
-    def backward(ctx: Any, d_output: Tensor | None, _: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, d_output: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
         """Gradients of x, both weights and both biases."""
         if d_output is None:
-            return (None,) * 6
-        x, weight1, weight2, preactivation = ctx.saved_tensors
+            return (None,) * 7
+        x, weight1, weight2, preactivation, *kept = ctx.saved_tensors
         wanted = ctx.needs_input_grad
-        if cublaslt.supports(ctx.backend, d_output, weight2):
-            d_pre, d_bias1 = cublaslt.BACKWARD(d_output, weight2, preactivation)
-            activation = FORWARD[ctx.backend](preactivation) if wanted[3] else preactivation[:0]
+        again = wanted[3] and not kept
+        library = epilogue.serving(ctx.backend, d_output, weight2)
+        if library is not None:
+            d_pre, activation, d_bias1 = library.backward(d_output, weight2, preactivation, again, wanted[2])
         else:
             d_activation = torch.mm(d_output, weight2)
-            d_pre, activation, d_bias1 = BACKWARD[ctx.backend](d_activation, preactivation, wanted[3], wanted[2])
+            kernel = BACKWARD[epilogue.kernels_of(ctx.backend)]
+            d_pre, activation, d_bias1 = kernel(d_activation, preactivation, again, wanted[2])
+        activation = kept[0] if kept else activation
         gradients = (
             torch.mm(d_pre, weight1) if wanted[0] else None,
             torch.mm(d_pre.t(), x) if wanted[1] else None,
@@ -142,7 +125,7 @@ class GeluMlp(FusedFunction):
             d_output.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtypes[1]) if wanted[4] else None,
         )
         saved = (d_output, x, weight1, weight2)
-        return *(None if g is None else differentiable_once(g, *saved) for g in gradients), None
+        return *(None if g is None else differentiable_once(g, *saved) for g in gradients), None, None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:
@@ -152,8 +135,19 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) ->
 
 
 def gelu_mlp(
-    x: Tensor, weight1: Tensor, bias1: Tensor | None, weight2: Tensor, bias2: Tensor | None, backend: str
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor | None,
+    weight2: Tensor,
+    bias2: Tensor | None,
+    backend: str,
+    keep_activation: bool,
 ) -> Tensor:
-    """Run the fused op on a resolved backend: x (M, I), weight1 (H, I), weight2 (O, H), one dtype → (M, O)."""
-    output, _ = GeluMlp.run(x, weight1, bias1, weight2, bias2, backend)
+    """Run the fused op on a resolved backend: x (M, I), weight1 (H, I), weight2 (O, H), one dtype → (M, O).
+
+    The activation is kept where a backward pass would otherwise have to compute it by a pass or a write more.
+    """
+    library = epilogue.named(backend)
+    keep = keep_activation and not (library is not None and library.recomputes)
+    output, *_ = GeluMlp.run(x, weight1, bias1, weight2, bias2, backend, keep)
     return output

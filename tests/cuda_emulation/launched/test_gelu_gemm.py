@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from layersync_kernels.ops.gelu import cublaslt
+from layersync_kernels.ops.gelu import cublaslt, op
 
 from .. import launchers
 from .harness import BF16, HALF, NAMES, rows_of
@@ -98,11 +98,24 @@ def test_tensors_of_two_cards_are_refused(library):
         cublaslt.FORWARD(x, weight, None)
 
 
-def test_an_epilogue_that_the_library_lacks_is_an_error_with_shapes(library):
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+def test_what_the_library_has_no_plan_for_is_its_plain_product_and_our_pass(library, bias):
+    """And is not asked about again."""
     library.refuse = 1
-    x, weight = rows_of(1, WIDTH, dtype=BF16), rows_of(HIDDEN, WIDTH, dtype=BF16)
-    with pytest.raises(RuntimeError, match=r"no forward GEMM of 1x24 by 24x40, .*bfloat16; LAYERSYNC_CUBLASLT=0"):
-        cublaslt.FORWARD(x, weight, None)
+    questions, products = library.questions, library.products
+    x, weight, u = (rows_of(*shape, dtype=BF16, seed=3) / 4 for shape in ((9, WIDTH), (HIDDEN, WIDTH), (9, HIDDEN)))
+    offset = rows_of(HIDDEN, dtype=BF16, seed=2) if bias else None
+    for _ in range(2):
+        activation, preactivation = cublaslt.FORWARD(x, weight, offset)
+    assert library.questions == questions + 1
+    d_u, d_bias = cublaslt.BACKWARD(x, weight.t().contiguous(), u)
+    assert library.products == products
+    expected = F.linear(x, weight, offset)
+    assert torch.equal(preactivation, expected)
+    assert torch.equal(activation, op.FORWARD["cuda"](expected))
+    plain = op.BACKWARD["cuda"](x @ weight.t(), u, False, True)
+    assert torch.equal(d_u, plain[0])
+    assert torch.equal(d_bias, plain[2].bfloat16())
 
 
 @pytest.mark.parametrize(
