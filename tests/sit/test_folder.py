@@ -25,8 +25,8 @@ from layersync_kernels.sit.config.io import load_config
 from layersync_kernels.sit.config.paths import paths_in, with_absolute_paths
 from layersync_kernels.sit.config.run import CONFIG
 from layersync_kernels.sit.data.registry import KINDS
-from layersync_kernels.sit.studies.compare.config import SETTINGS, CompareCommand, CompareConfig
 from layersync_kernels.sit.studies.compare.command import compare, prepare
+from layersync_kernels.sit.studies.compare.config import SETTINGS, CompareCommand, CompareConfig
 from layersync_kernels.sit.training import folder as module
 from layersync_kernels.sit.training.folder import LOCK, lock_folder, replace_folder
 
