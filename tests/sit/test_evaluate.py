@@ -382,7 +382,7 @@ def test_sounds_are_heard_beside_their_representation(speech, tmp_path):
     with pytest.raises(DataError, match="gives lengths"):
         evaluate(asked(run, tmp_path, audio=audio, samples_from=tmp_path / "long.npz"))
     with pytest.raises(ConfigError, match="no such network of audio; expected resemblyzer"):
-        evaluate(asked(run, tmp_path, audio=audio, features="clap"))
+        evaluate(asked(run, tmp_path, audio=audio, features="vggish"))
 
 
 # Controls
