@@ -44,8 +44,8 @@ def test_fused_and_published_blocks_agree(cross, rope, recompute):
         outputs.append(out)
         gradients.append(torch.autograd.grad(out.square().sum(), [leaf, *block.parameters()]))
     torch.testing.assert_close(*outputs, rtol=1e-4, atol=1e-4)
-    for a, b in zip(*gradients, strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3)
+    for a, b in zip(*gradients, strict=True):  # of thousands: fp32 rounds by their size, on each machine another way
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-3 + 1e-5 * float(b.abs().max()))
 
 
 @pytest.mark.parametrize("cross", [False, True])
