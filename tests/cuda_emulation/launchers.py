@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from layersync_kernels.ops import dispatch, native, registry
+from layersync_kernels.ops.gram_alignment import strips
 
 from ..support.emulation import LIBRARY
 
@@ -110,6 +111,8 @@ def serve() -> None:
     loaded = native.Library(True, "emulated")
     native.cuda = lambda: loaded
     dispatch._OBSTACLES["cuda"] = lambda device: None if device == "cpu" else "the CUDA kernels are emulated here"
+    # Tensors of a CPU with units for bf16 would get rows of it, which no card does.
+    strips.product_dtype = lambda student, teacher: torch.float32
     for raw in {raw.name: raw for op in registry.ops() for raw in op.raw_ops}.values():
         if "cuda" in raw.python:  # what is Python around the kernels
             torch.library.impl(raw.overloads["cuda"].name(), "CPU")(raw.implementation("cuda"))
