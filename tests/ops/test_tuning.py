@@ -106,6 +106,13 @@ CALLS = {
     "gelu_mlp": lambda x, backend: dispatch_functions().gelu_mlp(
         x, torch.ones(8, 24), None, torch.ones(24, 8), None, backend=backend
     ),
+    "swiglu": lambda x, backend: dispatch_functions().swiglu(x.repeat(1, 1, 2), backend=backend),
+    "swiglu_mlp": lambda x, backend: dispatch_functions().swiglu_mlp(
+        x, torch.ones(16, 24), None, torch.ones(24, 8), None, backend=backend
+    ),
+    "qk_norm_rope": lambda x, backend: dispatch_functions().qk_norm_rope(
+        x.repeat(1, 1, 3), torch.ones(12), torch.ones(12), None, None, 2, backend=backend
+    ),
     "projected_alignment_loss": lambda x, backend: dispatch_functions().projected_alignment_loss(
         x, torch.ones(8, 24), None, x[..., :8], backend=backend
     ),
