@@ -74,7 +74,7 @@ MODES = {
     "checkpoint": Mode(checkpoint_blocks),
     "selective checkpoint": Mode(checkpoint_selectively),
     "accumulation": Mode(options={"microbatches": 2}),
-    "bf16": Mode(options={"autocast": True}, tolerance=5e-2),
+    "bf16": Mode(options={"autocast": True}, tolerance=1e-1),  # 7e-2 was seen on a CPU with units for bf16
     "scaler": Mode(options={"scaled": True}),
     "EMA": Mode(options={"copied": True}),
     "reload": Mode(reloaded=True),
