@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..autograd import FusedFunction, differentiable_once
+from ..linear import mlp_gradients
 from ..registry import Op, register
 from . import epilogue
 from .raw import BACKWARD, FORWARD
@@ -117,15 +118,8 @@ class GeluMlp(FusedFunction):
             kernel = BACKWARD[epilogue.kernels_of(ctx.backend)]
             d_pre, activation, d_bias1 = kernel(d_activation, preactivation, again, wanted[2])
         activation = kept[0] if kept else activation
-        gradients = (
-            torch.mm(d_pre, weight1) if wanted[0] else None,
-            torch.mm(d_pre.t(), x) if wanted[1] else None,
-            d_bias1.to(ctx.bias_dtypes[0]) if wanted[2] else None,
-            torch.mm(d_output.t(), activation) if wanted[3] else None,
-            d_output.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtypes[1]) if wanted[4] else None,
-        )
-        saved = (d_output, x, weight1, weight2)
-        return *(None if g is None else differentiable_once(g, *saved) for g in gradients), None, None
+        gradients = mlp_gradients(wanted, x, weight1, weight2, d_output, activation, d_pre, d_bias1, ctx.bias_dtypes)
+        return *gradients, None, None
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None, backend: str) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .. import raw_op
 from ..autograd import FusedFunction, differentiable_once
+from ..linear import mlp_gradients
 from ..registry import Op, register
 from .reference import swiglu_reference
 
@@ -102,15 +103,8 @@ class SwigluMlp(FusedFunction):
         d_x12, product, d_bias12 = BACKWARD[ctx.backend](
             torch.mm(d_output, weight3), x12, ctx.gelu, ctx.interleaved, wanted[3], wanted[2]
         )
-        gradients = (
-            torch.mm(d_x12, weight12) if wanted[0] else None,
-            torch.mm(d_x12.t(), x) if wanted[1] else None,
-            d_bias12.to(ctx.bias_dtypes[0]) if wanted[2] else None,
-            torch.mm(d_output.t(), product) if wanted[3] else None,
-            d_output.sum(dim=0, dtype=torch.float32).to(ctx.bias_dtypes[1]) if wanted[4] else None,
-        )
-        saved = (d_output, x, weight12, weight3)
-        return *(None if g is None else differentiable_once(g, *saved) for g in gradients), None, None, None
+        gradients = mlp_gradients(wanted, x, weight12, weight3, d_output, product, d_x12, d_bias12, ctx.bias_dtypes)
+        return *gradients, None, None, None
 
 
 def swiglu(x12: Tensor, gelu: bool, interleaved: bool, backend: str) -> Tensor:
