@@ -15,7 +15,6 @@ from ...runtime import environment
 from ..registry import Route
 from . import raw
 
-_HALVES = (torch.bfloat16, torch.float16)
 _WISH = environment.CUBLASLT.get()
 ENABLED = _WISH == "1"
 FORWARD, BACKWARD = raw.GEMM_FORWARD["cuda"], raw.GEMM_BACKWARD["cuda"]
@@ -26,7 +25,7 @@ def _obstacle(dtype: torch.dtype) -> str | None:
         return f"switched off by {environment.CUBLASLT.name}=0"
     if _WISH not in ("auto", "1"):
         return f"unknown {environment.CUBLASLT.name}={_WISH}; expected auto, 0 or 1"
-    return None if dtype in _HALVES else f"cuBLASLt's epilogues are for half precision, the tensors are {dtype}"
+    return None if dtype in raw.HALVES else f"cuBLASLt's epilogues are for half precision, the tensors are {dtype}"
 
 
 ROUTE = Route("cuda", _obstacle, forced=ENABLED)

@@ -8,13 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ..registry import Route
 from . import cublaslt, quack, raw
-
-_HALVES = (torch.bfloat16, torch.float16)
 
 
 class Epilogue(NamedTuple):
@@ -59,7 +56,7 @@ def serving(backend: str, rows: Tensor, weight: Tensor, bias: Tensor | None = No
     a stride, 16-byte accesses and TMA need the rest.
     """
     found = named(backend)
-    if found is None or rows.dtype not in _HALVES or (bias is not None and bias.stride(0) != 1):
+    if found is None or rows.dtype not in raw.HALVES or (bias is not None and bias.stride(0) != 1):
         return None
     fits = weight.shape[0] % 8 == 0 and _aligned_rows(rows) and _aligned_rows(weight)
     return found if fits else None

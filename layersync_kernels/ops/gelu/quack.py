@@ -19,14 +19,13 @@ from ...runtime import machine
 from ..registry import Route
 from . import raw
 
-_HALVES = (torch.bfloat16, torch.float16)
 _ARCHITECTURES = (9, 10)
 _ACTIVATION = "gelu_tanh_approx"
 _ALIGNMENT = 16  # bytes, of what TMA reads
 
 
 def _obstacle(dtype: torch.dtype) -> str | None:
-    if dtype not in _HALVES:
+    if dtype not in raw.HALVES:
         return f"quack's epilogues are for half precision, the tensors are {dtype}"
     if machine.version_of("quack-kernels") == "none":
         return "quack-kernels is not installed; pip install 'layersync_kernels[quack]'"

@@ -8,6 +8,9 @@ from torch import Tensor
 from .. import raw_op
 from ..registry import Beside
 
+HALVES = (torch.bfloat16, torch.float16)
+"""What products with an epilogue are for."""
+
 
 def _fake_forward(preactivation: Tensor) -> Tensor:
     return preactivation.new_empty(preactivation.shape)
