@@ -17,7 +17,6 @@ from layersync_kernels.sit.studies.compare.command import compare
 from layersync_kernels.sit.studies.compare.config import CompareCommand, CompareConfig
 from layersync_kernels.sit.studies.compare.devices import Call, side_by_side
 from layersync_kernels.sit.studies.compare.pilot import Pilot, Spread, pilot_config, power_lines
-from layersync_kernels.sit.studies.compare.plan import QUALITIES
 from layersync_kernels.sit.studies.compare.report import verdict
 from layersync_kernels.sit.studies.compare.run import PILOT, PLAN, Comparison
 from layersync_kernels.sit.studies.compare.statistics import paired_interval
@@ -93,7 +92,7 @@ def test_a_pilot_is_short_and_shares_no_seed_with_the_study(config, tmp_path):
 
 def test_power_of_a_pilot_in_words():
     pilot = Pilot(("vanilla", "b"), 3, (Spread("validation_loss", 40, 0.5, 0.05), Spread("frechet", 40, 20.0, 0.1)))
-    head, _, loss, distance = power_lines(pilot, QUALITIES)
+    head, _, loss, distance = power_lines(pilot)
     assert head == "| quality | after steps | baseline | deviation | 1% | 2% | 5% | 10% | 20% | 3 seeds find |"
     assert loss == "| validation loss | 40 | 0.5 | 5.00% | 199 | 52 | 10 | 5 | 3 | 16.3% |"
     assert distance == "| Fréchet distance | 40 | 20 | 10.00% | 787 | 199 | 34 | 10 | 5 | 32.6% |"

@@ -19,6 +19,8 @@ from .arms import METHODS, Arm, arms, unused
 
 SETTINGS = "compare.json"
 """Name of the settings file in the folder of a comparison."""
+QUALITIES = {"validation_loss": "validation loss", "frechet": "Fréchet distance"}
+"""Key of a measurement to its name; less is better in each."""
 MOST_HELD_OUT = 1000
 """Held-out samples where --held-out does not say how many."""
 

@@ -12,9 +12,10 @@ from typing import Any
 from rich.table import Table
 
 from ...console import console
-from .config import CompareConfig
+from .config import QUALITIES, CompareConfig
 from .folder import Run
 from .statistics import MOST_SEEDS, POWER, seeds_needed, smallest_effect
+from .tables import table
 
 SEEDS = 2
 """Of a pilot."""
@@ -98,7 +99,7 @@ def estimate(config: CompareConfig, runs: Sequence[Run], seeds: int) -> Pilot:
 
 def _spreads(base: Sequence[_Marks], other: Sequence[_Marks]) -> Iterator[Spread]:
     for number in range(1, min(len(marks) for marks in (*base, *other))):
-        for quality in ("validation_loss", "frechet"):
+        for quality in QUALITIES:
             values = [[marks[number][quality] for marks in runs] for runs in (base, other)]
             if None in values[0] + values[1]:
                 continue
@@ -107,43 +108,45 @@ def _spreads(base: Sequence[_Marks], other: Sequence[_Marks]) -> Iterator[Spread
             yield Spread(quality, base[0][number]["step"], value, statistics.stdev(differences) / abs(value))
 
 
-def power_lines(pilot: Pilot, names: Mapping[str, str]) -> list[str]:
+def power_lines(pilot: Pilot) -> list[str]:
     """The lines of a Markdown table: seeds that each effect would take; and what the study's own seeds find."""
     effects = (f"{effect:.0%}" for effect in EFFECTS)
-    head = ["quality", "after steps", "baseline", "deviation", *effects, f"{pilot.seeds} seeds find"]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head))]
+    rows = []
     for own in pilot.spreads:
         smallest = smallest_effect(pilot.seeds, own.deviation)
-        cells = [
-            names[own.quality],
-            str(own.step),
-            f"{own.value:.4g}",
-            f"{own.deviation:.2%}",
-            *(_seeds(seeds_needed(effect, own.deviation)) for effect in EFFECTS),
-            "nothing" if smallest is None else f"{smallest:.1%}",
-        ]
-        lines.append(f"| {' | '.join(cells)} |")
-    return lines
+        rows.append(
+            [
+                QUALITIES[own.quality],
+                str(own.step),
+                f"{own.value:.4g}",
+                f"{own.deviation:.2%}",
+                *_needed(own),
+                "nothing" if smallest is None else f"{smallest:.1%}",
+            ]
+        )
+    return table(["quality", "after steps", "baseline", "deviation", *effects, f"{pilot.seeds} seeds find"], rows)
 
 
-def _seeds(needed: int | None) -> str:
-    return f"> {MOST_SEEDS}" if needed is None else str(needed)
+def _needed(own: Spread) -> Iterator[str]:
+    """How many seeds each of `EFFECTS` takes."""
+    for effect in EFFECTS:
+        needed = seeds_needed(effect, own.deviation)
+        yield f"> {MOST_SEEDS}" if needed is None else str(needed)
 
 
 def print_pilot(pilot: Pilot) -> None:
     """Shows on the terminal what effect the study can find."""
     effects = (f"{effect:.0%}" for effect in EFFECTS)
-    table = Table("quality", "after steps", *effects, title="seeds that an effect takes")
+    shown = Table("quality", "after steps", *effects, title="seeds that an effect takes")
     for own in pilot.spreads:
-        needed = (_seeds(seeds_needed(effect, own.deviation)) for effect in EFFECTS)
-        table.add_row(own.quality.replace("_", " "), str(own.step), *needed)
-    console.print(table)
-    for own in filter(None, map(pilot.last, ("validation_loss", "frechet"))):
+        shown.add_row(QUALITIES[own.quality], str(own.step), *_needed(own))
+    console.print(shown)
+    for own in filter(None, map(pilot.last, QUALITIES)):
         smallest = smallest_effect(pilot.seeds, own.deviation)
         found = "nothing: one seed has no spread" if smallest is None else f"differences of {smallest:.1%} or more"
         console.print(
             f"{pilot.seeds} seeds find, in {POWER:.0%} of all studies like this one, of the "
-            f"{own.quality.replace('_', ' ')}: {found}"
+            f"{QUALITIES[own.quality]}: {found}"
         )
 
 

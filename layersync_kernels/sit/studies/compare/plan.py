@@ -8,13 +8,11 @@ import torch
 
 from ...config.run import TrainConfig
 from ...data.base import SampleSet
+from ...evaluation.metrics import LEVEL
 from .arms import Arm
-from .config import CompareConfig
+from .config import QUALITIES, CompareConfig
 from .pilot import SEEDS, Pilot, power_lines, uncertainty
-from .statistics import LEVEL, POWER
-
-QUALITIES = {"validation_loss": "validation loss", "frechet": "Fréchet distance"}
-"""Key of a measurement to its name; less is better in each."""
+from .statistics import POWER
 
 
 def primary(config: CompareConfig) -> str:
@@ -107,6 +105,6 @@ def plan_text(config: CompareConfig, subject: str, pilot: Pilot | None, *, late:
         f"needs to find a relative difference in {POWER:.0%} of all cases. Rough: a deviation of {SEEDS} seeds is too "
         f"small by a factor of {uncertainty():.0f} or more in one case of twenty.",
         "",
-        *power_lines(pilot, QUALITIES),
+        *power_lines(pilot),
     ]
     return "\n".join(lines) + "\n"

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ...files import new_figure, plain_ticks, save_figure
-from .plan import QUALITIES
+from .config import QUALITIES
 from .summary import curve
 
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...evaluation.measure import distance_names
+from ...evaluation.metrics import LEVEL
 from ...evaluation.motion_classifier import CLASSIFIER
 from ...evaluation.registry import DEFAULTS
 from ...evaluation.report import sampling_facts, sampling_text
-from .config import CompareConfig
-from .plan import QUALITIES
-from .statistics import LEVEL
+from .config import QUALITIES, CompareConfig
 from .summary import BLOCKS, curve
+from .tables import table
 
 _DIGITS = 4
 """Decimals of the validation loss; figures of the least Fréchet distance, which may be 0.4 or 400."""
@@ -50,7 +50,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
     deciding = report["primary"]
     decimals = {"validation_loss": _DIGITS, "frechet": _decimals(report["runs"])}
     lines = [f"# {', '.join(arms)} compared", "", "## What came of it", ""]
-    lines += _table(
+    lines += table(
         ["arm", f"{QUALITIES[deciding]}, to {baseline}'s", f"{LEVEL:.0%}, t", "so it is", "sooner at that quality"],
         [
             [
@@ -74,11 +74,11 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
     ):
         lines += ["", f"## {title}", ""]
         rows = [[name, *(_spread(entry[q][key], decimals[q]) for q in measured)] for name, entry in arms.items()]
-        lines += _table(["arm", *(QUALITIES[q] for q in measured)], rows)
+        lines += table(["arm", *(QUALITIES[q] for q in measured)], rows)
     followed = [q for q in measured if all(len(curve(run, q, "step")[0]) > 1 for run in report["runs"])]
     lines += ["", f"## Sooner at the last quality of {baseline}", ""]
     lines += ["By the mean curves, with the interval of a bootstrap over seeds; and how many seeds reach it.", ""]
-    lines += _table(
+    lines += table(
         ["arm", "quality", "fewer steps", "seeds", "less time", "seeds"],
         [
             [name, QUALITIES[q], *(cell for axis in ("steps", "seconds") for cell in _reached(entry[q], axis))]
@@ -87,7 +87,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
         ],
     )
     lines += ["", f"## Difference to {baseline}, seed by seed", "", "Less than 0 is better than it.", ""]
-    lines += _table(
+    lines += table(
         ["arm", "quality", "after equal", *(f"seed {seed}" for seed in seeds), "mean", "bootstrap", "t", "better in"],
         [
             [name, QUALITIES[q], axis, *_differences(entry[q][f"difference_{axis}"], decimals[q], len(seeds))]
@@ -104,7 +104,7 @@ def markdown(report: Mapping[str, Any], picture: str) -> str:
 
 
 def _cost(report: Mapping[str, Any]) -> list[str]:
-    return _table(
+    return table(
         ["arm", "steps", "training s", "samples/s", f"x {report['baseline']}", "peak memory, MB", "teacher's share"],
         [
             [
@@ -127,7 +127,7 @@ def _block_lines(report: Mapping[str, Any]) -> list[str]:
     if any(entry["blocks"] is None for entry in arms.values()):
         return []
     lines = ["", "## The blocks, before and after", ""]
-    lines += _table(
+    lines += table(
         ["of the blocks", "arm", "start", "end", f"end, to {baseline}'s", "bootstrap", "t"],
         [
             [
@@ -156,7 +156,7 @@ def _block_lines(report: Mapping[str, Any]) -> list[str]:
         rows = [[baseline, *(f"{share:.1f}" for share in base)]]
         for arm in (name for name in arms if name != baseline):
             rows.append([arm, *(f"{a:.1f} ({a - b:+.1f})" for a, b in zip(probes[arm], base, strict=True))])
-        lines += _table(["arm", *map(str, range(1, len(base) + 1))], rows)
+        lines += table(["arm", *map(str, range(1, len(base) + 1))], rows)
     pairs = sorted({pair for own in report["pairs"].values() for pair in own if ":" in pair}, key=_numbers)
     if pairs:
         lines += ["", "Cosine of equal tokens of each pair, averaged over the times and seeds:", ""]
@@ -172,7 +172,7 @@ def _block_lines(report: Mapping[str, Any]) -> list[str]:
                 ]
                 cells.append(f"{ends[0]:.3f} to {ends[1]:.3f}" + (" (aligned)" if pair in report["pairs"][arm] else ""))
             rows.append([arm, *cells])
-        lines += _table(["arm", *pairs], rows)
+        lines += table(["arm", *pairs], rows)
     return lines
 
 
@@ -252,11 +252,6 @@ def notes(
             "those after equal seconds, are of runs that have not finished their schedule."
         )
     return found
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> list[str]:
-    """The lines of a Markdown table."""
-    return [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)]
 
 
 def _spread(values: Sequence[float | None], digits: int) -> str:

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LEVEL = 0.95
-"""Of intervals."""
+from ...evaluation.metrics import LEVEL
+
 POWER = 0.8
 """How often a study of that size finds the effect."""
 MOST_SEEDS = 1000

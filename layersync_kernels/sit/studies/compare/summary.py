@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from .plan import QUALITIES
+from .config import QUALITIES
 from .statistics import paired_interval, sooner, sooner_interval
 
 
