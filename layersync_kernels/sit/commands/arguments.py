@@ -118,11 +118,7 @@ def starting_point(argv: Sequence[str], *, taken: Path | None = None, **brief: A
     Raises:
         ConfigError: an unknown preset; a file that cannot be used; both beside settings that are taken.
     """
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--preset")
-    peek.add_argument("--config", type=Path)
-    peek.add_argument("--data", default=DataConfig.data)
-    known, _ = peek.parse_known_args(list(argv))
+    known = peek(argv, preset=None, config=None, data=DataConfig.data)
     if taken is not None:
         if known.preset is not None or known.config is not None:
             raise ConfigError(f"--resume takes the settings of {taken}: leave --preset and --config out")
@@ -135,15 +131,23 @@ def starting_point(argv: Sequence[str], *, taken: Path | None = None, **brief: A
         images = known.config is None and known.data == DataConfig.data
         config = PRESETS["images" if images else "small"]
         config = dataclasses.replace(config, optim=dataclasses.replace(config.optim, **brief))
-    return config if known.config is None else _marked(read_overlay(known.config, config))
+    return config if known.config is None else _marked(read_overlay(Path(known.config), config))
+
+
+def peek(argv: Sequence[str], **defaults: str | None) -> argparse.Namespace:
+    """The values of these flags, on which the defaults of the others depend."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name, default in defaults.items():
+        parser.add_argument(f"--{name}", default=default)
+    return parser.parse_known_args(list(argv))[0]
 
 
 def peek_out(argv: Sequence[str], default: Path) -> tuple[Path, bool]:
     """--out and --resume, which decide about the defaults of all other flags."""
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    peek.add_argument("--out", type=Path, default=default)
-    peek.add_argument("--resume", action="store_true")
-    known, _ = peek.parse_known_args(list(argv))
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--out", type=Path, default=default)
+    parser.add_argument("--resume", action="store_true")
+    known, _ = parser.parse_known_args(list(argv))
     return known.out, known.resume
 
 

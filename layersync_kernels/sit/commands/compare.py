@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 
 from ...errors import ConfigError
@@ -10,7 +9,7 @@ from ..console import console, start_logging
 from ..studies.compare.command import compare
 from ..studies.compare.config import SETTINGS, CompareCommand, CompareConfig
 from ..studies.compare.presets import STUDIES
-from .arguments import INTERRUPTED, code_flags, command_line, parse, peek_out, read_settings, starting_point
+from .arguments import INTERRUPTED, code_flags, command_line, parse, peek, peek_out, read_settings, starting_point
 
 
 def compare_main(argv: Sequence[str]) -> int:
@@ -31,10 +30,7 @@ def _defaults(argv: Sequence[str]) -> CompareConfig:
     out, resume = peek_out(argv, CompareCommand.out)
     if resume and (out / SETTINGS).is_file():
         return read_settings(out / SETTINGS, CompareConfig)
-    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    for name in ("--study", "--preset", "--config"):
-        peek.add_argument(name)
-    known, _ = peek.parse_known_args(list(argv))
+    known = peek(argv, study=None, preset=None, config=None)
     if known.study is None:
         # A dozen runs of a minute of two cores each.
         return CompareConfig(train=starting_point(argv, steps=2000, max_seconds=60.0))
