@@ -16,8 +16,8 @@ from ...training.signals import stop_signals
 from .config import SETTINGS, CompareCommand, CompareConfig
 from .devices import Call, side_by_side
 from .folder import check_folder, start_folder
-from .pilot import estimate, pilot_config, print_pilot
-from .run import PILOT, PLAN, Comparison
+from .pilot import estimate, print_pilot
+from .run import PLAN, Comparison
 
 
 def prepare(config: CompareConfig, out: Path, *, resume: bool = False, overwrite: bool = False) -> Comparison:
@@ -57,7 +57,7 @@ def compare(command: CompareCommand) -> Path | None:
             pilot = None
             if not (command.out / PLAN).is_file() and comparison.config.pilot and not comparison.begun:
                 console.print("the pilot: how many seeds would it take?")
-                small = Comparison(pilot_config(comparison.config), command.out / PILOT)
+                small = comparison.small()
                 if not train_on(small, devices, stop_asked):
                     return None
                 pilot = estimate(small.config, small.runs, comparison.config.seeds)

@@ -34,7 +34,7 @@ from ..pair.run import analyse, measure
 from .config import MOST_HELD_OUT, CompareConfig, load_sets
 from .folder import Run, writing
 from .memory import measure_memory
-from .pilot import Pilot
+from .pilot import Pilot, pilot_config
 from .plan import describe, pairs_of, plan_text, primary
 from .plots import save_comparison
 from .report import markdown, notes
@@ -58,17 +58,25 @@ class Comparison:
         config: what is compared.
         out: its folder.
         device: where, in the place of --device.
+        sets: what `load_sets` gives for the config, where that has been read already.
 
     Raises:
         ConfigError, DataError: the data cannot be used, or has not enough samples to hold out.
     """
 
-    def __init__(self, config: CompareConfig, out: Path, *, device: str | None = None) -> None:
+    def __init__(
+        self,
+        config: CompareConfig,
+        out: Path,
+        *,
+        device: str | None = None,
+        sets: tuple[SampleSet, SampleSet] | None = None,
+    ) -> None:
         self.config, self.out = config, out
         train, optim = config.train, config.train.optim
         self.device = resolve_device(device or train.device)
         self.precision = resolve_precision(train.precision, self.device)
-        self.train_set, self.held_out = load_sets(config, self.device)
+        self.train_set, self.held_out = load_sets(config, self.device) if sets is None else sets
         self.held_out_samples = min(config.held_out or MOST_HELD_OUT, len(self.held_out))
         if self.held_out_samples < 2 and config.quality_network != "none":
             raise ConfigError(
@@ -292,6 +300,10 @@ class Comparison:
         with writing():
             write_json(path, found)
         return found
+
+    def small(self) -> Comparison:
+        """The pilot of this one, on the same samples."""
+        return Comparison(pilot_config(self.config), self.out / PILOT, sets=(self.train_set, self.held_out))
 
     @property
     def begun(self) -> bool:
