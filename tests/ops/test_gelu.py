@@ -18,9 +18,10 @@ from ..support.backends import (
     LOWER_INSTRUCTION_SETS,
     STRIDED,
     assert_as_exact_as,
+    checkpointed_gradients,
     device_of,
     each_backend,
-    moved,
+    results_of,
     run_on_lower_instruction_set,
 )
 
@@ -41,16 +42,8 @@ def tensors(name, shape=(2, 3, 8), inner=24, out=10, dtype=torch.float32):
 
 
 def run(name, inputs, backend, grad=None):
-    """Output and gradients of one call by name, on fresh leaves that keep the strides."""
-    device = device_of(backend)
-    leaves = {n: None if t is None else moved(t.detach(), device).requires_grad_() for n, t in inputs.items()}
-    output = OPS[name][0](*leaves.values(), backend=backend)
-    wanted = {n: leaf for n, leaf in leaves.items() if leaf is not None}
-    gradients = torch.autograd.grad(
-        output, list(wanted.values()), torch.ones_like(output) if grad is None else moved(grad, device).to(output)
-    )
-    results = {"output": output} | {f"d_{n}": g for n, g in zip(wanted, gradients, strict=True)}
-    return {n: result.detach().cpu() for n, result in results.items()}
+    """See `results_of`."""
+    return results_of(OPS[name][0], inputs, backend, grad)
 
 
 def check(name, inputs, backend, grad=None):
@@ -400,13 +393,9 @@ def test_functional_gradient(backend, name):
 @pytest.mark.parametrize("name", OPS)
 def test_checkpointing(backend, use_reentrant, name):
     inputs = tensors(name)
-    leaves = {n: t.to(device_of(backend)).requires_grad_() for n, t in inputs.items()}
-    call = functools.partial(OPS[name][0], backend=backend)
-    output = torch.utils.checkpoint.checkpoint(call, *leaves.values(), use_reentrant=use_reentrant)
-    output.backward(torch.ones_like(output))
     expected = run(name, inputs, backend)
-    for n, leaf in leaves.items():
-        assert torch.equal(leaf.grad.cpu(), expected[f"d_{n}"])
+    for n, gradient in checkpointed_gradients(OPS[name][0], inputs, backend, use_reentrant).items():
+        assert torch.equal(gradient, expected[n])
 
 
 @pytest.mark.parametrize("backend", FUSED)

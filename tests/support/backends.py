@@ -1,5 +1,6 @@
 """Which backends the tests of an op can run here, on which device, with which layouts, and how exact they must be."""
 
+import functools
 import os
 import subprocess
 import sys
@@ -71,6 +72,28 @@ def moved(x, device):
 
 LOWER_INSTRUCTION_SETS = [pytest.param("generic", marks=pytest.mark.slow), "avx2"]
 """Below that of the machine; the portable loops take as long as all others together."""
+
+
+def results_of(function, inputs, backend, grad=None, **options):
+    """Output and gradients of a call by name, on fresh leaves that keep the strides; `grad`: of the output, or ones."""
+    device = device_of(backend)
+    leaves = {n: None if t is None else moved(t.detach(), device).requires_grad_() for n, t in inputs.items()}
+    output = function(*leaves.values(), backend=backend, **options)
+    wanted = {n: leaf for n, leaf in leaves.items() if leaf is not None}
+    gradients = torch.autograd.grad(
+        output, list(wanted.values()), torch.ones_like(output) if grad is None else moved(grad, device).to(output)
+    )
+    results = {"output": output} | {f"d_{n}": g for n, g in zip(wanted, gradients, strict=True)}
+    return {n: result.detach().cpu() for n, result in results.items()}
+
+
+def checkpointed_gradients(function, inputs, backend, use_reentrant):
+    """Those of a call under a checkpoint, by name, for a gradient of ones."""
+    leaves = {n: t.to(device_of(backend)).requires_grad_() for n, t in inputs.items()}
+    call = functools.partial(function, backend=backend)
+    output = torch.utils.checkpoint.checkpoint(call, *leaves.values(), use_reentrant=use_reentrant)
+    output.backward(torch.ones_like(output))
+    return {f"d_{n}": leaf.grad.cpu() for n, leaf in leaves.items()}
 
 
 def run_on_lower_instruction_set(isa, file, tests):
