@@ -8,6 +8,12 @@ from PIL import Image
 from torch import nn
 
 
+@pytest.fixture(autouse=True)
+def _cache_of_the_test(tmp_path_factory, monkeypatch):
+    """What a command keeps for later ones: neither read from the user's cache nor left there."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 @pytest.fixture
 def image_folder(tmp_path):
     """Two classes, three good files each: class a is black, class b is white."""

@@ -34,13 +34,12 @@ HELD_OUT, SAMPLES = 20, 24
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch, tmp_path):
+def _small(monkeypatch):
     monkeypatch.setattr(networks, "load_teacher", tiny_network)
     monkeypatch.setattr(motion_classifier, "STEPS", 30)
     monkeypatch.setattr(motion_classifier, "WIDTH", 8)
     monkeypatch.setattr(SpeechFeatures, "directions", 8)
     monkeypatch.setattr(compare_module, "measure_memory", lambda config, run: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def comparison(data, patch_size=1, **changes):
@@ -233,3 +232,20 @@ def test_networks_that_cannot_judge_are_named(tmp_path, make, name, message):
     with pytest.raises(ConfigError, match=message):
         compare(CompareCommand(comparison(data, patch_size, quality_network=name), tmp_path / "out"))
     assert not (tmp_path / "out").exists()
+
+
+def test_features_of_real_samples_are_computed_once_for_a_data_set(tmp_path, monkeypatch):
+    data, patch_size, _ = of_images(tmp_path)
+    seen, see = [], ImageNetwork.see
+
+    def counted(self, arrays):
+        seen.append(len(arrays["arr_0"]))
+        return see(self, arrays)
+
+    monkeypatch.setattr(ImageNetwork, "see", counted)
+    judges = [Comparison(comparison(data, patch_size), tmp_path / name)._judge for name in ("one", "two")]
+    assert sum(seen) == 60  # 20 held out, 40 to compare with
+    assert judges[0].floor == judges[1].floor
+    fewer = dataclasses.replace(comparison(data, patch_size), reference=30)
+    _ = Comparison(fewer, tmp_path / "three")._judge
+    assert sum(seen) == 90
