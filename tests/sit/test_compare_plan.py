@@ -147,6 +147,9 @@ def test_several_devices_report_what_one_does(config, tmp_path):
     assert losses(tmp_path / "one") == losses(tmp_path / "two")
     with pytest.raises(ConfigError, match="nonsense"):
         compare(CompareCommand(config, tmp_path / "two", devices=("cpu", "nonsense")))
+    with pytest.raises(ConfigError, match="nonsense"):
+        compare(CompareCommand(config, tmp_path / "three", devices=("cpu", "nonsense")))
+    assert not (tmp_path / "three").exists()  # told before anything is begun
 
 
 def finish(path, stop_asked):
