@@ -51,7 +51,7 @@ __device__ inline Pack<T, kValues> load(const T* p) {
     return {*p};
   } else {
     Pack<T, kValues> pack;
-    if constexpr (pack.kQuads == 0) {
+    if constexpr (Pack<T, kValues>::kQuads == 0) {
       const uint2 pair = *reinterpret_cast<const uint2*>(p);
       pack.word[0] = pair.x;
       pack.word[1] = pair.y;
@@ -74,7 +74,7 @@ __device__ inline void store(T* p, const Pack<T, kValues>& pack) {
     *p = pack.value;
   } else {
     // By the intrinsic of a plain store: nvcc splits some assignments of a uint4 into four stores of 4 bytes.
-    if constexpr (pack.kQuads == 0) __stwb(reinterpret_cast<uint2*>(p), {pack.word[0], pack.word[1]});
+    if constexpr (Pack<T, kValues>::kQuads == 0) __stwb(reinterpret_cast<uint2*>(p), {pack.word[0], pack.word[1]});
 #pragma unroll
     for (int q = 0; q < pack.kQuads; ++q)
       __stwb(reinterpret_cast<uint4*>(p) + q,
