@@ -90,7 +90,7 @@ inline GatedBackwardInputs gated_backward_inputs(const std::optional<Tensor>& d_
                                                  const std::optional<Tensor>& branch, const std::optional<Tensor>& gate,
                                                  const std::optional<Tensor>& scale, const std::optional<Tensor>& stats,
                                                  const std::optional<Tensor>& other,
-                                                 const std::optional<Tensor>& factors, int64_t groups) {
+                                                 const std::optional<Tensor>& factors, int64_t groups, bool bias) {
   const Rows rows = as_rows(residual);
   STD_TORCH_CHECK(rows.width > 0, "layersync_kernels: residual needs at least one channel");
   STD_TORCH_CHECK(d_residual.has_value() || d_normed.has_value() || other.has_value(),
@@ -111,6 +111,7 @@ inline GatedBackwardInputs gated_backward_inputs(const std::optional<Tensor>& d_
     check_dtype(name, (*tensor)->scalar_type(), "the half-block", dtype);
   }
   STD_TORCH_CHECK(branch.has_value() || !gate.has_value(), "layersync_kernels: a gate without a branch");
+  STD_TORCH_CHECK(!bias || (branch.has_value() && groups > 0), "layersync_kernels: a bias without a branch or groups");
   STD_TORCH_CHECK(other.has_value() == factors.has_value(), "layersync_kernels: other and factors belong together");
   STD_TORCH_CHECK(!d_normed.has_value() || stats.has_value(), "layersync_kernels: d_normed needs the forward's stats");
   GatedBackwardInputs inputs{rows,

@@ -81,14 +81,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
   return {residual, normed, stats, alignment};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
                                                             std::optional<Tensor> d_normed, const Tensor& residual,
                                                             std::optional<Tensor> branch, std::optional<Tensor> gate,
                                                             std::optional<Tensor> scale, std::optional<Tensor> stats,
                                                             std::optional<Tensor> other, std::optional<Tensor> factors,
-                                                            bool rms, int64_t groups) {
+                                                            bool rms, int64_t groups, bool bias) {
   const GatedBackwardInputs in =
-      gated_backward_inputs(d_residual, d_normed, residual, branch, gate, scale, stats, other, factors, groups);
+      gated_backward_inputs(d_residual, d_normed, residual, branch, gate, scale, stats, other, factors, groups, bias);
   STD_TORCH_CHECK(branch.has_value() || !other.has_value(), "layersync_kernels: an alignment needs a branch");
   const int64_t rows = in.residual.count, width = in.residual.width;
   const bool moved = d_normed.has_value() || other.has_value();
@@ -101,12 +101,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor
   const std::vector<int64_t> sums{blocks * parts.count, width};
   Tensor d_gate = float_output(residual, sums, wants_gate);
   Tensor d_shift = float_output(residual, sums, wants_affine), d_scale = float_output(residual, sums, wants_affine);
+  Tensor d_bias = float_output(residual, sums, bias);
   const auto finish = [&] {
     const auto total = [&](const Tensor& t) { return sum_of_parts(t, blocks, parts.count); };
-    return std::tuple{d_x, d_branch, total(d_gate), total(d_shift), total(d_scale)};
+    return std::tuple{d_x, d_branch, total(d_gate), total(d_shift), total(d_scale), total(d_bias)};
   };
   if (rows == 0) {
-    for (Tensor* t : {&d_gate, &d_shift, &d_scale}) torch::stable::zero_(*t);
+    for (Tensor* t : {&d_gate, &d_shift, &d_scale, &d_bias}) torch::stable::zero_(*t);
     return finish();
   }
 
@@ -139,6 +140,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor
                                       floats(d_gate, wants_gate),
                                       floats(d_shift, wants_affine),
                                       floats(d_scale, wants_affine),
+                                      floats(d_bias, bias),
                                       streams(width, {&d_x, &d_branch})};
   run(LAYERSYNC_FOR_THIS_CPU(residual_norm_kernels).backward[type_index(in.residual.dtype)][type_index(in.dtype)], args,
       blocks * parts.count, std::max<int64_t>(rows_per_task(width) / parts.rows, 1));

@@ -52,6 +52,7 @@ struct ResidualNormBackwardArgs {
   float* d_gate;   // (groups, parts, D), or null where not wanted
   float* d_shift;
   float* d_scale;
+  float* d_bias;
   bool streaming;
 };
 

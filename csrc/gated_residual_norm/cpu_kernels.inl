@@ -216,7 +216,7 @@ inline float* sums_of(float* sums, int64_t part, int64_t width, float* unwanted)
 }
 
 struct PartSums {
-  float *gate, *shift, *scale;
+  float *gate, *shift, *scale, *update;
 };
 
 template <int rows, bool normed, bool branched, bool aligned, bool streaming, class R, class H>
@@ -273,7 +273,7 @@ void backward_block(const ResidualNormBackwardArgs& args, int64_t row, const flo
   for_row(width, [&](int64_t i, auto v) {
     using V = decltype(v);
     const V s = get<V>(scale + i), gated = get<V>(gate + i);
-    V d_gate = get<V>(sums.gate + i);
+    V d_gate = get<V>(sums.gate + i), d_update = get<V>(sums.update + i);
     each<rows>([&](auto k) {
       V d = get<V>(dr[k] + i);
       if constexpr (normed) {
@@ -288,9 +288,13 @@ void backward_block(const ResidualNormBackwardArgs& args, int64_t row, const flo
         prefetch(branch[k] + rows * width + i);
         put<streaming>(d_branch + k * width + i, mul(gated, d));
         d_gate = fma(get<V>(branch[k] + i), d, d_gate);
+        d_update = add(d_update, d);
       }
     });
-    if constexpr (branched) store(sums.gate + i, d_gate);
+    if constexpr (branched) {
+      store(sums.gate + i, d_gate);
+      store(sums.update + i, d_update);
+    }
   });
 }
 
@@ -308,11 +312,17 @@ void backward_range(const ResidualNormBackwardArgs& args, int64_t first_part, in
     const float* scale = modulation_row(args.scale, group, zeros);
     const PartSums sums{sums_of(args.d_gate, part, width, unwanted),
                         sums_of(args.d_shift, part, width, unwanted + width),
-                        sums_of(args.d_scale, part, width, unwanted + 2 * width)};
+                        sums_of(args.d_scale, part, width, unwanted + 2 * width),
+                        sums_of(args.d_bias, part, width, unwanted + 3 * width)};
     for (; row + kRows <= end; row += kRows)
       backward_block<kRows, normed, branched, aligned, streaming, R, H>(args, row, gate, scale, zeros, sums);
     for (; row < end; ++row)
       backward_block<1, normed, branched, aligned, streaming, R, H>(args, row, gate, scale, zeros, sums);
+    if (args.d_bias != nullptr)  // the sum of gate·update
+      for_row(width, [&](int64_t i, auto v) {
+        using V = decltype(v);
+        store(sums.update + i, mul(get<V>(gate + i), get<V>(sums.update + i)));
+      });
   }
   if constexpr (streaming) stream_fence();
 }

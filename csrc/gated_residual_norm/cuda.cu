@@ -59,26 +59,27 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& x, std::optiona
   return {residual, normed, stats, alignment};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor> d_residual,
                                                             std::optional<Tensor> d_normed, const Tensor& residual,
                                                             std::optional<Tensor> branch, std::optional<Tensor> gate,
                                                             std::optional<Tensor> scale, std::optional<Tensor> stats,
                                                             std::optional<Tensor> other, std::optional<Tensor> factors,
-                                                            bool rms, int64_t groups) {
+                                                            bool rms, int64_t groups, bool bias) {
   const DeviceGuard guard(residual.get_device_index());
   check_same_gpu(residual, {&d_residual, &d_normed, &branch, &gate, &scale, &stats, &other, &factors});
   const GatedBackwardInputs in =
-      gated_backward_inputs(d_residual, d_normed, residual, branch, gate, scale, stats, other, factors, groups);
+      gated_backward_inputs(d_residual, d_normed, residual, branch, gate, scale, stats, other, factors, groups, bias);
   check_row_limits(in.residual);
   const int64_t rows = in.residual.count, width = in.residual.width;
   const cudaStream_t stream = current_stream(residual);
   const bool norm = d_normed.has_value(), moved = norm || other.has_value();
-  const bool sums[] = {groups > 0 && gate.has_value(), groups > 0 && norm, groups > 0 && norm};
+  const bool sums[] = {groups > 0 && gate.has_value(), groups > 0 && norm, groups > 0 && norm, bias};
   Tensor d_x = output_like(residual, moved);
   Tensor d_branch = output_like(residual, branch.has_value(), in.dtype);
   const auto sums_of = [&](int64_t parts, bool wanted) { return float_output(residual, {parts, width}, wanted); };
-  Tensor results[] = {sums_of(groups, sums[0]), sums_of(groups, sums[1]), sums_of(groups, sums[2])};
-  const auto outputs = [&] { return std::tuple(d_x, d_branch, results[0], results[1], results[2]); };
+  Tensor results[] = {sums_of(groups, sums[0]), sums_of(groups, sums[1]), sums_of(groups, sums[2]),
+                      sums_of(groups, sums[3])};
+  const auto outputs = [&] { return std::tuple(d_x, d_branch, results[0], results[1], results[2], results[3]); };
   if (rows == 0) {
     for (Tensor& result : results) torch::stable::zero_(result);
     return outputs();
@@ -105,6 +106,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor
                              branch.has_value() ? d_branch.data_ptr() : nullptr,
                              nullptr,
                              nullptr,
+                             nullptr,
                              nullptr};
   const GatedBackwardPlan plan = gated_backward_plan(params, type_index(in.residual.dtype), type_index(in.dtype));
   params.tiles = plan.tiles;
@@ -112,11 +114,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> backward(std::optional<Tensor
   const int64_t runs = params.runs.per_group, all_runs = modulation.groups * runs;
   const bool finish = runs > 1;
   Tensor partials[] = {sums_of(all_runs, finish && sums[0]), sums_of(all_runs, finish && sums[1]),
-                       sums_of(all_runs, finish && sums[2])};
-  float** const targets[] = {&params.d_gate, &params.d_shift, &params.d_scale};
+                       sums_of(all_runs, finish && sums[2]), sums_of(all_runs, finish && sums[3])};
+  float** const targets[] = {&params.d_gate, &params.d_shift, &params.d_scale, &params.d_bias};
   ColumnSumParams column_sum{{}, {}, modulation.groups, runs, int(width)};
   int count = 0;
-  for (int i = 0; i < 3; ++i) {
+  for (int i = 0; i < 4; ++i) {
     if (!sums[i]) continue;
     *targets[i] = floats(finish ? partials[i] : results[i]);
     column_sum.from[count] = *targets[i];

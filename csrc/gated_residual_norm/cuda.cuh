@@ -40,6 +40,7 @@ struct GatedBackwardParams {
   float* d_gate;         // (groups * runs, width) each, or null
   float* d_shift;
   float* d_scale;
+  float* d_bias;
 };
 
 // Which row of the modulation serves a row. There are fewer than 2^32 rows: a 64-bit division has 100 instructions.
@@ -304,8 +305,9 @@ constexpr int kBackwardThreads = 640;  // at most; 96 registers for each
 template <int kValues>
 constexpr int kBackwardColumns = kValues == 1 ? 4 : 8;
 
-// A block takes a run of rows of one group, all of their columns or a tile of them: gate and scale are read once, and
-// the sums over rows stay in registers. kValues is 1 where rows are not aligned.
+// A block takes a run of rows of one group, all of their columns or a tile of them: the scale is read once, and the sums
+// over rows stay in registers. That of d_branch is the gate times that of dr, so the gate, which comes out of the L1
+// cache for each row, needs none. kValues is 1 where rows are not aligned.
 template <class R, class H, int kValues>
 __global__ void __launch_bounds__(kBackwardThreads) gated_backward_kernel(GatedBackwardParams p) {
   constexpr int kSteps = kBackwardColumns<kValues> / kValues;
@@ -319,18 +321,23 @@ __global__ void __launch_bounds__(kBackwardThreads) gated_backward_kernel(GatedB
   };
   const bool has_norm = p.d_normed.data != nullptr, has_branch = p.branch.data != nullptr;
   const int64_t begin = p.runs.begin(run), end = p.runs.end(run), group = run / p.runs.per_group;
-  float gate[kSteps][kValues], scale[kSteps][kValues];  // scale with its 1
+  // Values i to i + kValues of the gate.
+  const auto load_gate = [&](int i, float(&gate)[kValues]) {
+    with_modulation<H>(p.wide_modulation, [&](auto modulation) {
+      load_modulation(p.gate, p.gate.row<decltype(modulation)>(group), i, 1, gate);
+    });
+  };
+  float scale[kSteps][kValues];  // with its 1
   with_modulation<H>(p.wide_modulation, [&](auto modulation) {
-    const auto* gate_row = p.gate.row<decltype(modulation)>(group);
     const auto* scale_row = p.scale.row<decltype(modulation)>(group);
     for_each_step([&](int step, int i) {
-      load_modulation(p.gate, gate_row, i, 1, gate[step]);
       load_modulation(p.scale, scale_row, i, 0, scale[step]);
 #pragma unroll
       for (int k = 0; k < kValues; ++k) scale[step][k] += 1;
     });
   });
   float d_gate[kSteps][kValues] = {}, d_shift[kSteps][kValues] = {}, d_scale[kSteps][kValues] = {};
+  float dr_sum[kSteps][kValues] = {};
 
   for (int64_t row = begin; row < end; ++row) {
     // Everything is asked for before anything is looked at; only what one block of a model has comes later.
@@ -379,7 +386,8 @@ __global__ void __launch_bounds__(kBackwardThreads) gated_backward_kernel(GatedB
     }
     if (has_other) fetch(p.other, other);
     for_each_step([&](int step, int i) {
-      float r[kValues], dr[kValues], values[kValues];
+      float r[kValues], dr[kValues], values[kValues], gate[kValues];
+      if (has_branch) load_gate(i, gate);  // ahead of the stores, which no load can pass
       unpack(residual[step], r);
       unpack(d_residual[step], dr);
       if (has_norm) {
@@ -407,7 +415,8 @@ __global__ void __launch_bounds__(kBackwardThreads) gated_backward_kernel(GatedB
 #pragma unroll
         for (int k = 0; k < kValues; ++k) {
           d_gate[step][k] = fmaf(values[k], dr[k], d_gate[step][k]);
-          values[k] = gate[step][k] * dr[k];
+          dr_sum[step][k] += dr[k];
+          values[k] = gate[k] * dr[k];
         }
         Pack<H, kValues> out;
         pack(values, out);
@@ -426,6 +435,14 @@ __global__ void __launch_bounds__(kBackwardThreads) gated_backward_kernel(GatedB
   write(p.d_gate, d_gate);
   write(p.d_shift, d_shift);
   write(p.d_scale, d_scale);
+  if (p.d_bias == nullptr) return;
+  for_each_step([&](int step, int i) {
+    float gate[kValues];
+    load_gate(i, gate);
+#pragma unroll
+    for (int k = 0; k < kValues; ++k) dr_sum[step][k] *= gate[k];
+  });
+  write(p.d_bias, dr_sum);
 }
 
 using GatedForwardKernel = void (*)(GatedForwardParams);
@@ -486,7 +503,7 @@ inline GatedBackwardPlan gated_backward_plan(const GatedBackwardParams& p, int r
   });
 }
 
-// Rows of a run: few enough to fill a card, enough that the partial sums, 12 bytes a channel against 12 or 24 a channel
+// Rows of a run: few enough to fill a card, enough that the partial sums, 16 bytes a channel against 12 or 24 a channel
 // and row, cost little.
 inline RowRuns gated_row_runs(int64_t rows, int64_t rows_per_group) {
   const int64_t wanted = rows / 512;

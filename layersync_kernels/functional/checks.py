@@ -128,6 +128,27 @@ def check_tokens(op: str, name: str, tensor: Tensor, like: Tensor | None = None,
         raise ValueError(f"{op}: {name} is on {tensor.device} and {other} on {like.device}; move one of them")
 
 
+def check_vector(
+    op: str, name: str, tensor: Tensor, other: str, like: Tensor, shape: tuple[int, ...], what: str
+) -> None:
+    """Raises TypeError for a vector beside tokens that has neither float32 nor their dtype, ValueError for its shape.
+
+    Args:
+        op: for the message.
+        name: of the argument.
+        tensor: what came.
+        other: the name of the tokens.
+        like: the tokens.
+        shape: what is expected.
+        what: the same in words.
+    """
+    check_tokens(op, name, tensor, like, other)
+    if tensor.shape != shape:
+        raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must have the shape {tuple(shape)}, {what}")
+    if tensor.dtype not in (torch.float32, like.dtype):
+        raise TypeError(f"{op}: {name} is {tensor.dtype}; expected float32 or the dtype of {other}, {like.dtype}")
+
+
 def check_lengths(op: str, lengths: Tensor, tokens: Tensor) -> None:
     """Raises TypeError for what is no dense int64, ValueError for other than one length for each of tokens (B, ...)."""
     check_dense(op, "lengths", lengths, (torch.int64,), "int64")

@@ -10,7 +10,7 @@ from ..ops.attention import UnpackHeads
 from ..ops.autograd import transform
 from ..ops.qk_norm_rope import MAX_WIDTH, qk_norm_rope_reference
 from ..ops.qk_norm_rope import qk_norm_rope as _qk_norm_rope
-from .checks import check_dense, check_positive, check_tokens
+from .checks import check_dense, check_positive, check_tokens, check_vector
 
 _OP = "qk_norm_rope"
 _NORMS = ("rms", "layer")
@@ -82,13 +82,13 @@ def qk_norm_rope(
     _check_pair("cos", cos, "sin", sin, "rotation")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
-            _check_vector(name, weight, qkv, (width,), "one value for each channel of a head")
+            check_vector(_OP, name, weight, "qkv", qkv, (width,), "one value for each channel of a head")
     for name, table in (("cos", cos), ("sin", sin)):
         if table is None:
             continue
         _check_table(name, table, qkv, width)
     if bias is not None:
-        _check_vector("bias", bias, qkv, (qkv.shape[-1],), "the bias of the projection that made qkv")
+        check_vector(_OP, "bias", bias, "qkv", qkv, qkv.shape[-1:], "the bias of the projection that made qkv")
     if q_weight is None and cos is None and bias is None and transform() is None:
         views: tuple[Tensor, Tensor, Tensor] = UnpackHeads.run(qkv, num_heads)
         return views
@@ -112,14 +112,6 @@ def _check_pair(name: str, tensor: Tensor | None, other_name: str, other: Tensor
     if (tensor is None) != (other is None):
         missing = name if tensor is None else other_name
         raise ValueError(f"{_OP}: {missing} is missing; give both {name} and {other_name}, or neither for no {what}")
-
-
-def _check_vector(name: str, tensor: Tensor, qkv: Tensor, shape: tuple[int, ...], what: str) -> None:
-    check_tokens(_OP, name, tensor, qkv, "qkv")
-    if tensor.shape != shape:
-        raise ValueError(f"{_OP}: {name} {tuple(tensor.shape)} must have the shape {tuple(shape)}, {what}")
-    if tensor.dtype not in (torch.float32, qkv.dtype):
-        raise TypeError(f"{_OP}: {name} is {tensor.dtype}; expected float32 or the dtype of qkv, {qkv.dtype}")
 
 
 def _check_table(name: str, table: Tensor, qkv: Tensor, width: int) -> None:

@@ -11,7 +11,7 @@ from ..ops import compiled, dispatch
 from ..ops.gated_residual_norm import gated_residual_norm as _gated_residual_norm
 from ..ops.gated_residual_norm import gated_residual_norm_reference
 from ..ops.gated_residual_norm.op import as_groups, in_equal_groups
-from .checks import autocast_dtype, check_positive, check_tokens
+from .checks import autocast_dtype, check_positive, check_tokens, check_vector
 
 
 class Tap(NamedTuple):
@@ -91,28 +91,37 @@ def modulated_rms_norm(
     return _seam("modulated_rms_norm", x, None, None, shift, scale, norm="rms", eps=eps, backend=backend).normed
 
 
-def gated_residual(x: Tensor, branch: Tensor, gate: Tensor, *, backend: str = "auto") -> Tensor:
+def gated_residual(
+    x: Tensor, branch: Tensor, gate: Tensor, *, bias: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
     """X + gate·branch, the end of a half-block, in one pass; its backward reads and writes two tensors each.
 
     Args:
         x: (..., D) residual stream.
         branch: (..., D), what attention or MLP returned.
         gate: modulation, as `modulated_layer_norm` takes it.
+        bias: (D,), in float32 or the branch's dtype: what the layer that returned the branch has added to it already.
+            It changes no value: its gradient is that of the branch summed over tokens, which comes with the same pass.
+            Give it detached to that layer, or it counts twice.
         backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).
 
     Returns:
-        Like x, of the dtype that PyTorch's promotion gives. Errors as `modulated_layer_norm`.
+        Like x, of the dtype that PyTorch's promotion gives. Errors as `modulated_layer_norm`, and for a bias that does
+        not fit.
     """
-    return _seam("gated_residual", x, branch, gate, None, None, norm=None, eps=1e-6, backend=backend).residual
+    return _seam(
+        "gated_residual", x, branch, gate, None, None, bias=bias, norm=None, eps=1e-6, backend=backend
+    ).residual
 
 
 def gated_residual_norm(
     x: Tensor,
-    branch: Tensor,
-    gate: Tensor,
+    branch: Tensor | None,
+    gate: Tensor | None,
     shift: Tensor | None,
     scale: Tensor | None,
     *,
+    bias: Tensor | None = None,
     eps: float = 1e-6,
     norm: str = "layer",
     backend: str = "auto",
@@ -124,10 +133,12 @@ def gated_residual_norm(
 
     Args:
         x: (..., D) residual stream.
-        branch: (..., D), what attention or MLP returned.
-        gate: modulation, as `modulated_layer_norm` takes it.
+        branch: (..., D), what attention or MLP returned. None, with the gate, where a stream begins: the residual is x,
+            and backward adds the gradients of both results in one pass.
+        gate: modulation, as `modulated_layer_norm` takes it; None for ones.
         shift: modulation, or None for zeros.
         scale: modulation, or None for zeros.
+        bias: as `gated_residual` takes it.
         eps: added to the variance or the mean square.
         norm: "layer" (LayerNorm without weights) or "rms".
         backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).
@@ -136,7 +147,10 @@ def gated_residual_norm(
         (residual, normed). The residual has the dtype of PyTorch's promotion of x, branch and gate; for `normed` see
         `modulated_layer_norm`. Errors as there.
     """
-    seam = _seam("gated_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend)
+    seam = _seam(
+        "gated_residual_norm", x, branch, gate, shift, scale, bias=bias, norm=norm, eps=eps, backend=backend,
+        carry=branch is None,
+    )  # fmt: skip
     return seam.residual, seam.normed
 
 
@@ -147,6 +161,7 @@ def aligned_residual_norm(
     shift: Tensor | None,
     scale: Tensor | None,
     *,
+    bias: Tensor | None = None,
     student: Tap | None = None,
     tap: bool = False,
     eps: float = 1e-6,
@@ -166,6 +181,7 @@ def aligned_residual_norm(
         gate: modulation, as `modulated_layer_norm` takes it.
         shift: modulation, or None for zeros.
         scale: modulation, or None for zeros.
+        bias: as `gated_residual` takes it.
         student: the tap of a shallower block, from the same backend. A tap serves one call; a second one makes the
             student's gradient NaN.
         tap: whether this residual is a student.
@@ -182,7 +198,7 @@ def aligned_residual_norm(
         TypeError: tensors that are not dense or not floating point; a student that is no `Tap`.
     """
     return _seam(
-        "aligned_residual_norm", x, branch, gate, shift, scale, norm=norm, eps=eps, backend=backend,
+        "aligned_residual_norm", x, branch, gate, shift, scale, bias=bias, norm=norm, eps=eps, backend=backend,
         student=student, tap=tap, align_eps=align_eps,
     )  # fmt: skip
 
@@ -198,18 +214,24 @@ def _seam(
     norm: str | None,
     eps: float,
     backend: str,
+    bias: Tensor | None = None,
+    carry: bool = False,
     student: Tap | None = None,
     tap: bool = False,
     align_eps: float = 1e-6,
 ) -> Seam:
     modulations = {name: m for name, m in (("gate", gate), ("shift", shift), ("scale", scale)) if m is not None}
     _check_seam(op, x, branch, modulations, student, norm=norm, eps=eps, align_eps=align_eps)
+    if branch is None and (gate is not None or bias is not None):
+        raise ValueError(f"{op}: a {'bias' if gate is None else 'gate'} without a branch; give it, or neither")
+    if branch is not None and bias is not None:
+        check_vector(op, "bias", bias, "branch", branch, x.shape[-1:], "the bias of the layer that made the branch")
     dtypes = seam_dtypes(x, branch, modulations, norm=norm)
     widest = torch.promote_types(dtypes.stream, dtypes.normed)
     name = dispatch.resolve(op, backend, x.device.type, widest, tokens=x)
     if name in dispatch.PLAIN or x.numel() == 0:
         return _plain_seam(
-            op, x, branch, modulations, student, tap, norm=norm, eps=eps, align_eps=align_eps, dtypes=dtypes,
+            op, x, branch, modulations, student, tap, bias, norm=norm, eps=eps, align_eps=align_eps, dtypes=dtypes,
             backend=name,
         )  # fmt: skip
     if student is not None and student.slot.numel() == 0:
@@ -218,8 +240,8 @@ def _seam(
     residual, normed, cosine, link = _gated_residual_norm(
         x.to(dtypes.wide), None if branch is None else branch.to(dtypes.half), groups.get("gate"), groups.get("shift"),
         groups.get("scale"), None if student is None else student._replace(hidden=student.hidden.to(dtypes.wide)),
-        tap=tap, norm=norm is not None, rms=norm == "rms", eps=eps, align_eps=align_eps, dtype=dtypes.half,
-        backend=name,
+        bias, carry=carry, tap=tap, norm=norm is not None, rms=norm == "rms", eps=eps, align_eps=align_eps,
+        dtype=dtypes.half, backend=name,
     )  # fmt: skip
     residual, normed = residual.to(dtypes.stream), normed.to(dtypes.normed)
     return Seam(residual, normed, None if student is None else cosine, Tap(residual.detach(), *link) if tap else None)
@@ -328,6 +350,7 @@ def _plain_seam(
     modulations: dict[str, Tensor],
     student: Tap | None,
     tap: bool,
+    bias: Tensor | None,
     *,
     norm: str | None,
     eps: float,
@@ -342,7 +365,7 @@ def _plain_seam(
     residual, normed, cosine = reference(
         x.to(dtypes.stream), branch, modulations.get("gate"), modulations.get("shift"), modulations.get("scale"),
         None if student is None else student.hidden, norm=norm is not None, rms=norm == "rms", eps=eps,
-        align_eps=align_eps, dtype=dtypes.normed,
+        align_eps=align_eps, dtype=dtypes.normed, bias=bias,
     )  # fmt: skip
     empty = x.new_empty((0,))
     return Seam(residual, empty if normed is None else normed, cosine, Tap(residual, empty, empty) if tap else None)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..functional import self_attention
 from ..ops.attention import masked_attention
+from .linear import linear
 from .norm import HeadNorm
 
 
@@ -32,24 +33,33 @@ class Attention(nn.Module):
         self.q_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
         self.k_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, *, lengths: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        rope: tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | None = None,
+        lend_bias: bool = False,
+    ) -> Tensor:
         """Tokens (B, N, D) → (B, N, D).
 
         Args:
             x: tokens.
             rope: cosines and sines (N, D / heads) of rotary positions, as `rotary_positions` makes them.
             lengths: int64 (B,), tokens of each sample that are there, see `self_attention`; None: all.
+            lend_bias: of proj, see `linear.lent_bias`.
         """
         qkv = self.qkv(x)
         if self.q_norm is None and rope is None:
-            return self.proj(self_attention(qkv, self.num_heads, lengths=lengths))
+            return linear(self.proj, self_attention(qkv, self.num_heads, lengths=lengths), lend=lend_bias)
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         if self.q_norm is not None and self.k_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
             q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        return self.proj(masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2))
+        out = masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2)
+        return linear(self.proj, out, lend=lend_bias)
 
 
 class CrossAttention(nn.Module):

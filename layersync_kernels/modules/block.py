@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..compiler.recompute import check_mode, recomputed
 from ..functional.seam import Tap, gated_residual
 from .attention import Attention, CrossAttention
+from .linear import lent_bias
 from .mlp import GeluMlp, SwiGluMlp
 from .norm import ModulatedNorm, Stream
 
@@ -83,6 +84,7 @@ class AdaLNZeroBlock(nn.Module):
         *,
         student: Tap | None = None,
         tap: bool = False,
+        lend_bias: bool = False,
         lengths: Tensor | None = None,
         text: Tensor | None = None,
         text_lengths: Tensor | None = None,
@@ -95,6 +97,9 @@ class AdaLNZeroBlock(nn.Module):
             rope: cosines and sines of rotary positions, see `Attention`.
             student: tap of a shallower hidden state, to be aligned with this block's entrance (streams only).
             tap: whether this block's entrance is a student itself (streams only).
+            lend_bias: whether the stream that is returned lends the bias of its last layer (streams only): the pass
+                that adds the update then sums its gradient too. A block or `Stream.finished` must take the stream; who
+                adds the update by hand leaves that bias without a gradient.
             lengths: int64 (B,), tokens of each sample that are there: attention is among those. None: all.
             text: (B, L, D), words for a block with `cross`.
             text_lengths: int64 (B,), words that are there; None: all.
@@ -103,7 +108,7 @@ class AdaLNZeroBlock(nn.Module):
             tokens for tokens, a `BlockOutput` for a stream.
         """
         words = None if text is None else (text, text_lengths)
-        return recomputed(self.recompute, self._forward, x, c, rope, student, tap, lengths, words)
+        return recomputed(self.recompute, self._forward, x, c, rope, student, tap, lend_bias, lengths, words)
 
     def _forward(
         self,
@@ -112,22 +117,24 @@ class AdaLNZeroBlock(nn.Module):
         rope: tuple[Tensor, Tensor] | None,
         student: Tap | None,
         tap: bool,
+        lend_bias: bool,
         lengths: Tensor | None,
         words: tuple[Tensor, Tensor | None] | None,
     ) -> Tensor | BlockOutput:
         stream = x if isinstance(x, Stream) else Stream(x)
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c).chunk(6, dim=1)
         hidden, normed, cosine, own_tap = self.norm1.enter(stream, shift1, scale1, student, tap)
-        branch = self.attn(normed, rope, lengths=lengths)
+        bias = lent_bias(self.attn.proj)
+        branch = self.attn(normed, rope, lengths=lengths, lend_bias=bias is not None)
         if self.cross_attn is not None:
             assert words is not None, "a block with cross=True needs text"
-            attended = gated_residual(hidden, branch, gate1)
+            attended = gated_residual(hidden, branch, gate1, bias=bias)
             branch = self.cross_attn(attended, words[0], lengths=lengths, text_lengths=words[1])
             after_attention = Stream(attended, branch, torch.ones_like(gate1))
         else:
-            after_attention = Stream(hidden, branch, gate1)
+            after_attention = Stream(hidden, branch, gate1, bias)
         residual, normed, _, _ = self.norm2.enter(after_attention, shift2, scale2, None, False)
-        branch = self.mlp(normed)
-        if not isinstance(x, Stream):
-            return gated_residual(residual, branch, gate2)
-        return BlockOutput(Stream(residual, branch, gate2), hidden, cosine, own_tap)
+        is_stream = isinstance(x, Stream)
+        bias = lent_bias(self.mlp.last) if lend_bias or not is_stream else None
+        after_mlp = Stream(residual, self.mlp(normed, lend_bias=bias is not None), gate2, bias)
+        return BlockOutput(after_mlp, hidden, cosine, own_tap) if is_stream else after_mlp.finished()

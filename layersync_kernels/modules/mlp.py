@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.gelu import gelu_mlp
+from .linear import is_plain, linear
 
 
 class GeluMlp(nn.Module):
@@ -27,12 +28,17 @@ class GeluMlp(nn.Module):
         self.fc1 = nn.Linear(hidden_size, inner_size)
         self.fc2 = nn.Linear(inner_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) → (B, N, D)."""
-        if type(self.fc1) is not nn.Linear or type(self.fc2) is not nn.Linear:
-            # LoRA, quantised or sharded layers in their place: there is more to them than a weight and a bias.
-            return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
-        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias, keep=self.keep)
+    @property
+    def last(self) -> nn.Module:
+        """The layer whose result is that of the module."""
+        return self.fc2
+
+    def forward(self, x: Tensor, *, lend_bias: bool = False) -> Tensor:
+        """Tokens (B, N, D) → (B, N, D); lend_bias: of the last layer, see `linear.lent_bias`."""
+        if not is_plain(self.fc1) or not is_plain(self.fc2):
+            return linear(self.fc2, F.gelu(self.fc1(x), approximate="tanh"), lend=lend_bias)
+        bias = self.fc2.bias.detach() if lend_bias else self.fc2.bias
+        return gelu_mlp(x, self.fc1.weight, self.fc1.bias, self.fc2.weight, bias, keep=self.keep)
 
 
 class SwiGluMlp(nn.Module):
@@ -43,7 +49,12 @@ class SwiGluMlp(nn.Module):
         self.w12 = nn.Linear(hidden_size, 2 * inner_size)
         self.w3 = nn.Linear(inner_size, hidden_size)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Tokens (B, N, D) → (B, N, D)."""
+    @property
+    def last(self) -> nn.Module:
+        """The layer whose result is that of the module."""
+        return self.w3
+
+    def forward(self, x: Tensor, *, lend_bias: bool = False) -> Tensor:
+        """Tokens (B, N, D) → (B, N, D); lend_bias: of the last layer, see `linear.lent_bias`."""
         a, b = self.w12(x).chunk(2, dim=-1)
-        return self.w3(F.silu(a) * b)
+        return linear(self.w3, F.silu(a) * b, lend=lend_bias)

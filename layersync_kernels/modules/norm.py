@@ -7,7 +7,15 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..functional.seam import Seam, Tap, aligned_residual_norm, modulated_layer_norm, modulated_rms_norm
+from ..functional.seam import (
+    Seam,
+    Tap,
+    aligned_residual_norm,
+    gated_residual,
+    gated_residual_norm,
+    modulated_layer_norm,
+    modulated_rms_norm,
+)
 
 
 class Stream(NamedTuple):
@@ -17,11 +25,20 @@ class Stream(NamedTuple):
         residual: (B, N, D).
         branch: (B, N, D), what the last half-block returned, or None.
         gate: (B, D), its gate, or None.
+        bias: (D,), which the branch's last layer has added and lends to the op that adds the update, see
+            `linear.lent_bias`; or None.
     """
 
     residual: Tensor
     branch: Tensor | None = None
     gate: Tensor | None = None
+    bias: Tensor | None = None
+
+    def finished(self) -> Tensor:
+        """The stream with its update added, (B, N, D)."""
+        if self.branch is None or self.gate is None:
+            return self.residual
+        return gated_residual(self.residual, self.branch, self.gate, bias=self.bias)
 
 
 class ModulatedNorm(nn.Module):
@@ -55,7 +72,10 @@ class ModulatedNorm(nn.Module):
     def enter(self, stream: Stream, shift: Tensor, scale: Tensor, student: Tap | None, tap: bool) -> Seam:
         """Add the stream's pending update and norm the sum: the residual, its norm, cosine and tap."""
         if stream.branch is None:
-            return Seam(stream.residual, self(stream.residual, shift, scale), None, None)
+            entrance = gated_residual_norm(
+                stream.residual, None, None, shift, self.fold(scale), eps=self.eps, norm=self.norm
+            )
+            return Seam(*entrance, None, None)
         assert stream.gate is not None
         return aligned_residual_norm(
             stream.residual,
@@ -63,6 +83,7 @@ class ModulatedNorm(nn.Module):
             stream.gate,
             shift,
             self.fold(scale),
+            bias=stream.bias,
             student=student,
             tap=tap,
             eps=self.eps,

@@ -125,10 +125,11 @@ def runs_of(rows: int, programs: int, resident: int) -> Runs:
 
 @triton.jit(do_not_specialize=["groups", "parts"])
 def sum_kernel(
-    partials,  # (1 to 3, groups, parts, WIDTH)
+    partials,  # (1 to 4, groups, parts, WIDTH)
     first,  # (groups, WIDTH)
     second,
     third,
+    fourth,
     groups,
     parts,
     WIDTH: tl.constexpr,
@@ -142,6 +143,8 @@ def sum_kernel(
         sums = second
     if which == 2:
         sums = third
+    if which == 3:
+        sums = fourth
     first_column = tl.program_id(0) * BLOCK
     first_row = partials + (which * groups + group) * parts * WIDTH
     total = tl.zeros((ROWS, BLOCK), tl.float32)
@@ -154,10 +157,10 @@ def sum_kernel(
 
 
 def add_partials(partials: Tensor, sums: Sequence[Tensor]) -> None:
-    """Add `partials` (len(sums), G, parts, D) over the parts, in order, into `sums`, at most three of (G, D)."""
+    """Add `partials` (len(sums), G, parts, D) over the parts, in order, into `sums`, at most four of (G, D)."""
     _, groups, parts, width = partials.shape
     block = min(triton.next_power_of_2(width), 64)
-    outputs = (list(sums) * 3)[:3]
+    outputs = (list(sums) * 4)[:4]
     grid = (triton.cdiv(width, block), groups, len(sums))
     sum_kernel[grid](partials, *outputs, groups, parts, WIDTH=width, ROWS=32, BLOCK=block, num_warps=4)
 

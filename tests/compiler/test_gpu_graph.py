@@ -53,8 +53,8 @@ def two_fused_blocks():
         with torch.autocast("cpu", torch.bfloat16):
             stream = Stream(x)
             for block in blocks:
-                stream = block(stream, c).stream
-            return functional.gated_residual(*stream)
+                stream = block(stream, c, lend_bias=True).stream
+            return stream.finished()
 
     return forward
 
@@ -90,15 +90,14 @@ def test_modulated_layer_norm_costs_7_md_in_inductors_kernels_and_5_in_ours():
     }
 
 
-# What Inductor writes around our ops in two blocks: gradients of qkv packed, and summed for its bias; sums for the
-# biases of the layers behind attention and in the MLP; the first block's sum of two gradients.
-OTHERS_OF_TWO_BLOCKS = Counter({3.0: 2 + 1, 1.5: 2, 0.5: 4})
+# What Inductor writes around our ops in two blocks: gradients of qkv packed, and summed for its bias.
+OTHERS_OF_TWO_BLOCKS = Counter({3.0: 2, 1.5: 2})
 OURS_OF_TWO_BLOCKS = Counter(
     {
         ("layersync_cuda::gelu_backward", 8.0): 2,
         ("layersync_cuda::gelu_forward", 4.0): 2,
         ("layersync_cuda::gated_residual_norm_forward", 1.5): 1,  # the first norm
-        ("layersync_cuda::gated_residual_norm_backward", 2.5): 1,
+        ("layersync_cuda::gated_residual_norm_backward", 3.5): 1,  # with the sum of both gradients of the tokens
         ("layersync_cuda::gated_residual_norm_forward", 3.0): 3,  # the seams
         ("layersync_cuda::gated_residual_norm_backward", 4.5): 3,
         ("layersync_cuda::gated_residual_norm_forward", 2.5): 1,  # the last update
@@ -120,9 +119,9 @@ def test_fused_blocks_compiled_around_move_no_more_than_they_did(two_blocks):
             new.append((name, size))
     assert not new, f"kernels of Inductor's that were not there, in MD: {new}"
     listing = "\n".join(map(str, large(two_blocks)))
-    assert ours + other < 36.1 * 1.005, f"a block moves {ours + other:.2f} MD outside of products, not 36.1:\n{listing}"
-    assert ours == pytest.approx(28.1, abs=0.1)
-    assert other == pytest.approx(8.0, abs=0.1)
+    assert ours + other < 34.1 * 1.005, f"a block moves {ours + other:.2f} MD outside of products, not 34.1:\n{listing}"
+    assert ours == pytest.approx(28.6, abs=0.1)
+    assert other == pytest.approx(5.5, abs=0.1)
 
 
 def mlp_of_a_block(backend, keep="preactivation", bias=True):

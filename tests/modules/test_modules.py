@@ -101,8 +101,8 @@ def chain(modules, x, c, rope=None):
     """Blocks in a row, each finishing the update of the one before, and the last update."""
     stream = Stream(x)
     for module in modules:
-        stream, *_ = module(stream, c, rope)
-    return stream.residual + stream.gate.unsqueeze(1) * stream.branch
+        stream, *_ = module(stream, c, rope, lend_bias=True)
+    return stream.finished()
 
 
 def one_by_one(modules, x, c, rope=None):
@@ -246,6 +246,38 @@ def pair_loss(modules, x, c, rope=None):
     return stream, student, teacher, cosine
 
 
+def test_the_sums_for_biases_ride_in_the_seams():
+    """Of a bias that its layer lends nobody sums the gradient in a pass of its own."""
+    (block,), _ = blocks("sit")
+    inputs, _ = batch()
+    sums = []
+
+    class Sums(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **kwargs or {})
+            if func is torch.ops.aten.sum.dim_IntList and result.numel() == WIDTH:
+                sums.append(args[0].numel())
+            return result
+
+    output = one_by_one([block], *inputs)
+    with Sums():
+        output.sum().backward()
+    assert sums == ([2 * WIDTH] * 2 if native.cpp() else [2 * GRID**2 * WIDTH] * 2)  # over the samples' sums, or all
+
+
+def test_a_layer_with_hooks_is_called():
+    (block,), _ = blocks("sit")
+    inputs, grad = batch()
+    expected = run(one_by_one, [block], inputs, grad)
+    calls = []
+    for layer in (block.attn.proj, block.mlp.fc1, block.mlp.fc2):
+        layer.register_forward_hook(lambda layer, *_: calls.append(layer))
+    results = run(one_by_one, [block], inputs, grad)
+    assert calls == [block.attn.proj, block.mlp.fc1, block.mlp.fc2]
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
 def test_alignment_rides_along(recompute):
     fused, plain = blocks("sit", 3, recompute=recompute)
@@ -304,7 +336,7 @@ def test_a_block_returns_what_it_was_given():
     assert isinstance(block(x, c), torch.Tensor)
     output = block(Stream(x), c)
     assert isinstance(output, BlockOutput)
-    assert output.hidden is x
+    assert torch.equal(output.hidden, x)
     assert output.cosine is None
     assert output.tap is None
 

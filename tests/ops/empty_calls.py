@@ -105,7 +105,9 @@ RAW_CALLS = {
     "gated_residual_norm_forward": lambda op: op(
         x(), x(), None, None, None, x(), True, False, 1e-6, 1e-6, torch.float32
     ),
-    "gated_residual_norm_backward": lambda op: op(x(), x(), x(), x(), None, None, floats(2, 0), None, None, False, 0),
+    "gated_residual_norm_backward": lambda op: op(
+        x(), x(), x(), x(), None, None, floats(2, 0), None, None, False, 0, False
+    ),
     "gelu_forward": lambda op: op(no_samples(D).detach()),
     "gelu_backward": lambda op: op(no_samples(D).detach(), no_samples(D).detach(), True, True),
     "qk_norm_rope_forward": lambda op: op(

@@ -34,6 +34,11 @@ OPS = {  # name: function, inputs, outputs
     "residual": (functional.gated_residual, ("x", "branch", "gate"), ("residual",)),
     "residual_layer_norm": (gated_residual_norm, SEAM, ("residual", "normed")),
     "residual_rms_norm": (functools.partial(gated_residual_norm, norm="rms"), SEAM, ("residual", "normed")),
+    "carried_layer_norm": (
+        functools.partial(gated_residual_norm, branch=None, gate=None),
+        ("x", "shift", "scale"),
+        ("residual", "normed"),
+    ),
 }
 DTYPES = {  # name: x, branch, modulation, autocast
     "fp32": (FP32, FP32, FP32, None),
@@ -72,10 +77,11 @@ def tensors(shape, dtypes="fp32", modulation="per sample"):
 def run(name, inputs, backend, grads=None, autocast=None):
     """Outputs and gradients of one call by name, on fresh leaves that keep the strides."""
     function, names, outputs = OPS[name]
+    names = (*names, *(("bias",) if "bias" in inputs else ()))
     device = device_of(backend)
     leaves = {n: None if inputs[n] is None else moved(inputs[n].detach(), device).requires_grad_() for n in names}
     with torch.autocast(device, dtype=autocast, enabled=autocast is not None):
-        results = function(*leaves.values(), backend=backend)
+        results = function(**leaves, backend=backend)
     results = dict(zip(outputs, results if isinstance(results, tuple) else (results,), strict=True))
     grads = {n: torch.ones_like(r) if grads is None else grads[n].to(r) for n, r in results.items()}
     wanted = {n: leaf for n, leaf in leaves.items() if leaf is not None}
@@ -99,7 +105,8 @@ def terms(name, inputs, grads):
         bounds |= {"normed": rstd * largest["r"] * (1 + largest["scale"]), "d_scale": d_normed * rstd * largest["r"]}
         d_residual += rstd * d_normed * (1 + largest["scale"])
     return bounds | {
-        "d_x": d_residual, "d_branch": largest["gate"] * d_residual, "d_gate": largest["branch"] * d_residual
+        "d_x": d_residual, "d_branch": largest["gate"] * d_residual, "d_gate": largest["branch"] * d_residual,
+        "d_bias": largest["gate"] * d_residual,
     }  # fmt: skip
 
 
@@ -138,6 +145,26 @@ def test_modulation_of_any_shape_and_stride(backend, modulation, dtypes, poisone
         pytest.skip("slow in Triton's interpreter")
     shape = (2, 3, 8) if backend == "triton" else (3, 4, 40)
     check("residual_layer_norm", tensors(shape, dtypes, modulation), backend, autocast=DTYPES[dtypes][3])
+
+
+@pytest.mark.parametrize(
+    ("backend", "modulation"), each_backend(["per sample", "one for all", "per token", None], ["per sample", None])
+)
+@pytest.mark.parametrize("dtypes", ["fp32", "bf16", "fp32 stream, bf16 autocast"])
+@pytest.mark.parametrize("name", ["residual", "residual_rms_norm"])
+def test_a_bias_gets_the_gradient_of_the_branch_summed(backend, modulation, dtypes, name, poisoned_memory):
+    """In the pass where the sums are few, behind it where each token has a modulation of its own."""
+    if backend == "triton" and not HAS_GPU and dtypes == "bf16":
+        pytest.skip("slow in Triton's interpreter")
+    shape = (2, 19, 8) if backend == "triton" else (3, 300, 40)
+    inputs = tensors(shape, dtypes, modulation or "per sample")
+    if modulation is None:
+        inputs["shift"] = inputs["scale"] = None
+        inputs["gate"] = torch.ones(shape[-1], dtype=inputs["gate"].dtype)
+    inputs["bias"] = torch.randn(shape[-1]).to(FP32 if name == "residual" else DTYPES[dtypes][1])
+    values = check(name, inputs, backend, autocast=DTYPES[dtypes][3])
+    del inputs["bias"]
+    assert torch.equal(values["residual"], run(name, inputs, backend, autocast=DTYPES[dtypes][3])["residual"])
 
 
 @pytest.mark.parametrize("backend", FUSED)
@@ -305,14 +332,16 @@ def test_rows_beyond_the_range_of_their_variance_vanish(backend):
 
 @pytest.mark.parametrize("backend", FUSED)
 @pytest.mark.parametrize("used", ["residual", "normed"])
-def test_an_output_that_nobody_uses_has_no_gradient(backend, used):
+@pytest.mark.parametrize("name", ["residual_layer_norm", "carried_layer_norm"])
+def test_an_output_that_nobody_uses_has_no_gradient(backend, used, name):
     device = device_of(backend)
+    function, names, _ = OPS[name]
     inputs, grad = tensors((2, 3, 8)), torch.randn(2, 3, 8)
 
     def gradients(backend, dtype):
-        leaves = [inputs[n].to(device, dtype).requires_grad_() for n in SEAM]
-        output = gated_residual_norm(*leaves, backend=backend)[used == "normed"]
-        return torch.autograd.grad(output, leaves, grad.to(output), allow_unused=True)
+        leaves = {n: inputs[n].to(device, dtype).requires_grad_() for n in names}
+        output = function(**leaves, backend=backend)[used == "normed"]
+        return torch.autograd.grad(output, list(leaves.values()), grad.to(output), allow_unused=True)
 
     truth = gradients("reference", torch.float64)
     for actual, baseline, expected in zip(gradients(backend, FP32), gradients("reference", FP32), truth, strict=True):
@@ -444,7 +473,7 @@ FORWARD_PARTS = {  # branch, gate, shift, scale, student, norm
     "gated residual": (1, 1, 0, 0, 0, 0),
     "no modulation": (1, 0, 0, 0, 1, 1),
 }
-BACKWARD_PARTS = {  # d_residual, d_normed, branch, gate, scale, other, groups
+BACKWARD_PARTS = {  # d_residual, d_normed, branch, gate, scale, other, groups and bias
     "everything": (1, 1, 1, 1, 1, 1, 1),
     "only normed": (0, 1, 1, 1, 1, 0, 1),
     "only residual": (1, 0, 1, 1, 1, 0, 1),
@@ -495,7 +524,7 @@ def raw_samples(backend):
             "gated_residual_norm_backward",
             (
                 d_residual, d_normed, x, *given, None if d_normed is None else stats, other,
-                None if other is None else factors, False, 2 * parts[-1],
+                None if other is None else factors, False, 2 * parts[-1], bool(parts[-1] and parts[2]),
             ),
         )  # fmt: skip
 
@@ -520,15 +549,19 @@ def test_raw_ops_refuse_inputs_that_the_edge_would_have_caught(backend):
         with pytest.raises(RuntimeError, match=match):
             op.FORWARD[backend](x, branch, gate, None, scale, student, norm, False, 1e-6, 1e-6, dtype)
     with pytest.raises(RuntimeError, match="without any gradient"):
-        op.BACKWARD[backend](None, None, x, x, None, None, None, None, None, False, 1)
+        op.BACKWARD[backend](None, None, x, x, None, None, None, None, None, False, 1, False)
     with pytest.raises(RuntimeError, match="needs the forward's stats"):
-        op.BACKWARD[backend](None, x, x, x, None, None, None, None, None, False, 1)
+        op.BACKWARD[backend](None, x, x, x, None, None, None, None, None, False, 1, False)
     with pytest.raises(RuntimeError, match="belong together"):
-        op.BACKWARD[backend](x, None, x, x, None, None, None, x, None, False, 1)
+        op.BACKWARD[backend](x, None, x, x, None, None, None, x, None, False, 1, False)
+    for branch, groups in ((None, 1), (x, 0)):
+        with pytest.raises(RuntimeError, match="a bias without a branch or groups"):
+            op.BACKWARD[backend](x, None, x, branch, None, None, None, None, None, False, groups, True)
 
 
 @pytest.mark.parametrize(
-    ("backend", "name"), each_backend(["residual_layer_norm", "layer_norm", "residual"], ["residual_layer_norm"])
+    ("backend", "name"),
+    each_backend(["residual_layer_norm", "layer_norm", "residual", "carried_layer_norm"], ["residual_layer_norm"]),
 )
 @pytest.mark.parametrize("modulation", ["per sample", "one for all"])
 def test_fullgraph_compile_equals_eager_and_does_not_recompile(backend, name, modulation):
@@ -536,7 +569,7 @@ def test_fullgraph_compile_equals_eager_and_does_not_recompile(backend, name, mo
     function, names, _ = OPS[name]
 
     def step(x, *rest):
-        outputs = function(2 * x, *rest, backend=backend)
+        outputs = function(**dict(zip(names, (2 * x, *rest), strict=True)), backend=backend)
         return outputs if isinstance(outputs, tuple) else (outputs,)
 
     compiled = torch.compile(step, fullgraph=True, backend="aot_eager", dynamic=True)
@@ -803,8 +836,12 @@ def test_second_derivatives_through_the_reference(name):
     function, names, _ = OPS[name]
     inputs = tensors((2, 3, 4))
     leaves = [inputs[n].double().requires_grad_() for n in names]
-    assert torch.autograd.gradcheck(function, leaves)
-    assert torch.autograd.gradgradcheck(function, leaves)
+
+    def by_name(*tensors):
+        return function(**dict(zip(names, tensors, strict=True)))
+
+    assert torch.autograd.gradcheck(by_name, leaves)
+    assert torch.autograd.gradgradcheck(by_name, leaves)
 
 
 def test_fp64_runs_through_the_reference():
@@ -864,6 +901,11 @@ OTHER = torch.ones(2, 3, 8, device="meta")
         ({"scale": torch.ones(1, 2, 3, 8)}, ValueError, "scale of shape"),
         ({"scale": torch.ones(2, 8, dtype=torch.int32)}, TypeError, "scale must be .*int32"),
         ({"scale": torch.ones(2, 8, device="meta")}, ValueError, "scale is on meta and x on cpu"),
+        ({"branch": None}, ValueError, "a gate without a branch; give it, or neither"),
+        ({"branch": None, "gate": None, "bias": torch.ones(8)}, ValueError, "a bias without a branch"),
+        ({"bias": torch.ones(2, 8)}, ValueError, r"bias \(2, 8\) must have the shape \(8,\), the bias of the layer"),
+        ({"bias": torch.ones(8).half()}, TypeError, "bias is torch.float16; expected float32 or the dtype of branch"),
+        ({"bias": torch.ones(8, device="meta")}, ValueError, "bias is on meta and branch on cpu"),
         ({"norm": "batch"}, ValueError, "unknown norm='batch'; expected 'layer' or 'rms'"),
         ({"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),
         ({"eps": float("nan")}, ValueError, "eps must be positive"),

@@ -42,8 +42,8 @@ SCHEMAS = {
     ),
     "gated_residual_norm_backward": (
         "(Tensor? d_residual, Tensor? d_normed, Tensor residual, Tensor? branch, Tensor? gate, Tensor? scale, "
-        "Tensor? stats, Tensor? other, Tensor? factors, bool rms, SymInt groups) -> (Tensor, Tensor, Tensor, Tensor, "
-        "Tensor)"
+        "Tensor? stats, Tensor? other, Tensor? factors, bool rms, SymInt groups, bool bias) -> (Tensor, Tensor, "
+        "Tensor, Tensor, Tensor, Tensor)"
     ),
     "gelu_forward": "(Tensor preactivation) -> Tensor",
     "gelu_backward": (

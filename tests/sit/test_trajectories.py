@@ -66,11 +66,21 @@ def facts():
     library = native.cpp().facts
     return {
         "torch": torch.__version__,
-        "cpu": machine_facts("cpu")["cpu"],
+        "cpu": f"{machine_facts('cpu')['cpu']} {processor()}",
         "vectors": torch.backends.cpu.get_cpu_capability(),
         "kernels": "none" if library is None else library.cpu_isa(),
         "compiler": "none" if library is None else library.compiler,
     }
+
+
+def processor():
+    """Family, model and stepping: virtual machines give processors of several generations the same name."""
+    try:
+        lines = [line.partition(":") for line in Path("/proc/cpuinfo").read_text().splitlines()]
+    except OSError:
+        return ""
+    found = {name.strip(): value.strip() for name, _, value in lines}
+    return "-".join(found.get(name, "") for name in ("cpu family", "model", "stepping"))
 
 
 def compute():

@@ -137,7 +137,9 @@ def run_gated_residual_norm(x_type, dtype, width, groups):
     residual, normed, stats, _ = gated_residual_norm.forward(
         x, branch, gate, shift, scale, None, True, False, 1e-6, 1e-6, dtype
     )
-    gated_residual_norm.backward(residual, normed, residual, branch, gate, scale, stats, None, None, False, groups)
+    gated_residual_norm.backward(
+        residual, normed, residual, branch, gate, scale, stats, None, None, False, groups, True
+    )
 
 
 def run_gated_residual_norm_aligned(x_type, dtype, width, groups):
@@ -148,7 +150,9 @@ def run_gated_residual_norm_aligned(x_type, dtype, width, groups):
         x, branch, gate, shift, scale, x, True, False, 1e-6, 1e-6, dtype
     )
     factors = alignment[1:]
-    gated_residual_norm.backward(residual, normed, residual, branch, gate, scale, stats, x, factors, False, groups)
+    gated_residual_norm.backward(
+        residual, normed, residual, branch, gate, scale, stats, x, factors, False, groups, True
+    )
 
 
 def run_gelu(dtype, width, groups):

@@ -129,7 +129,8 @@ int main(int argc, char** argv) {
                                  tensor(7),
                                  tensor<float>(111),
                                  tensor<float>(112),
-                                 tensor<float>(113)};
+                                 tensor<float>(113),
+                                 tensor<float>(114)};
     const GatedBackwardPlan back = gated_backward_plan(backward, type, type);
     backward.tiles = back.tiles;
     print_runs(back.kernel, groups * backward.runs.per_group * back.tiles, back.threads, backward, 1);

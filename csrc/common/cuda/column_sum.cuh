@@ -31,7 +31,7 @@ inline RowRuns row_runs(int64_t rows_per_group, int64_t rows) {
   return {rows_per_group, (rows_per_group - 1) / per_group + 1, per_group};
 }
 
-constexpr int kMaxColumnSums = 3;
+constexpr int kMaxColumnSums = 4;
 constexpr int kColumnSumSlices = 8;
 constexpr int kColumnSumThreads = kColumnSumSlices * kWarpThreads;
 
@@ -55,8 +55,8 @@ static __global__ void __launch_bounds__(kColumnSumThreads) column_sum_kernel(Co
   const int64_t column = tile * kWarpThreads + lane;
   const bool active = column < p.width;
   // An index into parameters that the compiler cannot resolve would copy them to local memory.
-  const float* from = sum == 0 ? p.from[0] : sum == 1 ? p.from[1] : p.from[2];
-  float* to = sum == 0 ? p.to[0] : sum == 1 ? p.to[1] : p.to[2];
+  const float* from = sum == 0 ? p.from[0] : sum == 1 ? p.from[1] : sum == 2 ? p.from[2] : p.from[3];
+  float* to = sum == 0 ? p.to[0] : sum == 1 ? p.to[1] : sum == 2 ? p.to[2] : p.to[3];
   float value = 0;
   if (active) {
     from += group * p.runs * p.width + column;

@@ -8,6 +8,8 @@ those of x and branch (6 MD), with the sums over rows for gate, shift and scale 
     dr += (a − mean(a) − x̂·mean(a·x̂))/σ       dx = dr, dbranch = gate·dr
     dgate = Σ branch·dr, dshift = Σ dy, dscale = Σ x̂·dy      over the rows of a group
 
+The layer that made the branch has a bias, whose gradient is Σ gate·dr: gate·Σ dr over a group, and the sum of those.
+
 Any part can be left out: without branch it is a modulated norm (2 and 3 MD), without norm the end of a block.
 
 An alignment rides along. Its gradient for a student row s with teacher t is a combination of both rows,
@@ -48,6 +50,10 @@ register(
         uncompiled=None,
     )
 )
+
+
+_ROWS_OF_A_SUM = 8
+"""Rows of a group from which on the sums for a bias, 4 bytes a channel and group, ride along for next to nothing."""
 
 
 def as_groups(modulation: Tensor, leading: Sequence[int]) -> Tensor:
@@ -109,7 +115,8 @@ def _fake_backward(
     factors: Tensor | None,
     rms: bool,
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     sums = (groups, residual.shape[-1])
 
     def empty(wanted: bool) -> Tensor:
@@ -125,6 +132,7 @@ def _fake_backward(
         empty(groups > 0 and gate is not None),
         empty(affine),
         empty(affine),
+        empty(bias),
     )
 
 
@@ -139,10 +147,12 @@ FORWARD = raw_op.declare("gated_residual_norm_forward", _fake_forward, kind="row
 # Gradients of the two outputs as far as there are any, at any stride: d_residual has residual's dtype; d_normed that of
 # branch where there is one. residual: the forward's, or x without branch. other (..., D) of residual's dtype and
 # factors (2, M) float32: factors[0]·other + factors[1]·residual is added to the gradient of the residual. groups: G, or
-# 0 where no gradient of gate, shift or scale is wanted. Returns, contiguous:
+# 0 where no gradient of gate, shift or scale is wanted. bias: whether the sums of d_branch are wanted, for which groups
+# must be above 0. Returns, contiguous:
 #   d_x: like residual; or (0,) where it equals d_residual, which is without d_normed and other.
 #   d_branch: like branch, or (0,) without branch.
 #   d_gate, d_shift, d_scale: (G, D) float32, or (0,): d_gate without gate, the other two without d_normed.
+#   d_bias: (G, D) float32, the sum over the rows of each group of d_branch as it is before it is rounded, or (0,).
 BACKWARD = raw_op.declare(
     "gated_residual_norm_backward",
     _fake_backward,
@@ -163,6 +173,8 @@ class Inputs(NamedTuple):
     student: Any = None
     student_slot: Any = None
     student_factors: Any = None
+    bias: Any = None
+    carry: Any = None
     tap: Any = None
     norm: Any = None
     rms: Any = None
@@ -197,6 +209,8 @@ class GatedResidualNorm(FusedFunction):
         student: Tensor | None,
         student_slot: Tensor | None,
         student_factors: Tensor | None,
+        bias: Tensor | None,
+        carry: bool,
         tap: bool,
         norm: bool,
         rms: bool,
@@ -209,6 +223,8 @@ class GatedResidualNorm(FusedFunction):
         residual, normed, stats, alignment = FORWARD[backend](
             x, branch, gate, shift, scale, student, norm, rms, eps, align_eps, dtype
         )
+        if carry:
+            residual = x.view_as(x)
         leading = x.shape[:-1]
         cosine = x.new_empty((0,), dtype=torch.float32) if student is None else alignment[0].clone().view(leading)
         slot = x.new_zeros((1,) * x.dim()).expand(x.shape) if tap else x.new_empty((0,))
@@ -231,8 +247,9 @@ class GatedResidualNorm(FusedFunction):
         )
         modulations = [m for m in (given.gate, given.shift, given.scale) if m is not None]
         ctx.groups = modulations[0].shape[0] if modulations else 0
-        ctx.tap, ctx.rms, ctx.backend = given.tap, given.rms, given.backend
+        ctx.carry, ctx.tap, ctx.rms, ctx.backend = given.carry, given.tap, given.rms, given.backend
         ctx.shift_dtype = None if given.shift is None else given.shift.dtype
+        ctx.bias_dtype = None if given.bias is None else given.bias.dtype
 
     @staticmethod
     def backward(
@@ -249,7 +266,7 @@ class GatedResidualNorm(FusedFunction):
         residual, branch, gate, scale, stats, alignment = ctx.saved_tensors
         slot = factors = None
         # Dynamo hands in a gradient for every output, be it one that was not asked for.
-        d_residual = None if branch is None else d_residual
+        d_residual = None if branch is None and not ctx.carry else d_residual
         d_normed = None if stats is None else d_normed
         d_slot, d_factors = (d_slot, d_factors) if ctx.tap else (None, None)
         if d_cosine is not None and alignment is not None:
@@ -261,14 +278,23 @@ class GatedResidualNorm(FusedFunction):
             factors = torch.stack([g * rnorm_teacher, -g * cosine * rnorm_student, torch.ones_like(g)])
         if d_residual is None and d_normed is None and d_slot is None:
             return tuple(Inputs(None, None, None, None, None, student_slot=slot, student_factors=factors))
+        if branch is None and d_normed is None:
+            return tuple(Inputs(d_residual, None, None, None, None))
         if d_slot is not None:
             assert d_factors is not None
             d_factors = torch.where(d_factors[2] == 1, d_factors[:2], torch.nan)
         wanted = Inputs(*ctx.needs_input_grad)
-        groups = ctx.groups if wanted.gate or wanted.shift or wanted.scale else 0
-        dx, d_branch, d_gate, d_shift, d_scale = BACKWARD[ctx.backend](
-            d_residual, d_normed, residual, branch, gate, scale, stats, d_slot, d_factors, ctx.rms, groups
+        groups = ctx.groups if wanted.gate or wanted.shift or wanted.scale or wanted.bias else 0
+        if wanted.bias and groups == 0:
+            groups = 1  # there is no modulation that says how many
+        # Of short groups there are too many sums.
+        rides = wanted.bias and residual.numel() >= _ROWS_OF_A_SUM * groups * residual.shape[-1]
+        dx, d_branch, d_gate, d_shift, d_scale, d_biases = BACKWARD[ctx.backend](
+            d_residual, d_normed, residual, branch, gate, scale, stats, d_slot, d_factors, ctx.rms, groups, rides
         )
+        d_bias = d_biases.sum(dim=0) if rides else None
+        if wanted.bias and not rides:
+            d_bias = d_branch.flatten(0, -2).sum(dim=0, dtype=torch.float32)
         if d_normed is None and d_slot is None:
             dx = d_residual
         inputs = [x for x in (d_residual, d_normed, residual, branch, gate, scale) if x is not None]
@@ -287,6 +313,7 @@ class GatedResidualNorm(FusedFunction):
             give(wanted.scale, d_scale if affine else None, None if scale is None else scale.dtype),
             student_slot=slot,
             student_factors=factors,
+            bias=give(wanted.bias, d_bias, ctx.bias_dtype),
         )
         return tuple(gradients)  # Dynamo loses the gradients of a NamedTuple
 
@@ -298,7 +325,9 @@ def gated_residual_norm(
     shift: Tensor | None,
     scale: Tensor | None,
     student: tuple[Tensor, Tensor, Tensor] | None,
+    bias: Tensor | None,
     *,
+    carry: bool,
     tap: bool,
     norm: bool,
     rms: bool,
@@ -307,15 +336,34 @@ def gated_residual_norm(
     dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Run the fused op on a resolved backend. Arguments as FORWARD's; student: the (hidden, slot, factors) of a tap.
+    """Run the fused op on a resolved backend.
+
+    Arguments as FORWARD's, and the (hidden, slot, factors) of a tap as student; bias (D,) is part of the branch
+    already, and gets its gradient, summed over rows. carry, without a branch: the residual is x, and its gradient is
+    added to that of the norm in the same pass.
 
     Returns:
         (residual, normed, cosine, (slot, factors)); those that were not asked for are empty.
     """
     hidden, slot, factors = student if student is not None else (None, None, None)
-    made = Results(
-        *GatedResidualNorm.run(
-            x, branch, gate, shift, scale, hidden, slot, factors, tap, norm, rms, eps, align_eps, dtype, backend
-        )
+    given = Inputs(
+        x,
+        branch,
+        gate,
+        shift,
+        scale,
+        hidden,
+        slot,
+        factors,
+        bias,
+        carry,
+        tap,
+        norm,
+        rms,
+        eps,
+        align_eps,
+        dtype,
+        backend,
     )
+    made = Results(*GatedResidualNorm.run(*given))
     return made.residual, made.normed, made.cosine, (made.slot, made.factors)

@@ -21,6 +21,7 @@ def gated_residual_norm_reference(
     eps: float,
     align_eps: float,
     dtype: torch.dtype,
+    bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """R = x + gate·branch; y = norm(r)·(1 + scale) + shift; cosine(student, r). Arithmetic in fp32, fp64 for fp64.
 
@@ -36,6 +37,7 @@ def gated_residual_norm_reference(
         eps: added to the variance, or to the mean square.
         align_eps: a token whose norm is below it has cosine 0 and gradient 0.
         dtype: of y.
+        bias: (D,), already part of the branch: gets its gradient, summed over tokens; or None.
 
     Returns:
         (r, y or None, cosine (...) or None).
@@ -43,6 +45,8 @@ def gated_residual_norm_reference(
     wide = torch.promote_types(x.dtype, torch.float32)
     residual = x
     if branch is not None:
+        if bias is not None:
+            branch = branch + (bias - bias.detach()).to(branch.dtype)
         update = branch.to(wide) if gate is None else gate.to(wide) * branch.to(wide)
         residual = (x.to(wide) + update).to(x.dtype)
     normed = cosine = None

@@ -24,21 +24,13 @@ _RESIDENT_WARPS = 8 * MULTIPROCESSORS  # of the backward pass, by its registers
 def run_tile_for(width: int) -> Tile:
     """Choose the launch of the backward pass by the width of the rows alone.
 
-    Three sums and up to four tensors are in registers: at most 24 channels of each per thread, up to 12,288 channels.
+    Four sums and up to four tensors are in registers: at most 24 channels of each per thread, up to 12,288 channels. Of
+    4096 channels 8 warps would take so many registers that a multiprocessor had room for one program, and idled at the
+    barriers of its sums; 16 have as many threads, and one tile.
     """
-    warps = min(triton.next_power_of_2(triton.cdiv(max(width, 1), 768)), 16)
+    warps = min(triton.next_power_of_2(triton.cdiv(max(width, 1), 384 if 3072 < width <= 4096 else 768)), 16)
     block = min(triton.next_power_of_2(max(width, 1)), 256 * warps)
     return Tile(max(256 // block, 1), max(block, triton.next_power_of_2(triton.cdiv(width, 32))), warps)
-
-
-def _registers(width: int, tile: Tile, residual: Tensor, other: Tensor | None) -> int | None:
-    """The most registers of a thread of the backward pass; None leaves them to the compiler.
-
-    It takes 170 for 4096 channels of a half type, where 128 do without spills: a program of 8 warps would have a
-    multiprocessor to itself, which idles at the barriers of its sums.
-    """
-    fits = tile.warps == 8 and width <= 2 * tile.block and residual.element_size() == 2 and other is None
-    return 128 if fits else None
 
 
 def _modulations(*tensors: Tensor | None) -> tuple[list[Tensor | None], list[int], int, int]:
@@ -120,18 +112,19 @@ def backward(
     factors: Tensor | None,
     rms: bool,
     groups: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    bias: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Launch the backward pass; see op.py for arguments and results."""
     width = residual.shape[-1]
     rows = residual.numel() // width
     moved = d_normed is not None or other is not None
-    summed = (groups > 0 and gate is not None, *(groups > 0 and d_normed is not None,) * 2)
+    summed = (groups > 0 and gate is not None, *(groups > 0 and d_normed is not None,) * 2, bias)
     d_x = residual.new_empty(residual.shape if moved else (0,))
     half = next((x for x in (branch, d_normed) if x is not None), residual)
     d_branch = half.new_empty((0,) if branch is None else branch.shape)
     sums = [residual.new_empty((groups, width) if wanted else (0,), dtype=torch.float32) for wanted in summed]
     if rows == 0:
-        return d_x, d_branch, sums[0].zero_(), sums[1].zero_(), sums[2].zero_()
+        return d_x, d_branch, sums[0].zero_(), sums[1].zero_(), sums[2].zero_(), sums[3].zero_()
     (gate, scale), strides, vector, modulated_groups = _modulations(gate, scale)
     groups = groups or modulated_groups
     tile = run_tile_for(width)
@@ -166,8 +159,7 @@ def backward(
             ROWS=tile.rows,
             BLOCK=tile.block,
             num_warps=tile.warps,
-            maxnreg=_registers(width, tile, residual, other),
         )
         if several:
             add_partials(partials, wanted_sums)
-    return d_x, d_branch, sums[0], sums[1], sums[2]
+    return d_x, d_branch, sums[0], sums[1], sums[2], sums[3]

@@ -172,9 +172,10 @@ def backward_kernel(
     factors,
     d_x,
     d_branch,
-    d_gate,  # sums over the run of each program, as the two below
+    d_gate,  # sums over the run of each program, as the three below
     d_shift,
     d_scale,
+    d_bias,
     rows,
     rows_per_group,
     run,
@@ -217,7 +218,7 @@ def backward_kernel(
     if scale is not None:
         scale += tl.zeros((1,), tl.int64) + group * M_VECTOR * scale_stride
 
-    gate_sums, shift_sums, scale_sums = (), (), ()
+    gate_sums, shift_sums, scale_sums, update_sums = (), (), (), ()
     for _ in tl.static_range(0, WIDTH, BLOCK):
         nothing = tl.zeros((ROWS, BLOCK), tl.float32)
         if d_gate is not None:
@@ -225,6 +226,8 @@ def backward_kernel(
         if d_scale is not None:
             shift_sums = shift_sums + (nothing,)
             scale_sums = scale_sums + (nothing,)
+        if d_bias is not None:
+            update_sums = update_sums + (nothing,)
 
     step = 0
     while step < run:  # not range(): the interpreter of Triton 3.6 cannot count to a tensor beside numpy 2.4
@@ -280,7 +283,7 @@ def backward_kernel(
             if not RMS:
                 level = tl.sum(slopes, axis=1)[:, None] * (1.0 / WIDTH)
 
-        new_gate_sums = ()
+        new_gate_sums, new_update_sums = (), ()
         for start in tl.static_range(0, WIDTH, BLOCK):
             dr = tl.zeros((ROWS, BLOCK), tl.float32)
             if d_residual is not None:
@@ -305,7 +308,10 @@ def backward_kernel(
                 new_gate_sums = new_gate_sums + (
                     gate_sums[start // BLOCK] + dr * branch_tiles[start // BLOCK].to(tl.float32),
                 )
+            if d_bias is not None:
+                new_update_sums = new_update_sums + (update_sums[start // BLOCK] + dr,)
         gate_sums, shift_sums, scale_sums = new_gate_sums, new_shift_sums, new_scale_sums
+        update_sums = new_update_sums
         step += ROWS
 
     for start in tl.static_range(0, WIDTH, BLOCK):
@@ -314,3 +320,8 @@ def backward_kernel(
         if d_scale is not None:
             store_sums(d_shift + program * WIDTH, shift_sums[start // BLOCK], start, WIDTH, BLOCK)
             store_sums(d_scale + program * WIDTH, scale_sums[start // BLOCK], start, WIDTH, BLOCK)
+        if d_bias is not None:  # the sum of gate·dr
+            update = update_sums[start // BLOCK]
+            if gate is not None:
+                update *= load_tile(gate, everywhere, start, WIDTH, BLOCK).to(tl.float32)
+            store_sums(d_bias + program * WIDTH, update, start, WIDTH, BLOCK)

@@ -318,7 +318,7 @@ class SiT(nn.Module):
             student = student_of.get(number)
             options = {"student": None if student is None else taps[student], "tap": number in students}
             if number < self.depth:
-                stream, hidden, cosine, tap = module(stream, c, **given, **options)
+                stream, hidden, cosine, tap = module(stream, c, lend_bias=True, **given, **options)
             else:
                 tokens, (hidden, _, cosine, tap) = module(stream, c, **options)
             taps[number] = tap

@@ -36,6 +36,7 @@ class Backward(NamedTuple):
     d_gate: Tensor | None
     d_shift: Tensor | None
     d_scale: Tensor | None
+    d_bias: Tensor | None
 
 
 def wanted_alone(results: Iterable[Tensor], wanted: Iterable[bool]) -> list[Tensor | None]:
@@ -130,11 +131,12 @@ class Seam:
     def backward(self, d_residual, d_normed, residual, stats, other, factors, sums) -> Backward:
         """The raw op; None for what is not wanted."""
         norm, moved = d_normed is not None, d_normed is not None or other is not None
+        bias = sums and self.branch is not None
         results = op.BACKWARD["cuda"](
             d_residual, d_normed, residual, self.branch, self.gate, self.scale, stats if norm else None, other, factors,
-            self.rms, self.groups if sums else 0,
+            self.rms, self.groups if sums else 0, bias,
         )  # fmt: skip
-        wanted = moved, self.branch is not None, sums and self.gate is not None, sums and norm, sums and norm
+        wanted = moved, self.branch is not None, sums and self.gate is not None, sums and norm, sums and norm, bias
         return Backward(*wanted_alone(results, wanted))
 
     def check_backward(
@@ -200,6 +202,9 @@ class Seam:
         def grouped(values: Tensor) -> Tensor:
             return values.reshape(self.groups, -1, width).sum(1)
 
+        if self.branch is not None:
+            slack = grouped(factor.abs() * (8 * dr.abs() + terms)).nan_to_num()
+            assert_close(result.d_bias, grouped(factor * dr), slack)
         if self.gate is not None:
             branch = flatten(self.branch)
             slack = grouped((branch.abs() * (8 * dr.abs() + terms)).nan_to_num())
