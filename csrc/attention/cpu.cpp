@@ -5,10 +5,12 @@
 
 #include <cmath>
 #include <optional>
+#include <tuple>
 #include <vector>
 
 #include "../common/cpu/cpu.h"
 #include "../common/cpu/outputs.h"
+#include "../common/cpu/partial_sums.h"
 #include "cpu_kernels.h"
 
 namespace layersync {
@@ -21,13 +23,33 @@ const AttentionKernels& kernels([[maybe_unused]] ScalarType dtype) {
   return LAYERSYNC_FOR_THIS_CPU(attention_kernels);
 }
 
-AttentionArgs arguments(const Rows& qkv, const Tensor& tensor, int64_t heads) {
-  STD_TORCH_CHECK(tensor.dim() == 3 && heads > 0 && qkv.width % (3 * heads) == 0,
-                  "layersync_kernels: qkv must be (B, N, 3 * heads * head_dim)");
-  const int64_t head_dim = qkv.width / (3 * heads);
-  const float scale = float(1 / std::sqrt(double(head_dim)));
-  return {qkv.data, qkv.layout, nullptr, {}, nullptr, nullptr, tensor.size(1), heads, head_dim, scale};
-}
+// Queries, keys and values (B, N, heads * head_dim), collapsed to rows; they own copies of what has other strides.
+struct Parts3 {
+  Rows rows[3];
+
+  Parts3(const Tensor& q, const Tensor& k, const Tensor& v) : rows{as_rows(q), as_rows(k), as_rows(v)} {
+    check_equal_sizes("k", k, "q", q);
+    check_equal_sizes("v", v, "q", q);
+    check_dtype("k", rows[1].dtype, "q", rows[0].dtype);
+    check_dtype("v", rows[2].dtype, "q", rows[0].dtype);
+  }
+
+  AttentionArgs arguments(const Tensor& q, int64_t heads) const {
+    STD_TORCH_CHECK(q.dim() == 3 && heads > 0 && q.size(2) % heads == 0,
+                    "layersync_kernels: queries, keys and values must be (B, N, heads * head_dim)");
+    const int64_t head_dim = q.size(2) / heads;
+    AttentionArgs args{};
+    for (int which = 0; which < 3; ++which) {
+      args.part[which] = rows[which].data;
+      args.part_rows[which] = rows[which].layout;
+    }
+    args.tokens = q.size(1);
+    args.heads = heads;
+    args.head_dim = head_dim;
+    args.scale = float(1 / std::sqrt(double(head_dim)));
+    return args;
+  }
+};
 
 // The tokens that are there of each sample; kernels rely on their range.
 void set_lengths(AttentionArgs& args, const std::optional<Tensor>& lengths, int64_t batch) {
@@ -50,35 +72,43 @@ void run(AttentionKernel kernel, const AttentionArgs& args, int64_t batch) {
   });
 }
 
-Tensor forward(const Tensor& qkv, std::optional<Tensor> lengths, int64_t heads) {
-  const Rows in = as_rows(qkv);
-  AttentionArgs args = arguments(in, qkv, heads);
-  set_lengths(args, lengths, qkv.size(0));
-  const AttentionKernel kernel = kernels(in.dtype).forward[type_index(in.dtype)];
-  Tensor out = new_output(qkv, {qkv.size(0), args.tokens, heads * args.head_dim});
+Tensor forward(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<Tensor> lengths, int64_t heads) {
+  const Parts3 in(q, k, v);
+  AttentionArgs args = in.arguments(q, heads);
+  set_lengths(args, lengths, q.size(0));
+  const ScalarType dtype = in.rows[0].dtype;
+  const AttentionKernel kernel = kernels(dtype).forward[type_index(dtype)];
+  Tensor out = large_output_like(q);
   if (out.numel() == 0) return out;
-  advise_large_pages(out.data_ptr(), out.numel() * int64_t(out.element_size()));
   args.out = out.data_ptr();
-  run(kernel, args, qkv.size(0));
+  run(kernel, args, q.size(0));
   return out;
 }
 
-Tensor backward(const Tensor& d_out, const Tensor& qkv, std::optional<Tensor> lengths, int64_t heads) {
-  const Rows in = as_rows(qkv), gradient = as_rows(d_out);
-  AttentionArgs args = arguments(in, qkv, heads);
-  set_lengths(args, lengths, qkv.size(0));
-  STD_TORCH_CHECK(d_out.dim() == 3 && d_out.size(0) == qkv.size(0) && d_out.size(1) == args.tokens &&
-                      gradient.width == heads * args.head_dim,
-                  "layersync_kernels: d_out must be (B, N, heads * head_dim)");
-  check_dtype("d_out", gradient.dtype, "qkv", in.dtype);
-  const AttentionKernel kernel = kernels(in.dtype).backward[type_index(in.dtype)];
-  Tensor out = large_output_like(qkv);
-  if (out.numel() == 0) return out;
+std::tuple<Tensor, Tensor> backward(const Tensor& d_out, const Tensor& q, const Tensor& k, const Tensor& v,
+                                    std::optional<Tensor> lengths, int64_t heads, bool bias) {
+  const Parts3 in(q, k, v);
+  const Rows gradient = as_rows(d_out);
+  AttentionArgs args = in.arguments(q, heads);
+  const int64_t batch = q.size(0), width = 3 * q.size(2);
+  set_lengths(args, lengths, batch);
+  check_equal_sizes("d_out", d_out, "q", q);
+  const ScalarType dtype = in.rows[0].dtype;
+  check_dtype("d_out", gradient.dtype, "q", dtype);
+  const AttentionKernel kernel = kernels(dtype).backward[type_index(dtype)];
+  Tensor out = large_output(q, {batch, args.tokens, width});
+  Tensor sums = float_output(q, {batch, width}, bias);
+  if (out.numel() == 0) {
+    Tensor nothing = float_output(q, {width}, bias);
+    torch::stable::zero_(nothing);
+    return {out, nothing};
+  }
   args.d_out = gradient.data;
   args.d_out_rows = gradient.layout;
   args.out = out.data_ptr();
-  run(kernel, args, qkv.size(0));
-  return out;
+  args.d_bias = bias ? static_cast<float*>(sums.data_ptr()) : nullptr;
+  run(kernel, args, batch);
+  return {out, bias ? torch::stable::view(sum_of_parts(sums, 1, batch), {width}) : sums};
 }
 
 }  // namespace

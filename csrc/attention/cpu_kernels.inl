@@ -190,9 +190,9 @@ struct HeadRows {
   const T* first;
   int64_t stride, tokens, head_dim;
 
-  HeadRows(const void* data, const RowLayout& layout, const AttentionArgs& args, int64_t head, int64_t part)
+  HeadRows(const void* data, const RowLayout& layout, const AttentionArgs& args, int64_t head)
       : first(static_cast<const T*>(data) + layout.offset(head / args.heads * args.tokens) +
-              (part * args.heads + head % args.heads) * args.head_dim),
+              head % args.heads * args.head_dim),
         stride(layout.inner_stride),
         tokens(args.length(head)),
         head_dim(args.head_dim) {}
@@ -238,6 +238,15 @@ void finish_row(const float* from, int64_t count, float factor, T* to) {
   for (int64_t i = 0; i < count; i += Vec::size) store_part(to + i, mul(load(from + i), broadcast(factor)), count - i);
 }
 
+// Adds rows of whole panels to their sums, in order.
+inline void add_rows(const float* rows, int64_t count, int64_t channels, float* sums) {
+  for (int64_t i = 0; i < channels; i += Vec::size) {
+    Vec total = load(sums + i);
+    for (int64_t r = 0; r < count; ++r) total = add(total, load(rows + r * channels + i));
+    store(sums + i, total);
+  }
+}
+
 template <class T>
 void zero_row(T* to, int64_t count) {
   std::fill_n(to, count, T{});
@@ -258,7 +267,7 @@ void forward(const AttentionArgs& args, int64_t begin, int64_t end, float* memor
     float* const scores = scratch.take<float>(kTileRows * columns);
     Word* const weights = scratch.take<Word>(kTileRows * columns / Words::values);
     float* const sums = scratch.take<float>(kTileRows * channels);
-    const auto part = [&](int64_t which) { return HeadRows<T>(args.qkv, args.qkv_rows, args, i, which); };
+    const auto part = [&](int64_t which) { return HeadRows<T>(args.part[which], args.part_rows[which], args, i); };
     const HeadRows<T> q = part(0);
     T* const out = static_cast<T*>(args.out) + (i / args.heads * args.tokens * args.heads + i % args.heads) * head_dim;
     part(1).put_columns(keys);
@@ -309,12 +318,24 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, float* memo
     Word* const d_rows = kPairs ? scratch.take<Word>(kBlockRows * columns / 2) : reinterpret_cast<Word*>(d_scores);
     Word* const p_steps = kPairs ? scratch.take<Word>(kBlockSteps * columns) : reinterpret_cast<Word*>(scores);
     Word* const d_steps = kPairs ? scratch.take<Word>(kBlockSteps * columns) : reinterpret_cast<Word*>(d_scores);
-    const auto part = [&](int64_t which) { return HeadRows<T>(args.qkv, args.qkv_rows, args, i, which); };
-    const HeadRows<T> q = part(0), d_out(args.d_out, args.d_out_rows, args, i, 0);
+    const auto part = [&](int64_t which) { return HeadRows<T>(args.part[which], args.part_rows[which], args, i); };
+    const HeadRows<T> q = part(0), d_out(args.d_out, args.d_out_rows, args, i);
     const auto out = [&](int64_t token, int64_t which) {
       const int64_t row = (i / args.heads * args.tokens + token) * 3 + which;
       return static_cast<T*>(args.out) + (row * args.heads + i % args.heads) * head_dim;
     };
+    // The sums over tokens of the gradients in `rows`, added to those that there are.
+    float* const sums = scratch.take<float>(channels);
+    const auto sum_up = [&](const float* rows, int64_t count) {
+      if (args.d_bias != nullptr) add_rows(rows, count, channels, sums);
+    };
+    const auto put_sums = [&](int64_t which) {
+      if (args.d_bias == nullptr) return;
+      float* const to = args.d_bias + ((i / args.heads * 3 + which) * args.heads + i % args.heads) * head_dim;
+      finish_row(sums, head_dim, 1, to);
+      zero_row(sums, channels);
+    };
+    zero_row(sums, channels);
     part(1).put_columns(key_columns);
     part(2).put_columns(value_columns);
     part(1).put_steps(key_steps);
@@ -353,10 +374,16 @@ void backward(const AttentionArgs& args, int64_t begin, int64_t end, float* memo
       }
       multiply<false, Words>({d_rows, columns / Words::values, 1}, count, key_steps, head_dim, d_queries);
       for (int64_t r = 0; r < count; ++r) finish_row(d_queries + r * channels, head_dim, 1, out(token + r, 0));
+      sum_up(d_queries, count);
       const auto add = token == 0 ? multiply<false, Words> : multiply<true, Words>;
       add({d_steps, 1, columns}, tokens, right_queries, head_dim, d_keys);
       add({p_steps, 1, columns}, tokens, right_gradients, head_dim, d_values);
     }
+    put_sums(0);
+    sum_up(d_keys, tokens);
+    put_sums(1);
+    sum_up(d_values, tokens);
+    put_sums(2);
     for (int64_t token = 0; token < tokens; ++token) {
       finish_row(d_keys + token * channels, head_dim, 1, out(token, 1));
       finish_row(d_values + token * channels, head_dim, 1, out(token, 2));

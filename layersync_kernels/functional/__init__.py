@@ -1,6 +1,6 @@
 """Every op as users call it: stateless, documented, any leading dimensions."""
 
-from .attention import self_attention
+from .attention import attention, self_attention
 from .cosine import cosine_loss, layersync_loss
 from .dispersive import dispersive_loss
 from .gelu import gelu_mlp, linear_gelu
@@ -23,6 +23,7 @@ __all__ = [
     "Seam",
     "Tap",
     "aligned_residual_norm",
+    "attention",
     "cosine_loss",
     "dispersive_loss",
     "gated_residual",

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..ops import compiled, dispatch
-from ..ops.attention import UnpackHeads
+from ..ops.attention import unpack_heads
 from ..ops.autograd import transform
 from ..ops.qk_norm_rope import MAX_WIDTH, qk_norm_rope_reference
 from ..ops.qk_norm_rope import qk_norm_rope as _qk_norm_rope
@@ -37,7 +37,8 @@ def qk_norm_rope(
 
     Args:
         qkv: (B, N, 3·H·E), laid out [3, H, E] in the last dimension as a joint projection leaves it; any strides;
-            float32, bfloat16 or float16, and float64 through the reference. E is at most 256 in the kernels.
+            float32, bfloat16 or float16, and float64 through the reference. The kernels take E up to 256; above it,
+            "auto" is the reference.
         q_weight: (E,) of the norm of the queries, in float32 or qkv's dtype. None, with k_weight: no norm.
         k_weight: the same of the keys.
         cos: float32 (N, E), as `modules.rotary_positions` makes them for one, two or three dimensions; float64 with
@@ -89,9 +90,10 @@ def qk_norm_rope(
         _check_table(name, table, qkv, width)
     if bias is not None:
         check_vector(_OP, "bias", bias, "qkv", qkv, qkv.shape[-1:], "the bias of the projection that made qkv")
-    if q_weight is None and cos is None and bias is None and transform() is None:
-        views: tuple[Tensor, Tensor, Tensor] = UnpackHeads.run(qkv, num_heads)
-        return views
+    if q_weight is None and cos is None and transform() is None:
+        return unpack_heads(qkv, bias, num_heads)
+    if width > MAX_WIDTH and backend == "auto":
+        backend = "reference"
     name = dispatch.resolve(_OP, backend, qkv.device.type, qkv.dtype, tokens=qkv, parts=3)
     arguments = (qkv, q_weight, k_weight, cos, sin, bias, num_heads, float(eps), norm == "layer", interleaved)
     if name in dispatch.PLAIN or qkv.numel() == 0:

@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..functional import self_attention
+from ..functional import attention, qk_norm_rope, self_attention
 from ..ops.attention import masked_attention
-from .linear import linear
-from .norm import HeadNorm
+from .linear import lent_bias, linear
+
+_EPS = 1e-6
+"""Of the norms of queries and keys."""
 
 
 class Attention(nn.Module):
@@ -30,8 +32,8 @@ class Attention(nn.Module):
         self.num_heads = _checked_heads("Attention", hidden_size, num_heads)
         self.qkv = nn.Linear(hidden_size, 3 * hidden_size)
         self.proj = nn.Linear(hidden_size, hidden_size)
-        self.q_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
-        self.k_norm = HeadNorm(hidden_size // num_heads) if qk_norm else None
+        self.q_norm = nn.RMSNorm(hidden_size // num_heads, eps=_EPS) if qk_norm else None
+        self.k_norm = nn.RMSNorm(hidden_size // num_heads, eps=_EPS) if qk_norm else None
 
     def forward(
         self,
@@ -49,16 +51,17 @@ class Attention(nn.Module):
             lengths: int64 (B,), tokens of each sample that are there, see `self_attention`; None: all.
             lend_bias: of proj, see `linear.lent_bias`.
         """
-        qkv = self.qkv(x)
+        bias = lent_bias(self.qkv)
+        qkv = linear(self.qkv, x, lend=bias is not None)
         if self.q_norm is None and rope is None:
-            return linear(self.proj, self_attention(qkv, self.num_heads, lengths=lengths), lend=lend_bias)
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        if rope is not None:
-            q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        out = masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2)
+            out = self_attention(qkv, self.num_heads, lengths=lengths, bias=bias)
+        else:
+            q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
+            wide = torch.promote_types(qkv.dtype, torch.float32)
+            cos, sin = (None, None) if rope is None else (part.to(wide) for part in rope)
+            eps = _EPS if self.q_norm is None else self.q_norm.eps or _EPS
+            q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.num_heads, eps, bias=bias)
+            out = attention(q, k, v, lengths=lengths)
         return linear(self.proj, out, lend=lend_bias)
 
 

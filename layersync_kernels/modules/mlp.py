@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..functional.gelu import gelu_mlp
+from ..functional.swiglu import swiglu_mlp
 from .linear import is_plain, linear
 
 
@@ -42,7 +43,7 @@ class GeluMlp(nn.Module):
 
 
 class SwiGluMlp(nn.Module):
-    """silu(x·A)·(x·B) through a linear layer, A and B being one; torch.compile fuses the product."""
+    """silu(x·A)·(x·B) through a linear layer, A and B being one. The product is not kept for the backward pass."""
 
     def __init__(self, hidden_size: int, inner_size: int) -> None:
         super().__init__()
@@ -56,5 +57,8 @@ class SwiGluMlp(nn.Module):
 
     def forward(self, x: Tensor, *, lend_bias: bool = False) -> Tensor:
         """Tokens (B, N, D) → (B, N, D); lend_bias: of the last layer, see `linear.lent_bias`."""
-        a, b = self.w12(x).chunk(2, dim=-1)
-        return linear(self.w3, F.silu(a) * b, lend=lend_bias)
+        if not is_plain(self.w12) or not is_plain(self.w3):
+            a, b = self.w12(x).chunk(2, dim=-1)
+            return linear(self.w3, F.silu(a) * b, lend=lend_bias)
+        bias = self.w3.bias.detach() if lend_bias else self.w3.bias
+        return swiglu_mlp(x, self.w12.weight, self.w12.bias, self.w3.weight, bias)

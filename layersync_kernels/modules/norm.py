@@ -1,4 +1,4 @@
-"""Norms: of a block's entrance, where a stream's pending update is added, and of the heads of attention."""
+"""The norm of a block's entrance, where a stream's pending update is added."""
 
 from __future__ import annotations
 
@@ -89,16 +89,3 @@ class ModulatedNorm(nn.Module):
             eps=self.eps,
             norm=self.norm,
         )
-
-
-class HeadNorm(nn.Module):
-    """RMSNorm over the channels of a head, with a weight."""
-
-    def __init__(self, width: int, eps: float = 1e-6) -> None:
-        super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, N, heads, E) → the same."""
-        return modulated_rms_norm(x, None, self.weight - 1, eps=self.eps)

@@ -90,12 +90,11 @@ def test_modulated_layer_norm_costs_7_md_in_inductors_kernels_and_5_in_ours():
     }
 
 
-# What Inductor writes around our ops in two blocks: gradients of qkv packed, and summed for its bias.
-OTHERS_OF_TWO_BLOCKS = Counter({3.0: 2, 1.5: 2})
 OURS_OF_TWO_BLOCKS = Counter(
     {
         ("layersync_cuda::gelu_backward", 8.0): 2,
         ("layersync_cuda::gelu_forward", 4.0): 2,
+        ("layersync_cuda::qk_norm_rope_backward", 3.0): 2,  # gradients of qkv packed, and summed for its bias
         ("layersync_cuda::gated_residual_norm_forward", 1.5): 1,  # the first norm
         ("layersync_cuda::gated_residual_norm_backward", 3.5): 1,  # with the sum of both gradients of the tokens
         ("layersync_cuda::gated_residual_norm_forward", 3.0): 3,  # the seams
@@ -111,17 +110,12 @@ def test_fused_blocks_compiled_around_move_no_more_than_they_did(two_blocks):
     ours, other = (two_blocks.bytes(group) / MD / 2 for group in ("ours", "other"))
     more_of_ours = Counter(large(two_blocks, ["ours"])) - OURS_OF_TWO_BLOCKS
     assert not more_of_ours, f"kernels of ours that move more than they did, in MD: {dict(more_of_ours)}"
-    left = OTHERS_OF_TWO_BLOCKS.copy()
-    new = []
-    for name, size in large(two_blocks, ["other"]):
-        left[size] -= 1
-        if left[size] < 0:
-            new.append((name, size))
+    new = large(two_blocks, ["other"])
     assert not new, f"kernels of Inductor's that were not there, in MD: {new}"
     listing = "\n".join(map(str, large(two_blocks)))
-    assert ours + other < 34.1 * 1.005, f"a block moves {ours + other:.2f} MD outside of products, not 34.1:\n{listing}"
-    assert ours == pytest.approx(28.6, abs=0.1)
-    assert other == pytest.approx(5.5, abs=0.1)
+    assert ours + other < 32.6 * 1.005, f"a block moves {ours + other:.2f} MD outside of products, not 32.6:\n{listing}"
+    assert ours == pytest.approx(31.6, abs=0.1)
+    assert other == pytest.approx(1.0, abs=0.1)
 
 
 def mlp_of_a_block(backend, keep="preactivation", bias=True):
@@ -246,7 +240,7 @@ def test_a_step_is_the_sum_of_its_blocks():
     block, step = compose_step(count(2), count(3), 5)
     whole = count(5)
     assert (step.bytes(), step.launches(), step.saved_bytes) == (whole.bytes(), whole.launches(), whole.saved_bytes)
-    assert block.launches("ours") == 6
+    assert block.launches("ours") == 7  # two seams, GELU, and the packing of the gradient of qkv
 
 
 def test_other_backends_are_named():

@@ -75,6 +75,7 @@ CALLS = {
         no_samples(*TOKENS), no_samples(*TOKENS), modulation(), modulation(), modulation(), backend=b
     ),
     "aligned_residual_norm": lambda b: aligned(no_samples(*TOKENS), no_samples(*TOKENS), b),
+    "attention": lambda b: F.attention(*3 * [no_samples(2, 3, D)], backend=b),
     "self_attention": lambda b: F.self_attention(no_samples(3, 3 * D), 2, backend=b),
     "qk_norm_rope": lambda b: F.qk_norm_rope(
         no_samples(3, 3 * D), head(), head(), *2 * [torch.ones(3, D // 3)], 3, bias=torch.ones(3 * D), backend=b
@@ -97,8 +98,8 @@ def floats(*shape):
 
 # The raw ops behind them: the Python edge leaves most empty tensors to the reference.
 RAW_CALLS = {
-    "attention_forward": lambda op: op(no_samples(3, 3 * D).detach(), None, 2),
-    "attention_backward": lambda op: op(x(), no_samples(3, 3 * D).detach(), None, 2),
+    "attention_forward": lambda op: op(x(), x(), x(), None, 2),
+    "attention_backward": lambda op: op(x(), x(), x(), x(), None, 2, True),
     "cosine_alignment_forward": lambda op: op(x(), x(), None, 1e-6, 1),
     "cosine_alignment_backward": lambda op: op(floats(), x(), x(), None, floats(3, 0), floats(), True, True),
     "cosine_alignment_in_place": lambda op: op(x(), x(), None, floats(), 1e-6, 1.0, 1, True),

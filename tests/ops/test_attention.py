@@ -8,7 +8,7 @@ import types
 import pytest
 import torch
 
-from layersync_kernels.functional import self_attention
+from layersync_kernels.functional import attention, qk_norm_rope, self_attention
 from layersync_kernels.ops import dispatch, native
 from layersync_kernels.ops.attention import op, self_attention_reference
 
@@ -19,15 +19,23 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 needs_cpp = pytest.mark.skipif(not native.cpp().loaded, reason=f"the C++ extension is {native.cpp().reason}")
 
 
-def run(qkv, heads, backend, grad, lengths=None):
+def run(qkv, heads, backend, grad, lengths=None, call=self_attention):
     """Output and gradient of one call, on a fresh leaf that keeps the strides."""
     leaf = qkv.detach().requires_grad_()
-    out = self_attention(leaf, heads, backend, lengths=lengths)
+    out = call(leaf, heads, backend, lengths=lengths)
     return out.detach(), *torch.autograd.grad(out, leaf, grad)
+
+
+def attention_of_three(qkv, heads, backend, *, lengths=None):
+    """`attention` as `self_attention` is called."""
+    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+    return attention(q, k, v, lengths=lengths, backend=backend)
 
 
 def check(qkv, heads, grad, lengths=None):
     actual = run(qkv, heads, "cpp", grad, lengths)
+    for result, of_three in zip(actual, run(qkv, heads, "cpp", grad, lengths, attention_of_three), strict=True):
+        torch.testing.assert_close(of_three, result, rtol=0, atol=0, equal_nan=True)
     baseline = run(qkv, heads, "reference", grad, lengths)
     truth = run(qkv.double(), heads, "reference", grad.double(), lengths)
     assert actual[0].dtype == actual[1].dtype == qkv.dtype
@@ -70,6 +78,48 @@ def test_cpp_values_and_gradients(dtype, batch, tokens, heads, width, poisoned_m
 def test_cpp_values_of_lengths(dtype, tokens, lengths, poisoned_memory):
     qkv = torch.randn(4, tokens, 3 * 2 * 10).to(dtype)
     check(qkv, 2, torch.randn(4, tokens, 20).to(dtype), torch.tensor(lengths))
+
+
+@pytest.mark.parametrize("dtype", FLOATS)
+@pytest.mark.parametrize("lengths", [None, (40, 0, 7)])
+@pytest.mark.parametrize("backend", [pytest.param("cpp", marks=needs_cpp), "reference"])
+@pytest.mark.parametrize("of", [torch.float32, None])
+def test_a_bias_gets_the_gradient_of_qkv_summed(backend, lengths, dtype, of, poisoned_memory):
+    """Before it is rounded, or of what is written."""
+    qkv, grad = torch.randn(3, 40, 3 * 2 * 11).to(dtype), torch.randn(3, 40, 22).to(dtype)
+    lengths = None if lengths is None else torch.tensor(lengths)
+
+    def sums(qkv, grad, backend, bias):
+        leaves = qkv.detach().requires_grad_(), bias.requires_grad_()
+        out = self_attention(leaves[0], 2, backend, lengths=lengths, bias=leaves[1])
+        assert torch.equal(out, self_attention(leaves[0], 2, backend, lengths=lengths))
+        return torch.autograd.grad(out, leaves, grad)
+
+    bias = torch.randn(66).to(of or dtype)
+    d_qkv, d_bias = sums(qkv, grad, backend, bias)
+    assert torch.equal(d_qkv, run(qkv, 2, backend, grad, lengths)[1])
+    assert d_bias.dtype == bias.dtype
+    _, exact = sums(qkv.double(), grad.double(), "reference", bias.double())
+    rounding = torch.finfo(dtype).eps * d_qkv.double().abs().sum((0, 1)) + torch.finfo(bias.dtype).eps * exact.abs()
+    assert (d_bias.double() - exact).abs().le(2 * rounding + 4e-5).all()
+
+
+@needs_cpp
+@pytest.mark.parametrize("norm", [True, False])
+def test_cpp_attention_reads_what_qk_norm_rope_writes(norm):
+    """No copy of queries, keys, values or gradients between the two."""
+    qkv = torch.randn(2, 6, 24, requires_grad=True)
+    weights = [torch.randn(4)] * 2 if norm else [None] * 2
+    tables = [torch.randn(6, 4)] * 2
+    grad = torch.randn(2, 6, 8)
+    with torch.profiler.profile() as profiler:
+        out = attention(*qk_norm_rope(qkv, *weights, *tables, 2, backend="cpp"), backend="cpp")
+        (actual,) = torch.autograd.grad(out, qkv, grad)
+    assert not {event.name for event in profiler.events()} & {"aten::copy_", "aten::clone", "aten::contiguous"}
+    leaf = qkv.detach().double().requires_grad_()
+    wide = [None if t is None else t.double() for t in (*weights, *tables)]
+    out = attention(*qk_norm_rope(leaf, *wide, 2, backend="reference"), backend="reference")
+    torch.testing.assert_close(actual.double(), torch.autograd.grad(out, leaf, grad.double())[0], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("dtype", FLOATS)
@@ -199,34 +249,42 @@ def test_cpp_results_do_not_depend_on_threads_or_batch():
         assert torch.equal(a, e[1:2])
 
 
-CALLS = {"self_attention": lambda x, backend: self_attention(torch.cat([x, 2 * x, x.square()], dim=-1), 2, backend)}
+CALLS = {
+    "self_attention": lambda x, backend: self_attention(torch.cat([x, 2 * x, x.square()], dim=-1), 2, backend),
+    "attention": lambda x, backend: attention(
+        *(t.unflatten(-1, (2, -1)).transpose(1, 2) for t in (x, 2 * x, x.square())), backend=backend
+    ),
+}
 
 
 def raw_samples(backend):
     """Arguments of every raw op, for test_registry.py."""
-    qkv, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 8)
-    yield "attention_forward", (qkv, None, 2)
-    yield "attention_forward", (qkv, torch.tensor([5, 2]), 2)
-    yield "attention_backward", (grad, qkv, torch.tensor([5, 2]), 2)
+    parts, grad = torch.randn(2, 5, 24).chunk(3, -1), torch.randn(2, 5, 8)
+    yield "attention_forward", (*parts, None, 2)
+    yield "attention_forward", (*parts, torch.tensor([5, 2]), 2)
+    for bias in (False, True):
+        yield "attention_backward", (grad, *parts, torch.tensor([5, 2]), 2, bias)
 
 
 @needs_cpp
 def test_cpp_raw_ops_refuse_inputs_that_the_edge_would_have_caught():
-    qkv, grad = torch.randn(2, 5, 24), torch.randn(2, 5, 8)
+    x = torch.randn(2, 5, 8)
     one, short = torch.tensor([5]), torch.tensor([5, 2], dtype=torch.int32)
     for args in (
-        (qkv, None, 3),
-        (qkv, None, 0),
-        (qkv[0], None, 2),
-        (qkv.double(), None, 2),
-        (qkv, one, 2),
-        (qkv, short, 2),
+        (x, x, x, None, 3),
+        (x, x, x, None, 0),
+        (x[0], x[0], x[0], None, 2),
+        (x.double(), x.double(), x.double(), None, 2),
+        (x, x[:1], x, None, 2),
+        (x, x, x.bfloat16(), None, 2),
+        (x, x, x, one, 2),
+        (x, x, x, short, 2),
     ):
         with pytest.raises(RuntimeError, match="layersync_kernels"):
             op.FORWARD["cpp"](*args)
-    for bad in (grad[:1], grad[..., :4], grad.bfloat16(), grad[0]):
+    for bad in (x[:1], x[..., :4], x.bfloat16(), x[0]):
         with pytest.raises(RuntimeError, match="layersync_kernels"):
-            op.BACKWARD["cpp"](bad, qkv, None, 2)
+            op.BACKWARD["cpp"](bad, x, x, x, None, 2, False)
 
 
 @needs_cpp
@@ -363,3 +421,32 @@ def test_auto_passes_over_kernels_that_are_slower(isa, expected, monkeypatch):
 def test_bad_input_is_explained(shape, heads, match):
     with pytest.raises(ValueError, match=match):
         self_attention(torch.randn(shape), heads)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "match"),
+    [
+        (lambda x: attention(x[0], x[0], x[0]), ValueError, r"q must be \(B, H, N, E\), got \(2, 5, 4\)"),
+        (lambda x: attention(x, x[:, :1], x), ValueError, r"k \(3, 1, 5, 4\) must have the shape of q, \(3, 2, 5, 4\)"),
+        (lambda x: attention(x, x, x.half()), TypeError, "v is torch.float16 and q torch.float32; cast one of them"),
+        (lambda x: attention(x, x.to("meta"), x), ValueError, "k is on meta and q on cpu"),
+        (
+            lambda x: attention(x, x, x, lengths=torch.ones(2).long()),
+            ValueError,
+            r"lengths are \(2,\).*expected \(3,\)",
+        ),
+        (
+            lambda x: self_attention(x[:, 0].repeat(1, 1, 6), 2, bias=x[0, 0, 0]),
+            ValueError,
+            r"bias \(4,\) must have the",
+        ),
+        (
+            lambda x: self_attention(x[:, 0].repeat(1, 1, 6), 2, bias=torch.ones(24).half()),
+            TypeError,
+            "bias is torch.float16",
+        ),
+    ],
+)
+def test_three_tensors_and_biases_that_do_not_fit_are_explained(call, error, match):
+    with pytest.raises(error, match=match):
+        call(torch.randn(3, 2, 5, 4))

@@ -19,8 +19,10 @@ from ..support.backends import mark
 OPS = registry.ops()
 RAW_OPS = [raw for op in OPS for raw in op.raw_ops]
 SCHEMAS = {
-    "attention_forward": "(Tensor qkv, Tensor? lengths, int heads) -> Tensor",
-    "attention_backward": "(Tensor d_out, Tensor qkv, Tensor? lengths, int heads) -> Tensor",
+    "attention_forward": "(Tensor q, Tensor k, Tensor v, Tensor? lengths, int heads) -> Tensor",
+    "attention_backward": (
+        "(Tensor d_out, Tensor q, Tensor k, Tensor v, Tensor? lengths, int heads, bool bias) -> (Tensor, Tensor)"
+    ),
     "cosine_alignment_forward": (
         "(Tensor student, Tensor teacher, Tensor? weight, float eps, int reduction) -> (Tensor, Tensor, Tensor)"
     ),

@@ -69,6 +69,11 @@ def test_extremes_of_power():
     assert smallest_effect(3, 0.0) == 0
 
 
+def test_a_baseline_that_rises_again_was_at_its_last_quality_before():
+    base = ([0, 10, 20, 30, 40], [1, 0.6, 0.4, 0.5, 0.6])
+    assert sooner_interval([([0, 10, 20], [1, 0.8, 0.6])], [base]).value == 0.5  # 20 steps against 10, not against 40
+
+
 def test_sooner_is_of_the_mean_curves_each_over_its_own_range():
     """The arm takes twice the time and comes to the baseline's last value where that has long ended."""
     own = [([0, 20, 40], [1, 0.5, 0.3])] * 2

@@ -24,7 +24,7 @@ from .launches import ROWS, TOKENS, WIDTHS, build, cuda_figures, short_names
 from .sass import inspect
 
 ROOT = Path(__file__).resolve().parents[2]
-OPS = {"cosine_alignment": 2, "gated_residual_norm": 2, "gelu": 1, "spatial_norm": 1}
+OPS = {"cosine_alignment": 2, "gated_residual_norm": 2, "gelu": 1, "spatial_norm": 1, "swiglu": 1}
 """Op → dtypes in its case."""
 TENSORS = {
     "cosine_alignment forward": 2,
@@ -34,8 +34,10 @@ TENSORS = {
     "gelu forward": 2,
     "gelu backward": 4,
     "spatial_norm forward": 2,
+    "swiglu forward": 3,
+    "swiglu backward": 6,
 }
-"""What each moves, in tensors of tokens."""
+"""What each moves, in tensors of tokens; of a gated unit, in tensors of its results."""
 
 
 class Row(NamedTuple):

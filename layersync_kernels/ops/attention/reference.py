@@ -7,11 +7,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def self_attention_reference(qkv: Tensor, num_heads: int, lengths: Tensor | None = None) -> Tensor:
+def self_attention_reference(
+    qkv: Tensor, num_heads: int, lengths: Tensor | None = None, bias: Tensor | None = None
+) -> Tensor:
     """softmax(q·kᵀ / √E)·v over all tokens: qkv (B, N, 3·H·E), its last dimension laid out [3, H, E] → (B, N, H·E).
 
-    With lengths (B,), over those tokens alone; rows of the others are 0.
+    With lengths (B,), over those tokens alone; rows of the others are 0. A bias (3·H·E,) is part of qkv already, and
+    gets its gradient, summed over tokens.
     """
+    if bias is not None:
+        qkv = qkv + (bias - bias.detach()).to(qkv.dtype)
     q, k, v = qkv.unflatten(-1, (3, num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
     return masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2)
 

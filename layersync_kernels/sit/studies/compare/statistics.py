@@ -75,9 +75,14 @@ def first_at(xs: Sequence[float], ys: Sequence[float], target: float) -> float |
 
 
 def sooner(own: Curve, base: Curve) -> float | None:
-    """How many times sooner a curve comes to the last value of another one; None if it does not."""
-    x = first_at(*own, base[1][-1]) if base[1] else None
-    return None if not x else base[0][-1] / x
+    """How many times sooner a curve first comes to the last value of another one than that itself; None if it does not.
+
+    Where the other one rises again in the end, it has been there before.
+    """
+    if not base[1]:
+        return None
+    own_place, base_place = (first_at(*one, base[1][-1]) for one in (own, base))
+    return base_place / own_place if own_place and base_place is not None else None
 
 
 @dataclass(frozen=True)
