@@ -1,14 +1,16 @@
-"""Self-attention over packed queries, keys and values, and its rotary positions."""
+"""Self-attention over packed queries, keys and values, norms of its heads, and its rotary positions."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..functional import self_attention
+from ..functional import qk_norm_rope, self_attention
 from ..ops.attention import masked_attention
+from ..ops.qk_norm_rope import MAX_WIDTH
 from .norm import HeadNorm
 
 
@@ -40,16 +42,52 @@ class Attention(nn.Module):
             rope: cosines and sines (N, D / heads) of rotary positions, as `rotary_positions` makes them.
             lengths: int64 (B,), tokens of each sample that are there, see `self_attention`; None: all.
         """
-        qkv = self.qkv(x)
         if self.q_norm is None and rope is None:
-            return self.proj(self_attention(qkv, self.num_heads, lengths=lengths))
-        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
+            return self.proj(self_attention(self.qkv(x), self.num_heads, lengths=lengths))
+        q, k, v = self._heads(x, rope)
+        return self.proj(masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2))
+
+    def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and turned, and values: (B, heads, N, E) each."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        if {type(q_norm), type(k_norm)} not in ({HeadNorm}, {type(None)}):
+            return self._plain_heads(x, rope)  # a wrapper in a norm's place: there is more to it than a weight
+        eps = {norm.eps for norm in (q_norm, k_norm) if norm is not None} or {1e-6}
+        if len(eps) > 1:
+            return self._plain_heads(x, rope)
+        bias = None
+        if type(self.qkv) is nn.Linear and self.qkv.bias is not None:
+            # Its gradient is a sum over the packed gradient, which the op writes anyway.
+            qkv, bias = F.linear(x, self.qkv.weight, self.qkv.bias.detach()), self.qkv.bias
+        else:
+            qkv = self.qkv(x)
+        dtype = torch.promote_types(qkv.dtype, torch.float32)
+
+        def wide(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(dtype)
+
+        return qk_norm_rope(
+            qkv,
+            None if q_norm is None else wide(q_norm.weight),
+            None if k_norm is None else wide(k_norm.weight),
+            None if rope is None else wide(rope[0]),
+            None if rope is None else wide(rope[1]),
+            self.num_heads,
+            eps.pop(),
+            bias=wide(bias),
+            backend="auto" if qkv.shape[-1] <= 3 * self.num_heads * MAX_WIDTH else "reference",
+        )
+
+    def _plain_heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        if self.q_norm is not None:
+            q = self.q_norm(q)
+        if self.k_norm is not None:
+            k = self.k_norm(k)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         if rope is not None:
-            q, k = rotate(q, *rope).to(v.dtype), rotate(k, *rope).to(v.dtype)
-        return self.proj(masked_attention(q, k, v, lengths, lengths).transpose(1, 2).flatten(2))
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class CrossAttention(nn.Module):
