@@ -19,7 +19,7 @@ import random
 import sys
 import textwrap
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
@@ -30,8 +30,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..modules.block import AdaLNZeroBlock
 from ..modules.published import SiTBlock
+from .rotary import tables, with_tables
 
-LINEARS = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+NORMS = ("norm1", "norm2", "attn.q_norm", "attn.k_norm")
 MODULE_STATE = frozenset(vars(nn.Module()))
 
 # Samples and tokens: one, odd ones, and more than the tiles and windows of 64, 128 and 256 that attention is cut into.
@@ -82,31 +83,75 @@ class Verdict(NamedTuple):
     doubt: str | None = None
 
 
+def linears(block: Any) -> tuple[str, ...]:
+    """Paths of the linear layers, those of a gated MLP or of one with GELU."""
+    mlp = ("mlp.w12", "mlp.w3") if hasattr(block.mlp, "w12") else ("mlp.fc1", "mlp.fc2")
+    return ("attn.qkv", "attn.proj", *mlp, "adaLN_modulation.1")
+
+
+def is_rms_norm(module: object) -> bool:
+    """Whether a module may be an RMSNorm: a weight is all that it has, and it is not LayerNorm."""
+    if not isinstance(module, nn.Module) or isinstance(module, nn.LayerNorm):
+        return False
+    return [name for name, _ in [*module.named_parameters(), *module.named_buffers()]] == ["weight"]
+
+
+def rms_norms(block: Any) -> tuple[str, ...]:
+    """Paths of the norms that have a weight."""
+    modules = dict(block.named_modules())
+    return tuple(name for name in NORMS if is_rms_norm(modules.get(name)))
+
+
 def sizes(block: Any) -> tuple[int, int, int]:
     """Channels of the tokens, of the MLP's inside and of the condition."""
-    return block.attn.proj.out_features, block.mlp.fc1.out_features, block.adaLN_modulation[1].in_features
+    inner = block.get_submodule(linears(block)[3]).in_features
+    return block.attn.proj.out_features, inner, block.adaLN_modulation[1].in_features
 
 
 def assembled(kind: type[_Block], block: Any, recompute: str) -> _Block:
-    """A block of another class on the linear layers of this one."""
+    """A block of another class on the linear layers and the norms' weights of this one, in the same order."""
+    weighted: tuple[str, ...] = rms_norms(block)
+    options: dict[str, Any] = {
+        "norm": "rms" if "norm1" in weighted else "layer",
+        "qk_norm": "attn.q_norm" in weighted,
+        "mlp": "swiglu" if hasattr(block.mlp, "w12") else "gelu",
+    }
     with torch.device("meta"):  # its own linear layers need neither memory nor random numbers
-        new = kind(sizes(block)[0], block.attn.num_heads, recompute=recompute)
-    for name in LINEARS:
+        new = kind(sizes(block)[0], block.attn.num_heads, recompute=recompute, **options)
+    for name in linears(block):
         new.set_submodule(name, block.get_submodule(name))
-    new.norm1.eps, new.norm2.eps = block.norm1.eps, block.norm2.eps
+    share_norms(block, new)
+    for name in ("norm1", "norm2", *weighted):
+        new.get_submodule(name).eps = block.get_submodule(name).eps
+    for path in ("", "attn", "mlp"):
+        own = new.get_submodule(path)._modules
+        for name in block.get_submodule(path)._modules:
+            if name in own:
+                own[name] = own.pop(name)
     return new
 
 
-def examine(block: nn.Module) -> Verdict:
+def share_norms(source: nn.Module, target: nn.Module) -> None:
+    """Give one block the weights of the other's norms."""
+    for name in rms_norms(source):
+        target.get_submodule(name).weight = source.get_submodule(name).weight
+
+
+def examine(block: nn.Module, ropes: Sequence[nn.Module | None] = (None,)) -> Verdict:
     """Compare a block built from the published parts with the published block.
 
     Copies with random parameters run on the CPU, without the block's hooks; random states stay what they were.
+
+    Args:
+        block: to be examined.
+        ropes: what the model may give it as its third argument, each of which is tried with tables of other sizes.
     """
     try:
         with _apart() as drawn:
             given = _stand_in(block)
-            doubts = _tried(given, {p.dtype for p in block.parameters()}, drawn)
-            doubts += [*_overrides(block), *_decides_by_size(given)]
+            own = {p.dtype for p in block.parameters()}
+            doubts = [doubt for rope in ropes for doubt in _tried(given, own, drawn, rope)]
+            doubts += [*_overrides(block), *(doubt for rope in ropes for doubt in _decides_by_size(given, rope))]
     except _DifferenceError as found:
         return Verdict(difference=str(found))
     except Exception as error:  # whatever somebody else's forward raises
@@ -257,10 +302,12 @@ def _draw(seed: int) -> Callable[..., Tensor]:
     return partial(torch.randn, generator=torch.Generator().manual_seed(seed), dtype=torch.float64, device="cpu")
 
 
-def _tried(given: Any, own: set[torch.dtype], drawn: Callable[[], str | None]) -> list[str]:
+def _tried(given: Any, own: set[torch.dtype], drawn: Callable[[], str | None], rope: nn.Module | None) -> list[str]:
     """Raises at the first try whose results differ; returns what is odd about the way to equal ones."""
     doubts: list[str] = []
     published = assembled(SiTBlock, given, "none")
+    positions: tuple[Any, ...] = ()
+    turns: tuple[Any, ...] = ()
     draw, exact = _draw(1), [parameter.detach().clone() for parameter in given.parameters()]
     width, _, condition = sizes(given)
     for trial in _tries(own):
@@ -270,34 +317,39 @@ def _tried(given: Any, own: set[torch.dtype], drawn: Callable[[], str | None]) -
         samples, tokens = trial.size
         shapes = ((samples, tokens, width), (samples, condition), (samples, tokens, width))
         x, c, d_out = ((draw(s) * m).to(trial.dtype) for s, m in zip(shapes, trial.magnitudes, strict=True))
+        if rope is not None:
+            angles = draw((tokens, tables(rope)[0].shape[1]))
+            positions = ((angles.cos().to(trial.dtype), angles.sin().to(trial.dtype)),)
+            turns = (with_tables(rope, *positions[0]),)
         try:
-            expected = _results(published, trial, x, c, d_out)
+            expected = _results(published, trial, x, c, d_out, *positions)
         except RuntimeError:
             if trial.dtype in (torch.float64, torch.float32):
                 raise
             continue  # this CPU does not compute in that dtype
         given.train(trial.training)
-        before, ops = _Marks(given), _Ops()
+        before, ops = [_Marks(module) for module in (given, *turns)], _Ops()
         with ops:
-            found = _results(given, trial, x, c, d_out)
+            found = _results(given, trial, x, c, d_out, *turns)
         if (generator := drawn()) is not None:
             raise _DifferenceError(f"it draws random numbers from {generator} {trial}")
         _compare(found, expected, trial)
         if ops.odd is not None and not doubts:
             doubts.append(f"it runs {ops.odd}, which the published block has no use for {trial}")
-        if (changed := before.changed(given)) and not doubts:
+        marked = zip(before, (given, *turns), strict=True)
+        if (changed := [name for marks, module in marked for name in marks.changed(module)]) and not doubts:
             doubts.append(f"its forward sets {', '.join(changed)}, which the fused block would not")
     return doubts
 
 
-def _results(block: nn.Module, trial: _Try, x: Tensor, c: Tensor, d_out: Tensor) -> dict[str, Tensor]:
+def _results(block: nn.Module, trial: _Try, x: Tensor, c: Tensor, d_out: Tensor, *rope: Any) -> dict[str, Tensor]:
     """The output and, with grad, gradients."""
     block.train(trial.training)
     leaves = [tensor.requires_grad_(trial.grad) for tensor in (x, c)]
     with torch.set_grad_enabled(trial.grad):
         inputs = [leaf.clone() for leaf in leaves]  # what is no leaf can be changed in place
         with torch.autocast("cpu", torch.bfloat16, enabled=trial.autocast):
-            out = block(*inputs)
+            out = block(*inputs, *rope)
     if not isinstance(out, Tensor):
         raise _DifferenceError(f"it returns a {type(out).__name__}, not a tensor")
     if out.shape != d_out.shape:
@@ -368,7 +420,7 @@ def _canonical(source: str) -> str:
     return ast.dump(function)
 
 
-def _decides_by_size(given: nn.Module) -> Iterator[str]:
+def _decides_by_size(given: nn.Module, rope: nn.Module | None) -> Iterator[str]:
     """What the block's Python code asks of the number of samples and tokens, traced without values."""
     from torch._dynamo.source import ConstantSource
     from torch._subclasses import FakeTensorMode
@@ -388,7 +440,12 @@ def _decides_by_size(given: nn.Module) -> Iterator[str]:
         try:
             with FakeTensorMode(shape_env=shapes, allow_non_fake_inputs=True), torch.set_grad_enabled(training):
                 x = torch.empty(samples, tokens, width, dtype=dtype, device="cpu", requires_grad=training)
-                out = given(x, torch.empty(samples, condition, dtype=dtype, device="cpu", requires_grad=training))
+                c = torch.empty(samples, condition, dtype=dtype, device="cpu", requires_grad=training)
+                if rope is None:
+                    out = given(x, c)
+                else:
+                    table = torch.empty(tokens, tables(rope)[0].shape[1], dtype=dtype, device="cpu")
+                    out = given(x, c, with_tables(rope, table, table.clone()))
                 if training:
                     out.sum().backward()
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Fused blocks in a live model that somebody else wrote: the adaLN-Zero blocks of SiT, DiT and REPA.
+"""Fused blocks in a live model that somebody else wrote: the adaLN-Zero blocks of SiT, DiT, REPA and LightningDiT.
 
 A block is replaced where two things hold: its parts are the published ones, which this file looks at, and it computes
 what the published block computes, which `proof` finds out.
@@ -17,7 +17,8 @@ from torch import nn
 from ..compiler.recompute import check_mode
 from ..modules.block import AdaLNZeroBlock
 from ..modules.published import SiTBlock
-from .proof import LINEARS, MODULE_STATE, Verdict, assembled, examine, sizes
+from .proof import MODULE_STATE, NORMS, Verdict, assembled, examine, is_rms_norm, linears, rms_norms, share_norms, sizes
+from .rotary import ARGUMENT, RotaryBlock, rotary_modules
 
 __all__ = ["Replacement", "apply_layersync_kernels"]
 
@@ -28,7 +29,6 @@ _PARTS: dict[str, type[nn.Module]] = {
     "norm2": nn.LayerNorm,
     "adaLN_modulation": nn.Sequential,
     "adaLN_modulation.0": nn.SiLU,
-    **dict.fromkeys(LINEARS, nn.Linear),
 }
 _ALREADY_FUSED = "it is fused already"
 
@@ -67,6 +67,7 @@ class Replacement:
                     "replaced; take that back first"
                 )
         for path, (old, new) in self._swaps.items():
+            share_norms(new, old)  # a checkpoint loaded by assignment has made new ones
             _put(self._model, path, new, old)
         self._swaps.clear()
 
@@ -89,17 +90,19 @@ class Replacement:
 def apply_layersync_kernels(
     model: nn.Module, *, recompute: str = "none", trust: Sequence[type[nn.Module]] = ()
 ) -> Replacement:
-    """Replace the adaLN-Zero blocks of a SiT, DiT or REPA model by fused ones, in place.
+    """Replace the adaLN-Zero blocks of a SiT, DiT, REPA or LightningDiT model by fused ones, in place.
 
-    The fused blocks share the linear layers of the old ones: the optimiser, the moving average, the keys of the
+    The fused blocks share the parameters of the old ones: the optimiser, the moving average, the keys of the
     state_dict and the random numbers to come are what they would have been, so it may happen at any time before
     compile(), FSDP and LoRA, also inside of DDP. Hooks on a block itself stay in force.
 
-    A block is replaced if it is built from the published parts (LayerNorm without weights, attention over qkv and proj
-    with biases, tanh-GELU between fc1 and fc2, SiLU and one linear layer for the six modulations, no dropout) and
-    computes the same outputs and gradients as the published block, for any number of samples and tokens: see `proof`,
-    which tries each kind of block once, on the CPU with random parameters. That takes two seconds, and 25 seconds of a
-    core at 1152 channels. Models on the meta device can be replaced as well.
+    A block is replaced if it is built from the published parts (LayerNorm without weights or RMSNorm with one,
+    attention over qkv and proj with biases, its queries and keys with or without an RMSNorm, tanh-GELU between fc1 and
+    fc2 or SwiGLU between w12 and w3, SiLU and one linear layer for the six modulations, no dropout) and computes the
+    same outputs and gradients as the published block, for any number of samples and tokens: see `proof`, which tries
+    each kind of block once, on the CPU with random parameters. That takes two seconds, and 25 seconds of a core at 1152
+    channels; twice that where the model holds rotary positions (a module with freqs_cos and freqs_sin) that its blocks
+    take as `feat_rope`. Models on the meta device can be replaced as well.
 
     Args:
         model: holds the blocks, at any depth and behind any wrapper.
@@ -127,22 +130,32 @@ def apply_layersync_kernels(
     if not (isinstance(trust, Sequence) and all(isinstance(c, type) and issubclass(c, nn.Module) for c in trust)):
         raise TypeError(f"apply_layersync_kernels: trust={trust!r}; expected classes of blocks, as in [MyBlock]")
     blocks = {path: m for path, m in model.named_modules(remove_duplicate=False) if _looks_like_a_block(m)}
+    ropes = list({_kind(rope): rope for rope in rotary_modules(model)}.values())
     swaps: dict[str, tuple[nn.Module, AdaLNZeroBlock]] = {}
     left: dict[str, str] = {}
     fused: dict[nn.Module, AdaLNZeroBlock] = {}  # a module at two paths stays one
     verdicts: dict[Hashable, Verdict] = {}
     for path, block in blocks.items():
         obstacle = _obstacle(path, block)
+        turned = obstacle is None and _takes_positions(block)
+        if turned and not ropes and not any(getattr(m, ARGUMENT, m) is None for m in model.modules()):
+            obstacle = (
+                f"its forward takes {ARGUMENT}, and the model holds none to try it with: a module whose buffers are "
+                "freqs_cos and freqs_sin, (N, D / heads)"
+            )
         if obstacle is None:
             kind = _kind(block)
             if kind not in verdicts:
-                verdicts[kind] = examine(block)
+                verdicts[kind] = examine(block, [None, *ropes] if turned else [None])
             obstacle = _unproven(block, verdicts[kind], trust)
         if obstacle is not None:
             left[path] = obstacle
             continue
         if block not in fused:
-            fused[block] = assembled(AdaLNZeroBlock, block, recompute)
+            new = assembled(RotaryBlock if turned else AdaLNZeroBlock, block, recompute)
+            if isinstance(new, RotaryBlock):
+                new.proven = tuple({type(rope): None for rope in ropes})
+            fused[block] = new
         swaps[path] = block, fused[block]
     for path, (old, new) in swaps.items():
         _put(model, path, old, new)
@@ -152,8 +165,8 @@ def apply_layersync_kernels(
         found = str(replacement)
         if not blocks:
             found = (
-                f"{type(model).__name__} has no block of a SiT, DiT or REPA model: no module in it has a child named "
-                "attn* next to one named norm1 or adaLN_modulation. Give the model that holds them"
+                f"{type(model).__name__} has no block of a SiT, DiT, REPA or LightningDiT model: no module in it has a "
+                "child named attn* next to one named norm1 or adaLN_modulation. Give the model that holds them"
             )
         hint = "layersync_kernels.modules.AdaLNZeroBlock is the fused block, for a model of your own to be made of"
         warnings.warn(f"apply_layersync_kernels: {found}. {hint}", stacklevel=2)
@@ -184,16 +197,20 @@ def _obstacle(path: str, block: nn.Module) -> str | None:
         return "it is compiled; call apply_layersync_kernels before compile()"
     modules = dict(block.named_modules(remove_duplicate=False))
     missing = [name for name in ("attn", "mlp", *_PARTS) if name not in modules]
+    missing += [name for name in (linears(block) if "mlp" in modules else ()) if name not in modules]
     if missing:
         return f"it has no {', '.join(name for name in missing if name.rpartition('.')[0] not in missing)}"
     for name, module in modules.items():
-        if reason := _odd_part(name, module):
+        if reason := _odd_part(name, module, linears(block)):
             return reason
     return _odd_parameters(block) or _odd_behaviour(block, modules)
 
 
-def _odd_part(name: str, module: nn.Module) -> str | None:
-    expected = _PARTS.get(name)
+def _odd_part(name: str, module: nn.Module, layers: Sequence[str]) -> str | None:
+    expected = nn.Linear if name in layers else _PARTS.get(name)
+    if name in NORMS and is_rms_norm(module):
+        eps = getattr(module, "eps", None)
+        return None if isinstance(eps, float) and eps > 0 else f"{name}.eps is {eps}; expected a positive number"
     if expected is not None:
         if type(module) is not expected:  # LoRA and quantised layers derive from nn.Linear
             return f"{name} is a {type(module).__module__}.{type(module).__qualname__}, not torch.nn's"
@@ -204,12 +221,21 @@ def _odd_part(name: str, module: nn.Module) -> str | None:
     return None
 
 
-def _odd_parameters(block: nn.Module) -> str | None:
-    width, inner, condition = sizes(block)
-    shapes = ((3 * width, width), (width, width), (inner, width), (width, inner), (6 * width, condition))
+def _odd_parameters(block: Any) -> str | None:
+    (width, inner, condition), heads = sizes(block), getattr(block.attn, "num_heads", None)
+    if type(heads) is not int or heads < 1 or width % heads:
+        return f"attn.num_heads is {heads}; expected a divisor of {width}"
+    modulation, halves = block.adaLN_modulation[1].out_features, 2 if hasattr(block.mlp, "w12") else 1
+    if modulation == 4 * width:
+        return "its modulation has no shifts (wo_shift), four values for each channel of the six"
+    shapes = ((3 * width, width), (width, width), (halves * inner, width), (width, inner), (6 * width, condition))
     expected: dict[str, tuple[int, ...]] = {}
-    for name, shape in zip(LINEARS, shapes, strict=True):
+    for name, shape in zip(linears(block), shapes, strict=True):
         expected |= {f"{name}.weight": shape, f"{name}.bias": shape[:1]}
+    weighted = rms_norms(block)
+    for names, channels in ((NORMS[:2], width), (NORMS[2:], width // heads)):
+        if not set(weighted).isdisjoint(names):
+            expected |= {f"{name}.weight": (channels,) for name in names}
     parameters = dict(block.named_parameters(remove_duplicate=False))
     found = {name: tuple(parameter.shape) for name, parameter in parameters.items()}
     if found.keys() != expected.keys():
@@ -219,8 +245,6 @@ def _odd_parameters(block: nn.Module) -> str | None:
             return f"{name} is a {type(parameter).__name__}; call apply_layersync_kernels before sharding or quantising"
         if found[name] != expected[name]:
             return f"{name} has the shape {found[name]}, not {expected[name]}"
-    if list(found) != list(expected):
-        return f"its parameters come in another order than the published ones: {', '.join(found)}"
     if buffers := [name for name, _ in block.named_buffers()]:
         return f"it has the buffers {', '.join(buffers)}"
     return None
@@ -232,14 +256,17 @@ def _odd_behaviour(block: Any, modules: Mapping[str, nn.Module]) -> str | None:
             return f"{name or 'it'} has a forward that was patched onto the instance"
         if name and any(hooks for key, hooks in vars(module).items() if key.endswith("_hooks")):
             return f"{name} has hooks, which the fused block would not call; put them on the block"
-    width, heads = sizes(block)[0], getattr(block.attn, "num_heads", None)
-    if type(heads) is not int or heads < 1 or width % heads:
-        return f"attn.num_heads is {heads}; expected a divisor of {width}"
     arguments = inspect.signature(block.forward).parameters
     ours = type(block) is SiTBlock and block.cross_attn is None  # whose other arguments the fused block takes too
-    if len(arguments) != 2 and not ours:
+    if len(arguments) != 2 and not ours and not _takes_positions(block):
         return f"its forward takes ({', '.join(map(str, arguments.values()))}), not (x, c)"
     return None
+
+
+def _takes_positions(block: nn.Module) -> bool:
+    """Whether a block is called as LightningDiT's."""
+    arguments = list(inspect.signature(block.forward).parameters.values())
+    return len(arguments) == 3 and arguments[2].name == ARGUMENT and arguments[2].default is None
 
 
 def _put(model: nn.Module, path: str, old: nn.Module, new: nn.Module) -> None:
@@ -256,8 +283,8 @@ def _untouched(model: nn.Module, path: str, old: nn.Module, new: AdaLNZeroBlock)
         here = model.get_submodule(path)
     except AttributeError:
         return False
-    same = here is new and type(new) is AdaLNZeroBlock  # FSDP changes the class
-    return same and all(new.get_submodule(name) is old.get_submodule(name) for name in LINEARS)
+    same = here is new and type(new) in (AdaLNZeroBlock, RotaryBlock)  # FSDP changes the class
+    return same and all(new.get_submodule(name) is old.get_submodule(name) for name in linears(old))
 
 
 def _kind(block: nn.Module) -> Hashable:
