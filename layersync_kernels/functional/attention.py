@@ -30,7 +30,7 @@ def self_attention(
         lengths: int64 (B,), tokens of each sample that are there, 0 to N. The others are not attended to, and their
             rows of the result and of the gradient are 0. None: all are there. On a GPU the lengths become a mask, with
             which torch takes its memory-efficient kernel, and not FlashAttention.
-        bias: (3·H·E,), in float32 or qkv's dtype: what the projection has added to qkv already. It changes no value:
+        bias: (3·H·E,), of any floating dtype: what the projection has added to qkv already. It changes no value:
             its gradient is that of qkv summed over tokens, which comes with the pass that writes that. Give it detached
             to the projection, or it counts twice.
 
@@ -41,8 +41,7 @@ def self_attention(
         ValueError: qkv that is not three-dimensional, or whose last dimension is not a multiple of 3·H; lengths of
             another shape or device, or out of range (checked by the C++ kernels alone: elsewhere it would cost a
             synchronisation); a bias of another shape or device.
-        TypeError: a tensor that is not dense or not floating point; lengths that are not int64; a bias of another
-            dtype.
+        TypeError: a tensor that is not dense or not floating point; lengths that are not int64.
         RuntimeError: a backend that was asked for and cannot run; double backward.
     """
     check_tokens("self_attention", "qkv", qkv)

@@ -131,7 +131,7 @@ def check_tokens(op: str, name: str, tensor: Tensor, like: Tensor | None = None,
 def check_vector(
     op: str, name: str, tensor: Tensor, other: str, like: Tensor, shape: tuple[int, ...], what: str
 ) -> None:
-    """Raises TypeError for a vector beside tokens that has neither float32 nor their dtype, ValueError for its shape.
+    """Raises TypeError for what is no dense floating vector beside tokens, ValueError for its shape or device.
 
     Args:
         op: for the message.
@@ -145,8 +145,6 @@ def check_vector(
     check_tokens(op, name, tensor, like, other)
     if tensor.shape != shape:
         raise ValueError(f"{op}: {name} {tuple(tensor.shape)} must have the shape {tuple(shape)}, {what}")
-    if tensor.dtype not in (torch.float32, like.dtype):
-        raise TypeError(f"{op}: {name} is {tensor.dtype}; expected float32 or the dtype of {other}, {like.dtype}")
 
 
 def check_lengths(op: str, lengths: Tensor, tokens: Tensor) -> None:

@@ -39,7 +39,7 @@ def qk_norm_rope(
         qkv: (B, N, 3·H·E), laid out [3, H, E] in the last dimension as a joint projection leaves it; any strides;
             float32, bfloat16 or float16, and float64 through the reference. The kernels take E up to 256; above it,
             "auto" is the reference.
-        q_weight: (E,) of the norm of the queries, in float32 or qkv's dtype. None, with k_weight: no norm.
+        q_weight: (E,) of the norm of the queries, of any floating dtype. None, with k_weight: no norm.
         k_weight: the same of the keys.
         cos: float32 (N, E), as `modules.rotary_positions` makes them for one, two or three dimensions; float64 with
             float64. A constant. None, with sin: no rotation.

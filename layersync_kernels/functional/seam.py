@@ -100,7 +100,7 @@ def gated_residual(
         x: (..., D) residual stream.
         branch: (..., D), what attention or MLP returned.
         gate: modulation, as `modulated_layer_norm` takes it.
-        bias: (D,), in float32 or the branch's dtype: what the layer that returned the branch has added to it already.
+        bias: (D,), of any floating dtype: what the layer that returned the branch has added to it already.
             It changes no value: its gradient is that of the branch summed over tokens, which comes with the same pass.
             Give it detached to that layer, or it counts twice.
         backend: "auto", "reference", "cpp", "triton", "cuda" or "compile" (the reference under torch.compile).

@@ -904,7 +904,7 @@ OTHER = torch.ones(2, 3, 8, device="meta")
         ({"branch": None}, ValueError, "a gate without a branch; give it, or neither"),
         ({"branch": None, "gate": None, "bias": torch.ones(8)}, ValueError, "a bias without a branch"),
         ({"bias": torch.ones(2, 8)}, ValueError, r"bias \(2, 8\) must have the shape \(8,\), the bias of the layer"),
-        ({"bias": torch.ones(8).half()}, TypeError, "bias is torch.float16; expected float32 or the dtype of branch"),
+        ({"bias": torch.ones(8).int()}, TypeError, "bias must be float32.*int32"),
         ({"bias": torch.ones(8, device="meta")}, ValueError, "bias is on meta and branch on cpu"),
         ({"norm": "batch"}, ValueError, "unknown norm='batch'; expected 'layer' or 'rms'"),
         ({"eps": 0.0}, ValueError, "eps must be positive, got 0.0"),

@@ -389,7 +389,7 @@ def test_lower_instruction_sets_pass_the_same_tests(isa):
         ({"q_weight": None}, ValueError, "q_weight is missing; give both q_weight and k_weight, or neither"),
         ({"sin": None}, ValueError, "sin is missing; give both cos and sin, or neither for no rotation"),
         ({"k_weight": torch.ones(9)}, ValueError, r"k_weight \(9,\) must have the shape \(8,\)"),
-        ({"k_weight": torch.ones(8).half()}, TypeError, "k_weight is torch.float16; expected float32 or the dtype"),
+        ({"k_weight": torch.ones(8).int()}, TypeError, "k_weight must be float32.*int32"),
         ({"cos": torch.ones(4, 8)}, ValueError, r"cos \(4, 8\) must have the shape \(5, 8\): one row for each token"),
         ({"sin": torch.ones(5, 4)}, ValueError, r"sin \(5, 4\) must have the shape \(5, 8\)"),
         ({"cos": torch.ones(5, 8).half()}, TypeError, "cos must be float32, got torch.float16; positions lose"),
