@@ -11,6 +11,8 @@ from torch.utils.checkpoint import checkpoint
 from layersync_kernels import functional
 from layersync_kernels.bench.traffic import Provider, training_step
 from layersync_kernels.compiler.analysis import Moved, Op, block_count, count_step, ideal_block
+from layersync_kernels.modules import AdaLNZeroBlock, Stream, rotary_positions
+from layersync_kernels.modules.published import SiTBlock
 from layersync_kernels.ops import native
 
 FLOAT = 4
@@ -305,6 +307,72 @@ def test_a_fused_block_saves_fourteen_tensors_and_a_few_floats_a_row():
     modulation = FLOAT * 7 * BATCH * WIDTH  # with SiLU of the condition
     statistics = 2 * 2 * FLOAT * BATCH * TOKENS
     assert block(FUSED).saved_bytes == ideal_block(ELEMENTS).saved_bytes + modulation + statistics
+
+
+# LightningDiT's block on the same tokens: RMSNorm, norms of queries and keys, rotary positions, SwiGLU.
+HEADS, INNER = 2, int(2 / 3 * 4 * WIDTH)
+
+
+def modern_step(kind, recompute, autocast, depth):
+    """The forward pass of a stream of blocks, up to a loss."""
+    torch.manual_seed(0)
+    options = {"norm": "rms", "qk_norm": True, "mlp": "swiglu", "recompute": recompute}
+    blocks = [kind(WIDTH, HEADS, **options) for _ in range(depth)]
+    x, c = torch.randn(BATCH, TOKENS, WIDTH, requires_grad=True), torch.randn(BATCH, WIDTH, requires_grad=True)
+    rope = rotary_positions((8, 8), WIDTH // HEADS)
+
+    def forward():
+        with torch.autocast("cpu", autocast, enabled=autocast is not None):
+            stream = Stream(x) if kind is AdaLNZeroBlock else x
+            for block in blocks:
+                stream = block(stream, c, rope)
+                stream = stream.stream if kind is AdaLNZeroBlock else stream
+            out = functional.gated_residual(*stream) if kind is AdaLNZeroBlock else stream
+            return out.float().square().mean()
+
+    return forward
+
+
+@functools.cache
+def modern(kind, precision="fp32", recompute="none"):
+    autocast = torch.bfloat16 if precision == "bf16" else None
+    return block_count(functools.partial(modern_step, kind, recompute, autocast))
+
+
+@needs_kernels
+def test_a_modern_block_moves_what_its_kernels_must_to_the_byte():
+    moved = ops_of(modern(AdaLNZeroBlock))
+    width = WIDTH // HEADS
+    tables, weights, inner = 2 * FLOAT * TOKENS * width, 2 * FLOAT * width, FLOAT * BATCH * TOKENS * INNER
+    assert moved["layersync_cpp::qk_norm_rope_forward"] == Moved(1, 3 * MD + tables + weights, 2 * MD)
+    assert moved["layersync_cpp::qk_norm_rope_backward"] == Moved(
+        1,
+        6 * MD + tables + weights,
+        3 * MD + weights + 3 * FLOAT * WIDTH,  # with the sum for the bias of qkv
+    )
+    assert moved["layersync_cpp::swiglu_forward"] == Moved(1, 2 * inner, inner)
+    assert moved["layersync_cpp::swiglu_backward"] == Moved(1, 3 * inner, 3 * inner + 2 * FLOAT * INNER)
+    assert moved["layersync_cpp::gated_residual_norm_forward"].kernels == 2
+    others = modern(AdaLNZeroBlock).outside.total - sum(
+        own.total for name, own in moved.items() if name.startswith("layersync_cpp::")
+    )
+    assert others <= 3 * MD  # sums for the biases of proj and w3, and what is as small as the condition
+
+
+@needs_kernels
+@pytest.mark.parametrize(
+    ("precision", "recompute", "moved", "kept"),
+    [("fp32", "none", 0.22, 0.61), ("fp32", "light", 0.30, 0.44), ("bf16", "none", 0.14, 0.51),
+     ("bf16", "light", 0.19, 0.35)],
+)  # fmt: skip
+def test_what_a_modern_block_moves_and_keeps_of_the_eager_one(precision, recompute, moved, kept):
+    fused, eager = modern(AdaLNZeroBlock, precision, recompute), modern(SiTBlock, precision)
+
+    def activations(count):
+        return count.outside.total - count.kind("weights").total
+
+    assert activations(fused) <= moved * activations(eager)
+    assert fused.saved_bytes <= kept * eager.saved_bytes
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from . import lightning
 from .targets import MotionDenoiser, SiT, SiTBlock
 
 BATCH, STEPS = 2, 2
@@ -104,23 +105,19 @@ def repa_loss(model, images, model_kwargs, zs):
 # LightningDiT: compiled forward, rotary positions as third argument, reentrant checkpoints.
 
 
-class LightningBlock(SiTBlock):
-    @torch.compile(backend="eager", dynamic=False)
-    def forward(self, x, c, feat_rope=None):
-        return super().forward(x, c)
-
-
 class LightningDiT(SiT):
     def __init__(self, depth, use_checkpoint):
         super().__init__(depth=depth)
-        self.blocks = nn.ModuleList([LightningBlock(32, 2) for _ in range(depth)])
+        self.feat_rope = lightning.VisionRotaryEmbeddingFast(lightning.WIDTH // lightning.HEADS // 2, lightning.GRID)
+        self.blocks = nn.ModuleList([lightning.CompiledBlock() for _ in range(depth)])
         self.use_checkpoint = use_checkpoint
 
     def forward(self, x, t, y):
         x = self.x_embedder(x) + self.pos_embed
         c = self.t_embedder(t[:, None]) + self.y_embedder(y)
         for block in self.blocks:
-            x = checkpoint(block, x, c, None, use_reentrant=True) if self.use_checkpoint else block(x, c, None)
+            inputs = x, c, self.feat_rope
+            x = checkpoint(block, *inputs, use_reentrant=True) if self.use_checkpoint else block(*inputs)
         return self.head(x)
 
 

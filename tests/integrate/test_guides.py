@@ -210,7 +210,7 @@ PAGES = {
     "dit.md": Guide(dit, ddp=True, check=check_fused),
     "layersync.md": Guide(layersync, ddp=True),
     "repa.md": Guide(repa, libraries=("timm", "accelerate"), check=check_repa),
-    "lightningdit.md": Guide(lightningdit, libraries=("timm", "accelerate"), ddp=True),
+    "lightningdit.md": Guide(lightningdit, libraries=("timm", "accelerate"), ddp=True, check=check_fused),
     "motion-diffusion-model.md": Guide(
         motion,
         student="seqTransEncoder.layers.1",

@@ -330,13 +330,6 @@ class LoRALinear(nn.Linear):
         return super().forward(x) + 0.5 * x.mean(-1, keepdim=True)
 
 
-class ModulationFirst(DiTBlock):
-    def __init__(self):
-        super().__init__()
-        for name in ("norm1", "attn", "norm2", "mlp"):
-            self._modules[name] = self._modules.pop(name)
-
-
 def changed(change):
     block = DiTBlock()
     change(block)
@@ -376,7 +369,6 @@ ODD = {
         r"differ from the published ones in gamma",
     ),
     "buffer": (lambda: changed(lambda b: b.register_buffer("mask", torch.ones(1))), r"has the buffers mask"),
-    "order of parameters": (ModulationFirst, r"another order"),
     "hook inside": (
         lambda: changed(lambda b: b.mlp.fc1.register_forward_hook(lambda *_: None)),
         r"mlp\.fc1 has hooks",

@@ -10,6 +10,7 @@ from layersync_kernels.modules.published import SiTBlock
 from layersync_kernels.ops import native
 
 WIDTH, HEADS = 24, 2
+MODERN = {"norm": "rms", "qk_norm": True, "mlp": "swiglu"}
 LENGTHS = torch.tensor([9, 4, 1])
 
 
@@ -27,11 +28,12 @@ def pair(**options):
     return fused, published
 
 
+@pytest.mark.parametrize("options", [{}, MODERN], ids=["sit", "lightning"])
 @pytest.mark.parametrize("cross", [False, True])
 @pytest.mark.parametrize("rope", [False, True])
 @pytest.mark.parametrize("recompute", ["none", "light", "full"])
-def test_fused_and_published_blocks_agree(cross, rope, recompute):
-    blocks = pair(cross=cross)
+def test_fused_and_published_blocks_agree(options, cross, rope, recompute):
+    blocks = pair(cross=cross, **options)
     for block in blocks:
         block.recompute = recompute
     x, c, text = torch.randn(3, 9, WIDTH), torch.randn(3, WIDTH), torch.randn(3, 5, WIDTH)
@@ -58,10 +60,10 @@ def test_a_stream_of_blocks_is_the_blocks_one_by_one(cross):
     torch.testing.assert_close(together, second(first(x, c, **given), c, **given), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", ["plain", "rope", "norm"])
+@pytest.mark.parametrize("kind", ["plain", "rope", "norm", "norm and rope"])
 def test_attention_does_not_hear_the_padding(kind):
-    module = filled(Attention(WIDTH, HEADS, qk_norm=kind == "norm"))
-    rope = rotary_positions((9,), WIDTH // HEADS) if kind == "rope" else None
+    module = filled(Attention(WIDTH, HEADS, qk_norm="norm" in kind))
+    rope = rotary_positions((9,), WIDTH // HEADS) if "rope" in kind else None
     x = torch.randn(3, 9, WIDTH)
     noisy = torch.where(torch.arange(9)[:, None] < LENGTHS[:, None, None], x, 50.0)
     whole, other = (module(own, rope, lengths=LENGTHS) for own in (x, noisy))

@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from layersync_kernels import layersync_loss
 from layersync_kernels.compiler.recompute import RECOMPUTE
+from layersync_kernels.modules import published
 from layersync_kernels.modules.attention import Attention, rotary_positions
 from layersync_kernels.modules.block import AdaLNZeroBlock, BlockOutput
 from layersync_kernels.modules.norm import ModulatedNorm, Stream
@@ -28,6 +29,9 @@ KINDS = {
     "rms": {"norm": "rms"},
     "qk norm": {"qk_norm": True},
     "swiglu": {"mlp": "swiglu"},
+    "rms, qk norm": {"norm": "rms", "qk_norm": True},
+    "rms, swiglu": {"norm": "rms", "mlp": "swiglu"},
+    "qk norm, swiglu": {"qk_norm": True, "mlp": "swiglu"},
     "lightning": {"norm": "rms", "qk_norm": True, "mlp": "swiglu"},
 }
 
@@ -150,25 +154,28 @@ def test_results_and_gradients_are_those_of_plain_pytorch(kind, rope, call, auto
         assert error <= 2 * allowed + 8 * eps * expected.norm().item(), f"{name}: {error:.3g}, PyTorch {allowed:.3g}"
 
 
-def test_the_plain_block_is_the_published_one():
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_plain_block_is_the_published_one(kind):
     torch.manual_seed(0)
-    published = filled(SiTBlock(WIDTH, HEADS))
-    plain = PlainBlock()
-    plain.load_state_dict(published.state_dict())
+    sit = filled(SiTBlock(WIDTH, HEADS, **KINDS[kind]))
+    plain = PlainBlock(**KINDS[kind])
+    plain.load_state_dict(sit.state_dict())
     inputs, grad = batch()
-    expected = run(lambda modules, x, c: modules[0](x, c), [published], inputs, grad)
-    for name, result in run(one_by_one, [plain], inputs, grad).items():
-        torch.testing.assert_close(result, expected[name], rtol=1e-4, atol=1e-5)
+    rope = rotary_positions((GRID, GRID), WIDTH // HEADS) if KINDS[kind] else None
+    results, expected = (run(one_by_one, [b], inputs, grad, dtype=torch.float64, rope=rope) for b in (plain, sit))
+    for name, result in results.items():
+        torch.testing.assert_close(result, expected[name])
 
 
-def test_a_seed_gives_the_parameters_of_the_published_block():
+@pytest.mark.parametrize("kind", ["sit", "lightning"])
+def test_a_seed_gives_the_parameters_of_the_published_block(kind):
     torch.manual_seed(0)
-    published = SiTBlock(WIDTH, HEADS).state_dict()
+    expected = SiTBlock(WIDTH, HEADS, **KINDS[kind]).state_dict()
     torch.manual_seed(0)
-    fused = AdaLNZeroBlock(WIDTH, HEADS).state_dict()
-    assert list(fused) == list(published)
+    fused = AdaLNZeroBlock(WIDTH, HEADS, **KINDS[kind]).state_dict()
+    assert list(fused) == list(expected)
     for name, parameter in fused.items():
-        assert torch.equal(parameter, published[name])
+        assert torch.equal(parameter, expected[name])
 
 
 def test_parameters_of_the_lightning_block():
@@ -177,6 +184,81 @@ def test_parameters_of_the_lightning_block():
     assert names == {f"{layer}.{kind}" for layer in linear for kind in ("weight", "bias")} | {
         "norm1.weight", "norm2.weight", "attn.q_norm.weight", "attn.k_norm.weight"
     }  # fmt: skip
+
+
+class Adapted(nn.Linear):
+    """As LoRA has it: more than a weight and a bias."""
+
+    def forward(self, x):
+        return super().forward(x) + 0.5 * x.mean(-1, keepdim=True)
+
+
+class Wrapped(nn.Module):
+    """In a norm's place."""
+
+    def __init__(self, norm):
+        super().__init__()
+        self.norm = norm
+
+    def forward(self, x):
+        return 0.5 * self.norm(x)
+
+
+@pytest.mark.parametrize("rope", [False, True], ids=["", "rope"])
+@pytest.mark.parametrize("layer", ["attn.qkv", "attn.proj", "attn.q_norm", "attn.k_norm", "mlp.w12", "mlp.w3"])
+def test_what_is_put_in_a_layers_place_has_its_effect(layer, rope):
+    (fused,), (plain,) = blocks("lightning")
+    for block in (fused, plain):
+        old = block.get_submodule(layer)
+        if isinstance(old, nn.Linear):
+            new = Adapted(old.in_features, old.out_features)
+            new.load_state_dict(old.state_dict())
+        else:
+            new = Wrapped(old)
+        block.set_submodule(layer, new)
+    inputs, grad = batch()
+    options = {"rope": rotary_positions((GRID, GRID), WIDTH // HEADS) if rope else None}
+    expected = run(one_by_one, [plain], inputs, grad, **options)
+    for name, result in run(one_by_one, [fused], inputs, grad, **options).items():
+        torch.testing.assert_close(result, expected[name], rtol=1e-3, atol=1e-4, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def plain_attention(module, x, rope):
+    """Of the published block, on the parameters of this one."""
+    plain = published.Attention(module.proj.in_features, module.num_heads, qk_norm=module.q_norm is not None)
+    plain.load_state_dict(module.state_dict())
+    for own, norm in ((plain.q_norm, module.q_norm), (plain.k_norm, module.k_norm)):
+        if norm is not None:
+            own.eps = norm.eps
+    return plain(x, rope)
+
+
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_heads_wider_than_the_kernels_take(qk_norm):
+    module = filled(Attention(2 * 260, 2, qk_norm=qk_norm))
+    x, rope = torch.randn(2, 3, 2 * 260), rotary_positions((3,), 260)
+    torch.testing.assert_close(module(x, rope), plain_attention(module, x, rope), rtol=1e-4, atol=1e-5)
+
+
+def test_heads_of_odd_width():
+    module, x = filled(Attention(2 * 7, 2, qk_norm=True)), torch.randn(2, 3, 14)
+    torch.testing.assert_close(module(x), plain_attention(module, x, None), rtol=1e-4, atol=1e-5)
+
+
+def test_norms_of_queries_and_keys_have_each_their_eps():
+    module, x = filled(Attention(WIDTH, HEADS, qk_norm=True)), torch.randn(2, 3, WIDTH)
+    module.q_norm.eps, module.k_norm.eps = 0.5, 2.0
+    torch.testing.assert_close(module(x), plain_attention(module, x, None), rtol=1e-4, atol=1e-5)
+
+
+def test_positions_and_weights_of_another_dtype():
+    """A model in bf16 with its tables, under an autocast of another dtype."""
+    module, x = filled(Attention(WIDTH, HEADS, qk_norm=True)).bfloat16(), torch.randn(2, 9, WIDTH)
+    rope = tuple(part.bfloat16() for part in rotary_positions((GRID, GRID), WIDTH // HEADS))
+    for dtype in (torch.bfloat16, torch.float16):
+        with torch.autocast("cpu", dtype):
+            results = module(x.bfloat16(), rope), plain_attention(module, x.bfloat16(), rope)
+        torch.testing.assert_close(*results, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("recompute", ["light", "full"])
@@ -188,8 +270,9 @@ def test_recompute_changes_no_gradient(kind, call, recompute):
     for k, a in zip(kept, again, strict=True):
         a.load_state_dict(k.state_dict())
     inputs, grad = batch()
-    expected = run(call, kept, inputs, grad)
-    for name, result in run(call, again, inputs, grad).items():
+    rope = rotary_positions((GRID, GRID), WIDTH // HEADS) if kind == "lightning" else None
+    expected = run(call, kept, inputs, grad, rope=rope)
+    for name, result in run(call, again, inputs, grad, rope=rope).items():
         assert torch.equal(result, expected[name])
 
 

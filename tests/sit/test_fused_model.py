@@ -5,17 +5,25 @@ import functools
 
 import pytest
 import torch
+from torch import nn
 
 from layersync_kernels import LayerSyncLoss, layersync_loss
 from layersync_kernels.sit import SiT
 
+MODERN = {"norm": "rms", "qk_norm": True, "mlp": "swiglu"}
 TINY = {"input_size": 8, "hidden_size": 32, "depth": 4, "num_heads": 2, "num_classes": 5}
 
 
-def filled(kernels, **options):
-    """A model whose every block matters (at initialisation each is the identity); equal for equal seeds."""
+def filled(kernels, block=None, **options):
+    """A model whose every block matters (at initialisation each is the identity); equal for equal seeds.
+
+    `block` are options of the block that the model has none for.
+    """
     torch.manual_seed(0)
     model = SiT(**{**TINY, **options}, kernels=kernels)
+    if block is not None:
+        kind, width, heads = type(model.blocks[0]), TINY["hidden_size"], TINY["num_heads"]
+        model.blocks = nn.ModuleList(kind(width, heads, **block) for _ in model.blocks)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "adaLN" in name or "final_layer" in name:
@@ -114,9 +122,9 @@ def test_the_loss_module_takes_pairs_and_numbers_alike():
     torch.testing.assert_close(*values)
 
 
-def train(kernels, *, autocast=None, perturbed=0, steps=50):
+def train(kernels, *, autocast=None, perturbed=0, steps=50, **options):
     """The loss in each step of AdamW; `perturbed` models start an ulp from the others, by different signs each."""
-    model = filled(kernels).train()
+    model = filled(kernels, **options).train()
     ulp = torch.finfo(autocast or torch.float32).eps
     if perturbed:
         generator = torch.Generator().manual_seed(perturbed)
@@ -146,12 +154,14 @@ def train(kernels, *, autocast=None, perturbed=0, steps=50):
     return torch.tensor(curve, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("options", [{}, {"positions": "rope", "block": MODERN}], ids=["sit", "lightning"])
 @pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=["fp32", "bf16"])
-def test_training_takes_the_course_of_the_eager_model(autocast):
+def test_training_takes_the_course_of_the_eager_model(autocast, options):
     """No two float programs agree over 50 steps: the yardstick is how far eager runs part that start an ulp apart."""
-    eager = train("eager", autocast=autocast)
-    apart = max((train("eager", autocast=autocast, perturbed=n) - eager).abs().max().item() for n in (1, 2, 3))
-    distance = (train("fused", autocast=autocast) - eager).abs().max().item()
+    course = functools.partial(train, autocast=autocast, **options)
+    eager = course("eager")
+    apart = max((course("eager", perturbed=n) - eager).abs().max().item() for n in (1, 2, 3))
+    distance = (course("fused") - eager).abs().max().item()
     assert distance <= 3 * apart, f"{distance:.3g} from eager, eager runs {apart:.3g} apart"
     assert apart < 0.02 * (eager[0] - eager[-1])  # else this would say nothing
     assert eager[-1] < eager[0]
