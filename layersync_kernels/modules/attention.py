@@ -51,18 +51,36 @@ class Attention(nn.Module):
             lengths: int64 (B,), tokens of each sample that are there, see `self_attention`; None: all.
             lend_bias: of proj, see `linear.lent_bias`.
         """
-        bias = lent_bias(self.qkv)
-        qkv = linear(self.qkv, x, lend=bias is not None)
-        if self.q_norm is None and rope is None:
+        if self.q_norm is None and self.k_norm is None and rope is None:
+            bias = lent_bias(self.qkv)
+            qkv = linear(self.qkv, x, lend=bias is not None)
             out = self_attention(qkv, self.num_heads, lengths=lengths, bias=bias)
         else:
-            q_weight, k_weight = (None if norm is None else norm.weight for norm in (self.q_norm, self.k_norm))
-            wide = torch.promote_types(qkv.dtype, torch.float32)
-            cos, sin = (None, None) if rope is None else (part.to(wide) for part in rope)
-            eps = _EPS if self.q_norm is None else self.q_norm.eps or _EPS
-            q, k, v = qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.num_heads, eps, bias=bias)
-            out = attention(q, k, v, lengths=lengths)
+            out = attention(*self._heads(x, rope), lengths=lengths)
         return linear(self.proj, out, lend=lend_bias)
+
+    def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries and keys, normed and turned, and values: (B, heads, N, E) each."""
+        q_norm, k_norm = self.q_norm, self.k_norm
+        eps = _EPS if q_norm is None else getattr(q_norm, "eps", None)
+        plain = type(q_norm) is type(k_norm) and type(q_norm) in (nn.RMSNorm, type(None))
+        if not plain or eps is None or (k_norm is not None and k_norm.eps != eps):
+            return self._heads_one_by_one(x, rope)
+        bias = lent_bias(self.qkv)
+        qkv = linear(self.qkv, x, lend=bias is not None)
+        wide = torch.promote_types(qkv.dtype, torch.float32)
+        q_weight, k_weight = (None if norm is None else norm.weight for norm in (q_norm, k_norm))
+        cos, sin = (None, None) if rope is None else (part.to(wide) for part in rope)
+        return qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.num_heads, eps, bias=bias)
+
+    def _heads_one_by_one(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The same where something else stands in a norm's place, or where the two differ."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
+        q, k = (part if norm is None else norm(part) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+        if rope is not None:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        return q.to(v.dtype), k.to(v.dtype), v
 
 
 class CrossAttention(nn.Module):

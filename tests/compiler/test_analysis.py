@@ -256,30 +256,34 @@ def test_an_eager_block_moves_ninety_tensors_and_twelve_around_attention():
 def test_a_fused_block_moves_what_its_kernels_must_to_the_byte():
     moved, row = block(FUSED), FLOAT * BATCH * WIDTH
     # A boundary forward: x and branch, gate, shift and scale → residual, norm, two statistics of each row. Backward:
-    # two gradients, residual and branch, gate, scale, statistics → two gradients, and those of gate, shift and scale.
+    # two gradients, residual and branch, gate, scale, statistics → two gradients, and those of gate, shift, scale and of
+    # the bias, sample by sample.
     statistics = 2 * FLOAT * BATCH * TOKENS
     read = 2 * MD + 3 * row + 4 * MD + 2 * row + statistics
-    written = 2 * MD + statistics + 2 * MD + 3 * row
+    written = 2 * MD + statistics + 2 * MD + 4 * row
     # Then SiLU of the condition, its backward, and one more gradient of the condition to add up.
     assert moved.kind("rows") == Moved(4 + 3, 2 * read + 5 * row, 2 * written + 3 * row)
     assert moved.kind("gelu").total == 24 * MD + FLOAT * 4 * WIDTH  # 4 MD write the activation again: it is not kept
-    assert moved.kind("bias").total == 5 * MD + FLOAT * 5 * WIDTH + 6 * row + FLOAT * 6 * WIDTH
+    # Of proj and fc2 over the samples, and of adaLN; those of qkv and fc1 come summed.
+    assert moved.kind("bias").total == 8 * row + FLOAT * 8 * WIDTH
     assert moved.kind("layout").total == 12 * row  # the six parts of the modulation's gradient
     assert moved.kind("casts", "weights") == Moved()
-    assert moved.outside.kernels == 14
+    assert moved.outside.kernels == 13
     assert step(FUSED).inside.kernels == step(EAGER).inside.kernels
 
 
 @needs_kernels
 def test_traffic_stays_within_its_limits():
     assert block(FUSED).kind("rows").total <= 21 * MD
-    assert block(FUSED).outside.total <= 50 * MD
+    assert block(FUSED).outside.total <= 45 * MD
     assert block(FUSED).outside.total >= ideal_block(ELEMENTS).outside.total == 40 * MD
     half = block(FUSED, "bf16")
     ideal = ideal_block(ELEMENTS, branch=torch.bfloat16)
     assert ideal.kind("rows").total <= half.kind("rows").total <= 21 / 20 * ideal.kind("rows").total
-    assert half.kind("weights") == block(EAGER, "bf16").kind("weights")
-    assert half.outside.total - half.kind("weights").total <= 50 / 40 * ideal.outside.total
+    # But for three biases, which their layers are given detached, and whose gradients come in fp32.
+    biases = 3 * 2 * (FLOAT + 2) * 3 * WIDTH
+    assert 0 <= block(EAGER, "bf16").kind("weights").total - half.kind("weights").total <= biases
+    assert half.outside.total - half.kind("weights").total <= 45 / 40 * ideal.outside.total
 
 
 @needs_kernels
@@ -323,11 +327,15 @@ def modern_step(kind, recompute, autocast, depth):
 
     def forward():
         with torch.autocast("cpu", autocast, enabled=autocast is not None):
-            stream = Stream(x) if kind is AdaLNZeroBlock else x
-            for block in blocks:
-                stream = block(stream, c, rope)
-                stream = stream.stream if kind is AdaLNZeroBlock else stream
-            out = functional.gated_residual(*stream) if kind is AdaLNZeroBlock else stream
+            if kind is SiTBlock:
+                out = x
+                for block in blocks:
+                    out = block(out, c, rope)
+            else:
+                stream = Stream(x)
+                for block in blocks:
+                    stream = block(stream, c, rope, lend_bias=True).stream
+                out = stream.finished()
             return out.float().square().mean()
 
     return forward
