@@ -364,7 +364,7 @@ def test_a_modern_block_moves_what_its_kernels_must_to_the_byte():
     others = modern(AdaLNZeroBlock).outside.total - sum(
         own.total for name, own in moved.items() if name.startswith("layersync_cpp::")
     )
-    assert others <= 3 * MD  # sums for the biases of proj and w3, and what is as small as the condition
+    assert others <= 0.2 * MD  # what is as small as the condition
 
 
 @needs_kernels
