@@ -164,7 +164,7 @@ def main(backend, device):
         launchers.serve()
     native.cuda()  # raw ops have no Python edge that loads them
     for name, call in CALLS.items():
-        if not (name == "self_attention" and backend in ("triton", "cuda")):
+        if not (name in ("attention", "self_attention") and backend in ("triton", "cuda")):
             in_a_process(f"{backend}: {name}", lambda call=call: differentiate(lambda: call(backend)))
     raw = getattr(torch.ops, f"layersync_{backend}")
     for name, call in RAW_CALLS.items():

@@ -129,9 +129,9 @@ class Attention(FusedFunction):
         if d_out is None:
             return (None,) * 5
         *parts, lengths = ctx.saved_tensors
-        heads = parts[0].shape[1]
+        batch, heads, tokens, width = parts[0].shape
         packed, _ = BACKWARD[ctx.backend](d_out, *map(_side_by_side, parts), lengths, heads, False)
-        gradients = packed.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        gradients = packed.view(batch, tokens, 3, heads, width).permute(2, 0, 3, 1, 4).unbind(0)
         return *(differentiable_once(gradient, d_out, *parts) for gradient in gradients), None, None
 
 
