@@ -64,7 +64,8 @@ class Attention(nn.Module):
         q_norm, k_norm = self.q_norm, self.k_norm
         eps = _EPS if q_norm is None else getattr(q_norm, "eps", None)
         plain = type(q_norm) is type(k_norm) and type(q_norm) in (nn.RMSNorm, type(None))
-        if not plain or eps is None or (k_norm is not None and k_norm.eps != eps):
+        alike = plain and eps is not None and (k_norm is None or k_norm.eps == eps)
+        if not alike or (rope is not None and any(part.requires_grad or part.dim() != 2 for part in rope)):
             return self._heads_one_by_one(x, rope)
         bias = lent_bias(self.qkv)
         qkv = linear(self.qkv, x, lend=bias is not None)
@@ -74,7 +75,7 @@ class Attention(nn.Module):
         return qk_norm_rope(qkv, q_weight, k_weight, cos, sin, self.num_heads, eps, bias=bias)
 
     def _heads_one_by_one(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
-        """The same where something else stands in a norm's place, or where the two differ."""
+        """The same of what the op does not take: other modules as norms, norms that differ, learnt positions."""
         q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).unbind(2)
         q, k = (part if norm is None else norm(part) for part, norm in ((q, self.q_norm), (k, self.k_norm)))
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)

@@ -256,8 +256,8 @@ def test_an_eager_block_moves_ninety_tensors_and_twelve_around_attention():
 def test_a_fused_block_moves_what_its_kernels_must_to_the_byte():
     moved, row = block(FUSED), FLOAT * BATCH * WIDTH
     # A boundary forward: x and branch, gate, shift and scale → residual, norm, two statistics of each row. Backward:
-    # two gradients, residual and branch, gate, scale, statistics → two gradients, and those of gate, shift, scale and of
-    # the bias, sample by sample.
+    # two gradients, residual and branch, gate, scale, statistics → two gradients, and those of gate, shift, scale and
+    # of the bias, sample by sample.
     statistics = 2 * FLOAT * BATCH * TOKENS
     read = 2 * MD + 3 * row + 4 * MD + 2 * row + statistics
     written = 2 * MD + statistics + 2 * MD + 4 * row
