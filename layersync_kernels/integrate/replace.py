@@ -17,7 +17,8 @@ from torch import nn
 from ..compiler.recompute import check_mode
 from ..modules.block import AdaLNZeroBlock
 from ..modules.published import SiTBlock
-from .proof import MODULE_STATE, NORMS, Verdict, assembled, examine, is_rms_norm, linears, rms_norms, share_norms, sizes
+from .parts import NORMS, assembled, is_rms_norm, linears, rms_norms, share_norms, sizes
+from .proof import MODULE_STATE, Verdict, examine
 from .rotary import ARGUMENT, RotaryBlock, rotary_modules
 
 __all__ = ["Replacement", "apply_layersync_kernels"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -62,7 +63,7 @@ class Attention(nn.Module):
     def _heads(self, x: Tensor, rope: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor, Tensor]:
         """Queries and keys, normed and turned, and values: (B, heads, N, E) each."""
         q_norm, k_norm = self.q_norm, self.k_norm
-        eps = _EPS if q_norm is None else getattr(q_norm, "eps", None)
+        eps: Any = _EPS if q_norm is None else getattr(q_norm, "eps", None)
         plain = type(q_norm) is type(k_norm) and type(q_norm) in (nn.RMSNorm, type(None))
         alike = plain and eps is not None and (k_norm is None or k_norm.eps == eps)
         if not alike or (rope is not None and any(part.requires_grad or part.dim() != 2 for part in rope)):

@@ -460,9 +460,9 @@ def test_bad_input_is_named(call, error, message):
 def test_blocks_alike_are_tried_once_and_others_apart(monkeypatch):
     tried = []
 
-    def spy(block):
+    def spy(block, ropes):
         tried.append(block)
-        return examine(block)
+        return examine(block, ropes)
 
     examine = replace.examine
     monkeypatch.setattr(replace, "examine", spy)

@@ -251,6 +251,18 @@ def test_norms_of_queries_and_keys_have_each_their_eps():
     torch.testing.assert_close(module(x), plain_attention(module, x, None), rtol=1e-4, atol=1e-5)
 
 
+def test_positions_that_are_learnt_or_each_samples_own():
+    module, x = filled(Attention(WIDTH, HEADS, qk_norm=True)), torch.randn(2, 9, WIDTH)
+    shared = [part.requires_grad_() for part in rotary_positions((GRID, GRID), WIDTH // HEADS)]
+    for rope in (shared, [part.detach().expand(2, 1, -1, -1) for part in shared]):
+        torch.testing.assert_close(module(x, rope), plain_attention(module, x, rope), rtol=1e-4, atol=1e-5)
+    gradients = (
+        torch.autograd.grad(call(x, shared).square().sum(), shared)
+        for call in (module, functools.partial(plain_attention, module))
+    )
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-4)
+
+
 def test_positions_and_weights_of_another_dtype():
     """A model in bf16 with its tables, under an autocast of another dtype."""
     module, x = filled(Attention(WIDTH, HEADS, qk_norm=True)).bfloat16(), torch.randn(2, 9, WIDTH)
