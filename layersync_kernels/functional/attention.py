@@ -101,7 +101,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, lengths: Tensor | None = None,
             raise TypeError(f"attention: {name} is {tensor.dtype} and q {q.dtype}; cast one of them")
     if lengths is not None:
         check_lengths("attention", lengths, q[:, 0])
-    name = dispatch.resolve("attention", backend, q.device.type, q.dtype)
+    name = dispatch.resolve("attention", backend, q.device.type, q.dtype, tokens=q, heads=q.shape[1])
     if name == "reference":
         if transform() is not None:
             with sdpa_kernel(SDPBackend.MATH):

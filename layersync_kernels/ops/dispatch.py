@@ -201,6 +201,7 @@ def resolve(
     grad: bool = False,
     tokens: torch.Tensor | None = None,
     parts: int = 1,
+    heads: int = 1,
 ) -> str:
     """The name that `choose` gives, remembered: a look-up on the hot path, a constant under torch.compile.
 
@@ -215,11 +216,12 @@ def resolve(
         grad: whether a gradient is asked for.
         tokens: (..., parts · width).
         parts: rows that lie side by side in a row of `tokens`.
+        heads: rows of `tokens` that are one together.
     """
     name = _by_kind(op, backend, device, dtype, grad)
     if name:
         return name
-    width = None if tokens is None else tokens.shape[-1] // parts
+    width = None if tokens is None else heads * tokens.shape[-1] // parts
     if is_dynamo_compiling():
         from torch.fx.experimental.symbolic_shapes import has_static_value
 

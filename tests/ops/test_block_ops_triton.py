@@ -44,7 +44,7 @@ def run(x, branch, modulation):
         x, branch, gate, shift, scale, branch, True, False, 1e-6, 1e-6, torch.bfloat16
     )
     factors = torch.zeros(2, x.shape[:-1].numel())
-    norm.backward(residual, branch, residual, branch, gate, scale, stats, x, factors, False, groups)
+    norm.backward(residual, branch, residual, branch, gate, scale, stats, x, factors, False, groups, True)
     gelu.forward(residual.view(-1, 64))
     gelu.backward(residual.view(-1, 64), residual.view(-1, 64), True, True)
 
@@ -87,8 +87,8 @@ def test_many_partials_are_summed_in_several_steps():
     dy, r = torch.randn(groups, rows, width, device=DEVICE), torch.randn(groups, rows, width, device=DEVICE)
     scale = torch.randn(groups, width, device=DEVICE)
     _, _, stats, _ = gated_residual_norm.forward(r, None, None, None, scale, None, True, False, 1e-6, 1e-6, r.dtype)
-    *_, shift_sum, scale_sum = gated_residual_norm.backward(
-        None, dy, r, None, None, scale, stats, None, None, False, groups
+    *_, shift_sum, scale_sum, _ = gated_residual_norm.backward(
+        None, dy, r, None, None, scale, stats, None, None, False, groups, False
     )
     unit = F.layer_norm(r.double(), (width,), eps=1e-6)
     torch.testing.assert_close(shift_sum.double(), dy.double().sum(1), rtol=0, atol=2e-5)

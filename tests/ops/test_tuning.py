@@ -102,6 +102,9 @@ CALLS = {
     "spatial_norm": lambda x, backend: dispatch_functions().spatial_norm(x, backend=backend),
     "gram_alignment_loss": lambda x, backend: dispatch_functions().gram_alignment_loss(x, x, backend=backend),
     "self_attention": lambda x, backend: dispatch_functions().self_attention(x.repeat(1, 1, 3), 2, backend=backend),
+    "attention": lambda x, backend: dispatch_functions().attention(
+        *3 * [x.unflatten(-1, (2, -1)).transpose(1, 2)], backend=backend
+    ),
     "linear_gelu": lambda x, backend: dispatch_functions().linear_gelu(x, torch.ones(8, 24), backend=backend),
     "gelu_mlp": lambda x, backend: dispatch_functions().gelu_mlp(
         x, torch.ones(8, 24), None, torch.ones(24, 8), None, backend=backend
