@@ -338,10 +338,13 @@ FLOORS = {
     ("cuda", "gated_residual_norm forward", 90): {64: 0.27, 72: 0.30},
     # 96 registers of a thread leave 20 warps, and a row is loaded at a time. 768: 1.29 waves. 3072: a block of 12 warps
     # leaves no room for a second.
-    ("cuda", "gated_residual_norm backward", 90): {64: 0.10, 72: 0.12, 384: 0.72, 768: 0.67, 3072: 0.72},
+    ("cuda", "gated_residual_norm backward", 90): {64: 0.10, 72: 0.12, 384: 0.66, 768: 0.65, 3072: 0.65},
+    ("cuda", "gated_residual_norm backward", 80): {1152: 0.82},
     # 256 runs of rows, to keep partial sums small: too few blocks where a row is a single tile of 1024 columns.
     # (The hidden widths of DiT's MLPs begin at 1536.)
     ("cuda", "gelu backward", 90): {64: 0.03, 72: 0.03, 384: 0.25, 768: 0.53, 1152: 0.80},
+    # As of gelu: few runs of rows, and a tile of 1024 columns is empty beyond a row's.
+    ("cuda", "swiglu backward", 90): {64: 0.10, 72: 0.11, 384: 0.63, 1152: 0.76},
     # A block for each sample and 64 channels: 256 or 512 blocks; of 72 channels, 8 are left for every second block.
     ("cuda", "spatial_norm forward", 90): {64: 0.58, 72: 0.31},
     # A B200 moves 8 TB/s with the issue rate of an H100: 4.65 instructions of a byte, and 53 KiB in flight.

@@ -18,15 +18,16 @@ D = 8
 TOKENS = (2, 4, D)
 MASK = torch.tensor([[True, True, False, True], [True, False, True, True]])
 ROWS = {"mask": MASK, "token_weight": (2, 4)}
-SEAM = {"x": TOKENS, "branch": TOKENS, "gate": (2, D), "shift": (2, D), "scale": (2, D)}
+SEAM = {"x": TOKENS, "branch": TOKENS, "gate": (2, D), "shift": (2, D), "scale": (2, D), "bias": (D,)}
 MODULATED = {name: SEAM[name] for name in ("x", "shift", "scale")}
 
 # The tensors of each op: a shape, or the tensor itself.
 TENSORS = {
     "aligned_residual_norm": SEAM,
+    "attention": {**dict.fromkeys("qkv", (2, 2, 4, 4)), "lengths": torch.tensor([4, 2])},
     "cosine_loss": {"cosine": (2, 4), **ROWS},
     "dispersive_loss": {"hidden": TOKENS},
-    "gated_residual": {name: SEAM[name] for name in ("x", "branch", "gate")},
+    "gated_residual": {name: SEAM[name] for name in ("x", "branch", "gate", "bias")},
     "gated_residual_norm": SEAM,
     "gelu_mlp": {"x": TOKENS, "weight1": (D, D), "bias1": (D,), "weight2": (D, D), "bias2": (D,)},
     "gram_alignment_loss": {"student": TOKENS, "teacher": TOKENS, "mask": MASK},
@@ -43,7 +44,7 @@ TENSORS = {
         "sin": (4, 4),
         "bias": (3 * D,),
     },
-    "self_attention": {"qkv": (2, 4, 3 * D), "lengths": torch.tensor([4, 2])},
+    "self_attention": {"qkv": (2, 4, 3 * D), "lengths": torch.tensor([4, 2]), "bias": (3 * D,)},
     "spatial_norm": {"x": TOKENS},
     "swiglu": {"x12": TOKENS},
     "swiglu_mlp": {"x": TOKENS, "weight12": (2 * D, D), "bias12": (2 * D,), "weight3": (D, D), "bias3": (D,)},
